@@ -1,0 +1,35 @@
+# make run | test | test-all | check | report | benchmark
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+
+.PHONY: run test test-all check report benchmark clean
+
+run: $(VENV)/ready
+	$(BIN)/python main.py
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/ready
+	$(BIN)/python -m pytest -m ""
+
+check: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+report: $(VENV)/ready
+	$(BIN)/python -m distil_rank report
+
+benchmark: $(VENV)/ready
+	$(BIN)/python -m benchmarks
+
+# Exact versions come from constraints.txt, so every machine gets what the committed results were made with.
+$(VENV)/ready: requirements.txt constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV)

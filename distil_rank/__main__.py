@@ -1,0 +1,40 @@
+"""The command line: `distil-rank COMMAND ...`, the same as `python -m distil_rank COMMAND ...`."""
+
+import importlib
+import sys
+
+import tyro
+
+from distil_rank.errors import one_line_errors
+
+# command -> module with a frozen dataclass `Config` (its fields are the flags) and `run(config)`; and one line of help.
+# A module is imported only when its command is called, so `--help` answers at once.
+COMMANDS: dict[str, tuple[str, str]] = {}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for length in (2, 1):
+        command = " ".join(arguments[:length])
+        if command in COMMANDS:
+            module = importlib.import_module(COMMANDS[command][0])
+            program = f"distil-rank {command}"
+            with one_line_errors(program):
+                module.run(tyro.cli(module.Config, prog=program, description=module.__doc__, args=arguments[length:]))
+            return
+    width = max(map(len, COMMANDS), default=0)
+    listing = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    usage = f"usage: distil-rank COMMAND [--help] ...\n\n{listing}\n\n`distil-rank COMMAND --help` shows every flag."
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage)
+        return
+    prefix = [line for line in listing.splitlines() if line.split()[0] == arguments[0]]
+    if prefix and (len(arguments) == 1 or arguments[1] in ("-h", "--help")):
+        print("\n".join(["commands:", *prefix]))
+        return
+    sys.stderr.write(f"distil-rank: error: unknown command {' '.join(arguments[:2])!r}\n\n{usage}\n")
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()
