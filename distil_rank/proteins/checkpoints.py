@@ -98,7 +98,7 @@ def locate(name: str) -> Path:
     if name in _NAMES["esm2"]:
         return _download(name)
     path = Path(name)
-    if path.exists():
+    if name and path.exists():
         return path
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not name.endswith((".pt", ".safetensors")):
         return _download_hugging_face(name)
@@ -213,7 +213,7 @@ _HUGGING_FACE = {
 
 def _fair_esm_key(key: str) -> str:
     """transformers' parameter name -> fair-esm's (the longer names come first in the table)."""
-    key = key.removeprefix("esm.")
+    key = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key.removeprefix("esm.")))  # transformers 5 writes these
     for theirs, ours in _HUGGING_FACE.items():
         key = re.sub(rf"(^|\.){re.escape(theirs)}\.", rf"\g<1>{ours}.", key)
     return key
