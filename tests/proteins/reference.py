@@ -53,12 +53,14 @@ def mean_pooled(model, sequence: str) -> Tensor:
 
 
 def blended(model, sequence: str, spans: list[tuple[int, int]], ramp: int) -> Tensor:
-    """Windows [start, stop) cross-faded with weights that rise from both ends to `ramp`, residue by residue (l, d)."""
+    """Windows [start, stop) cross-faded: weights rise to `ramp` from ends inside the sequence. Residue by residue (l, d)."""
     total, weight = torch.zeros(len(sequence), model.embed_dim), torch.zeros(len(sequence))
     for start, stop in spans:
         rows = hidden(model, sequence[start:stop], model.num_layers)[1:-1]
         for i in range(stop - start):
-            w = min(i + 1, stop - start - i, ramp)
+            from_left = i + 1 if start > 0 else ramp
+            from_right = stop - start - i if stop < len(sequence) else ramp
+            w = min(from_left, from_right, ramp)
             total[start + i] += w * rows[i]
             weight[start + i] += w
     return total / weight[:, None]
