@@ -32,7 +32,9 @@ def run(config: Config) -> None:
     """Write `config.out`. Raises InputError where there is no store, or it cannot be written."""
     store = EmbeddingStore(config.source, config.layer)
     if config.out.is_dir():
-        raise InputError(f"a file name required for --out, got the folder {config.out}; give for instance moments.safetensors")
+        raise InputError(
+            f"a file name required for --out, got the folder {config.out}; give for instance moments.safetensors"
+        )
     require_writable(config.out.parent)
     with process_group() as group:
         moments = Moments(store.dim)

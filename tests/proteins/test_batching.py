@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -24,7 +26,7 @@ def test_windows_cover_every_residue_with_weights_that_add_up_to_one(length, lim
 @given(length=st.integers(1023, 9000))
 def test_neighbouring_windows_share_a_quarter_and_fade_into_each_other(length):
     found = windows(0, length, 1022)
-    for before, after in zip(found, found[1:]):
+    for before, after in pairwise(found):
         assert before.stop - after.start >= 255
         assert before.blend[-1] < 0.05 and after.blend[0] < 0.05
     assert found[0].blend[0] == 1 and found[-1].blend[-1] == 1

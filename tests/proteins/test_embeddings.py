@@ -14,8 +14,9 @@ import torch
 from distil_rank.errors import InputError
 from distil_rank.proteins import embeddings
 from distil_rank.proteins.batching import windows
-from distil_rank.proteins.embeddings import Config, embed, run
+from distil_rank.proteins.embeddings import Config, run
 from distil_rank.proteins.fasta import Protein, write_fasta
+from distil_rank.proteins.pooling import embed
 from distil_rank.proteins.store import EmbeddingStore
 from distil_rank.statistics.moments import Moments
 from tests.proteins import reference
@@ -143,6 +144,9 @@ def processes():
     """Starts processes that have imported everything and computed nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["distil_rank.proteins.embeddings", "tests.proteins.test_embeddings"])
+    first = context.Process(target=time.sleep, args=(0,))
+    first.start()
+    first.join()
     return context
 
 
@@ -218,7 +222,7 @@ def test_another_configuration_in_the_same_store_is_refused(config, whole, tmp_p
         reference.random_fasta(tmp_path / "other.fasta", 60, seed=8)
         change = {"fasta": tmp_path / "other.fasta"}
     before = contents(whole)
-    with pytest.raises(InputError, match="the same settings as in .* required"):
+    with pytest.raises(InputError, match=r"the same settings as in .* required"):
         run(replace(config, out=whole, **change))
     assert contents(whole) == before
 
@@ -280,7 +284,10 @@ def test_bad_settings_are_refused_before_anything_is_written(config, tmp_path):
         ({"fasta": tmp_path / "digits.fasta"}, "bad"),
         ({"fasta": tmp_path / "empty.fasta"}, "at least one protein"),
         ({"fasta": tmp_path / "nothing.fasta"}, "gone"),
-        ({"fasta": tmp_path / "long.fasta", "long": "error"}, r"titin \(150\); choose --long truncate or --long window"),
+        (
+            {"fasta": tmp_path / "long.fasta", "long": "error"},
+            r"titin \(150\); choose --long truncate or --long window",
+        ),
         ({"model": "esm3"}, "required a model name"),
         ({"layers": (4,)}, "layers between -4 and 3"),
         ({"layers": (1, 1)}, "distinct layers"),
