@@ -13,6 +13,10 @@ A mean is over residues only: never <cls>, <eos> or padding. Proteins longer tha
 to 1,022 residues) are an error unless --long says what to do: `truncate` keeps the first residues, `window` cross-fades
 overlapping windows (mean and residues over blended residues, bos the average over windows). What happens to unusual
 letters in sequences is told in distil_rank/proteins/fasta.py. Models: distil_rank/proteins/checkpoints.py.
+
+--split 0.2 also writes embeddings_train.pt, embeddings_val.pt and embeddings.json into the store's folder, where no val
+protein is a near relative of a train protein (distil_rank/proteins/splits.py), for `python main.py --train ... --val ...`.
+Memory is one batch beside the model, whatever the number of proteins; --split needs all sequences and vectors at once.
 """
 
 import hashlib
@@ -33,7 +37,16 @@ from distil_rank.proteins.checkpoints import Loaded, load_model, locate
 from distil_rank.proteins.esm2 import ESM2
 from distil_rank.proteins.fasta import Protein, clean_proteins, read_fasta
 from distil_rank.proteins.pooling import embed
-from distil_rank.proteins.store import INDEX, PROVENANCE, SCHEMA, IndexWriter, ShardWriter, shard_path
+from distil_rank.proteins.split_files import Split, plan_split, write_split
+from distil_rank.proteins.store import (
+    INDEX,
+    PROVENANCE,
+    SCHEMA,
+    EmbeddingStore,
+    IndexWriter,
+    ShardWriter,
+    shard_path,
+)
 from distil_rank.records import read_json, require_writable, write_json
 
 
@@ -65,14 +78,21 @@ def run(config: Config) -> None:
         group.barrier()
         loaded = load_model(config.model, group.device, config.compute)
         provenance = _provenance(config, loaded, survey)
+        plan = _plan_split(config) if config.split is not None and group.rank == 0 else None
         _open_store(config.out, provenance, group)
         if not (config.out / INDEX).is_file():
             _fill(config, loaded.model, provenance, group)
         group.barrier()
         if group.rank == 0:
-            print(
-                f"{config.out}: {survey.proteins} proteins, {survey.residues} residues, {perf_counter() - start:.1f} s"
-            )
+            took = f"{perf_counter() - start:.1f} s"
+            print(f"{config.out}: {survey.proteins} proteins, {survey.residues} residues, {took}")
+            if plan is not None and config.split is not None:
+                store = EmbeddingStore(config.out)
+                train, val = write_split(store, plan, config.fasta.name, config.split, config.seed)
+                print(
+                    f"{len(plan.train)} train and {len(plan.val)} val proteins from {plan.clusters} clusters; now run"
+                )
+                print(f"  python main.py --train {train} --val {val}")
 
 
 @dataclass(frozen=True)
@@ -93,6 +113,9 @@ def _check(config: Config) -> None:
         raise InputError(
             f"positive batch_tokens and shard_residues required, got {config.batch_tokens}, {config.shard_residues}"
         )
+    if config.split is not None and (config.pool == "residues" or len(config.layers) > 1 or not 0 < config.split < 1):
+        got = f"split {config.split}, pool {config.pool}, {len(config.layers)} layers"
+        raise InputError(f"a split between 0 and 1 of one vector per protein, from one layer, required, got {got}")
     if not config.layers or len(set(config.layers)) < len(config.layers):
         raise InputError(f"one or more distinct layers required, got {config.layers}")
 
@@ -135,12 +158,16 @@ def _survey(config: Config, warn: Callable[[str], None]) -> _Survey:
     if longer:
         found = f"{longer} longer: {', '.join(examples)}{', ...' if longer > 5 else ''}"
         if config.long == "error":
-            raise InputError(
-                f"proteins of at most {config.max_length} residues required, got {found}; choose --long truncate or --long window"
-            )
+            remedy = "choose --long truncate or --long window"
+            raise InputError(f"proteins of at most {config.max_length} residues required, got {found}; {remedy}")
         done = "truncated to" if config.long == "truncate" else "embedded in overlapping windows of"
         warn(f"{done} {config.max_length} residues: {found}")
     return _Survey(proteins, residues, shards, longer, digest.hexdigest())
+
+
+def _plan_split(config: Config) -> Split:
+    """Which proteins go to val; before the embedding, because it may be impossible."""
+    return plan_split([p.sequence for shard in _shards(config, _silent) for p in shard], config.split or 0, config.seed)
 
 
 def _provenance(config: Config, loaded: Loaded, survey: _Survey) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from distil_rank.errors import InputError
 from distil_rank.proteins import embeddings
 from distil_rank.proteins.batching import windows
+from distil_rank.proteins.embedding_files import load_matrix, provenance
 from distil_rank.proteins.embeddings import Config, run
 from distil_rank.proteins.fasta import Protein, write_fasta
 from distil_rank.proteins.pooling import embed
@@ -105,6 +106,35 @@ def test_a_pooled_store_is_the_mean_of_a_store_of_residues(config, whole, tmp_pa
     pooled = EmbeddingStore(whole)
     for i, residues in EmbeddingStore(tmp_path / "r").residues():
         torch.testing.assert_close(residues.mean(0), pooled[i], rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory) -> Path:
+    """Thirty families of three relatives each."""
+    draw = random.Random(6)
+    path = tmp_path_factory.mktemp("families") / "families.fasta"
+    records = []
+    for family in range(30):
+        parent = "".join(draw.choices("ACDEFGHIKLMNPQRSTVWY", k=90))
+        for member in range(3):
+            child = "".join(draw.choice("ACDEFGHIKLMNPQRSTVWY") if draw.random() < 0.1 else aa for aa in parent)
+            records.append(Protein(f"f{family}-{member}", f"f{family}-{member}", child))
+    draw.shuffle(records)
+    write_fasta(path, records)
+    return path
+
+
+def test_split_writes_what_main_py_reads_and_cuts_no_family(config, families, tmp_path, capsys):
+    run(replace(config, fasta=families, out=tmp_path / "s", split=0.2, dtype="float16"))
+    store = EmbeddingStore(tmp_path / "s")
+    x, x_val = load_matrix(store.path / "embeddings_train.pt"), load_matrix(store.path / "embeddings_val.pt")
+    assert len(x) + len(x_val) == 90 and 15 <= len(x_val) <= 18
+    where = {tuple(store[i].tolist()): store.ids[i].partition("-")[0] for i in range(90)}
+    families_of = [{where[tuple(row.tolist())] for row in rows} for rows in (x, x_val)]
+    assert len(families_of[0]) + len(families_of[1]) == 30 and not families_of[0] & families_of[1]
+    known = provenance(store.path / "embeddings_train.pt")
+    assert (known["source"], known["model"], known["n_val"]) == ("families.fasta", "tiny", len(x_val))
+    assert f"main.py --train {store.path}/embeddings_train.pt" in capsys.readouterr().out
 
 
 # resuming
@@ -294,6 +324,10 @@ def test_bad_settings_are_refused_before_anything_is_written(config, tmp_path):
         ({"layers": ()}, "distinct layers"),
         ({"max_length": 2}, "max_length"),
         ({"batch_tokens": 0}, "batch_tokens"),
+        ({"split": 1.0}, "split between 0 and 1"),
+        ({"split": 0.2, "pool": "residues"}, "one vector per protein"),
+        ({"split": 0.2, "layers": (1, -1)}, "from one layer"),
+        ({"split": 0.2, "fasta": tmp_path / "long.fasta"}, "a protein in every part"),
         ({"out": tmp_path / "file"}, "file"),
         ({"out": tmp_path / "full"}, "other files"),
         ({"out": Path("/proc/store")}, "writable"),
