@@ -217,10 +217,20 @@ def logits_at(model: "ESM2", tokens: Tensor, chosen: Tensor) -> Tensor:
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         q, k = (r.unflatten(0, q.shape[:2]) for r in attention.rot_emb(q.flatten(0, 1), k.flatten(0, 1)))
-        h = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=visible)
+        h = _attend(q.to(v.dtype), k.to(v.dtype), v, visible)
         x = x + attention.out_proj(h.transpose(1, 2).flatten(2))
         x = x + layer.fc2(F.gelu(layer.fc1(layer.final_layer_norm(x))))
     return model.lm_head(model.emb_layer_norm_after(x[chosen]))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    """Attention (n, heads, l, d / heads); in bfloat16 two plain products, whose backward is twice as fast on CPU."""
+    if v.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
+    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
 
 
 def save_checkpoint(model: "ESM2", path: Path) -> None:

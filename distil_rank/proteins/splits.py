@@ -33,6 +33,7 @@ _CLASSES = ("LM", "IV", "KR", "EQ", "AST", "ND", "FY", "C", "G", "H", "P", "W")
 _PATTERNS = ("1101100111", "111010010011")  # which of the letters at these offsets make the word
 _HIT_WINDOW = 8  # two words count as one diagonal if their diagonals differ by at most this many residues (small gaps)
 _BUCKET = 400  # a word is paired with at most this many later occurrences of itself (repeats, giant families)
+_RESIDUES_PER_HIT = 300  # chance alone gives long pairs more shared words, so they need one more per so many residues
 _HITS_AT_ONCE = 40_000_000  # memory: 8 bytes each, a few times
 
 
@@ -75,7 +76,7 @@ def related(a: str, b: str, identity: float = 0.3) -> bool:
     if len(a) > len(b):
         a, b = b, a
     blosum = parasail.blosum62
-    least = min(60, sum(int(blosum.matrix[k, k]) for k in blosum.mapper[np.frombuffer(a.encode(), np.uint8)]) / 2)
+    least = min(60.0, sum(int(blosum.matrix[k, k]) for k in blosum.mapper[list(a[:40].encode())]) / 2)
     if parasail.sw_striped_sat(a, b, 11, 1, blosum).score < least:
         return False
     best = parasail.sw_stats_striped_sat(a, b, 11, 1, blosum)
@@ -113,8 +114,9 @@ def split(labels: NDArray[np.int64], fractions: Sequence[float], seed: int = 0) 
 
 def _by_words(sequences: Sequence[str]) -> Iterator[NDArray[np.int64]]:
     """Candidate pairs (m, 2) that share two words on one diagonal, those with most shared words first in each batch."""
-    starts = np.concatenate([[0], np.cumsum([len(sequence) for sequence in sequences])])
-    owner = np.repeat(np.arange(len(sequences)), np.diff(starts))
+    lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    owner = np.repeat(np.arange(len(sequences)), lengths)
     tables = [_word_table("".join(sequences), starts, pattern) for pattern in _PATTERNS]
     hits = np.zeros(len(sequences), dtype=np.int64)  # pairs of words to come, by the sequence of the first
     for words, positions in tables:
@@ -126,9 +128,9 @@ def _by_words(sequences: Sequence[str]) -> Iterator[NDArray[np.int64]]:
         keys.sort()
         same = (keys[1:] >> 20 == keys[:-1] >> 20) & (keys[1:] - keys[:-1] <= _HIT_WINDOW)
         pairs, count = np.unique(keys[1:][same] >> 20, return_counts=True)
-        pairs, count = pairs[count >= 2], count[count >= 2]
-        pairs = pairs[np.argsort(-count, kind="stable")]
-        yield np.stack([pairs // len(sequences), pairs % len(sequences)], axis=1)
+        pairs = np.stack([pairs // len(sequences), pairs % len(sequences)], axis=1)[np.argsort(-count, kind="stable")]
+        expected = lengths[pairs].min(axis=1) // _RESIDUES_PER_HIT
+        yield pairs[np.sort(count)[::-1] > expected]
 
 
 def _word_table(letters: str, starts: NDArray[np.int64], pattern: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
