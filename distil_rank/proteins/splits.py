@@ -69,18 +69,23 @@ def cluster(sequences: Sequence[str], identity: float = 0.3, candidates: str = "
 
 def related(a: str, b: str, identity: float = 0.3) -> bool:
     """Whether two cleaned sequences are near relatives, as defined above."""
+    return aligned_identity(a, b) >= identity
+
+
+def aligned_identity(a: str, b: str) -> float:
+    """Equal residues per column of the best local alignment; 0 where it scores too little or spans too little."""
     import parasail
 
     if not a or not b or a == b:
-        return a == b
+        return float(a == b)
     if len(a) > len(b):
         a, b = b, a
     blosum = parasail.blosum62
     least = min(60.0, sum(int(blosum.matrix[k, k]) for k in blosum.mapper[list(a[:40].encode())]) / 2)
     if parasail.sw_striped_sat(a, b, 11, 1, blosum).score < least:
-        return False
+        return 0.0
     best = parasail.sw_stats_striped_sat(a, b, 11, 1, blosum)
-    return best.matches >= identity * best.length and 2 * best.length >= len(a)
+    return best.matches / best.length if 2 * best.length >= len(a) else 0.0
 
 
 def split(labels: NDArray[np.int64], fractions: Sequence[float], seed: int = 0) -> list[NDArray[np.int64]]:
