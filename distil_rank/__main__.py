@@ -12,6 +12,7 @@ from distil_rank.errors import one_line_errors
 COMMANDS: dict[str, tuple[str, str]] = {
     "embed": ("distil_rank.proteins.embeddings", "embed the proteins of a FASTA with an ESM-2 model"),
     "moments": ("distil_rank.proteins.moments", "count, mean and covariance of embeddings"),
+    "pretrain": ("distil_rank.proteins.pretrain", "train a small protein language model of the ESM-2 architecture"),
 }
 
 

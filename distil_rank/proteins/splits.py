@@ -139,7 +139,7 @@ def _by_words(sequences: Sequence[str]) -> Iterator[NDArray[np.int64]]:
 
 
 def _word_table(letters: str, starts: NDArray[np.int64], pattern: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Sorted words and the position of each, without words of other letters, of one or two classes, or across two sequences."""
+    """Sorted words and their positions, without words of other letters, of one or two classes, or across sequences."""
     code = np.full(256, -1, dtype=np.int64)
     for number, members in enumerate(_CLASSES):
         code[[ord(letter) for letter in members]] = number
@@ -160,9 +160,9 @@ def _word_table(letters: str, starts: NDArray[np.int64], pattern: str) -> tuple[
 
 
 def _word_pairs(
-    table: tuple[NDArray, NDArray], starts: NDArray[np.int64], owner, low: int, high: int
+    table: tuple[NDArray, NDArray], starts: NDArray[np.int64], owner: NDArray[np.int64], low: int, high: int
 ) -> NDArray[np.int64]:
-    """(first sequence, second sequence, diagonal) packed into integers, for each pair of equal words whose first is in [low, high)."""
+    """(first sequence, second, diagonal) packed into integers, for each pair of equal words with the first in [low, high)."""
     words, positions = table
     n = len(starts) - 1
     alive = np.flatnonzero((positions >= starts[low]) & (positions < starts[high]))
@@ -184,7 +184,8 @@ def _by_search(sequences: Sequence[str]) -> Iterator[NDArray[np.int64]]:
     with tempfile.TemporaryDirectory() as folder:
         fasta, hits = Path(folder, "all.fasta"), Path(folder, "hits.tsv")
         write_fasta(fasta, (Protein(str(i), str(i), sequence) for i, sequence in enumerate(sequences)))
-        command = ["mmseqs", "easy-search", fasta, fasta, hits, Path(folder, "work"), "-s", "7.5", "-e", "10"]
+        files = [str(fasta), str(fasta), str(hits), str(Path(folder, "work"))]
+        command = ["mmseqs", "easy-search", *files, "-s", "7.5", "-e", "10"]
         done = subprocess.run(
             [*command, "--format-output", "query,target"], capture_output=True, text=True, check=False
         )
