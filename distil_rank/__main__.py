@@ -3,13 +3,13 @@
 import importlib
 import sys
 
-import tyro
-
 from distil_rank.errors import one_line_errors
 
 # command -> module with a frozen dataclass `Config` (its fields are the flags) and `run(config)`; and one line of help.
 # A module is imported only when its command is called, so `--help` answers at once.
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "report": ("distil_rank.redraw", "redraw the figures and tables of results/ from their JSON"),
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -17,6 +17,8 @@ def main(arguments: list[str] | None = None) -> None:
     for length in (2, 1):
         command = " ".join(arguments[:length])
         if command in COMMANDS:
+            import tyro
+
             module = importlib.import_module(COMMANDS[command][0])
             program = f"distil-rank {command}"
             with one_line_errors(program):
