@@ -37,9 +37,9 @@ from distil_rank.statistics.moments import Moments
 class Config:
     train: Path | None = None  # embeddings to fit on (n, d); default: embeddings_train.pt, or synthetic without it
     val: Path | None = None  # held-out embeddings (n, d); every reported figure is measured on them
-    source: str = (
-        ""  # name of the data in tables and figures; default: from embeddings.json beside the data, or the file
-    )
+    source: str = ""  # name of the data in tables and figures; default: from embeddings.json, or the file name
+    model: str = ""  # name of the model behind the embeddings; default: from embeddings.json
+    synthetic: bool = False  # synthetic embeddings even where embeddings_train.pt is here
     teacher: Path | None = None  # your own layer beside the three: .pt or .safetensors with weight and bias
     key: str | None = None  # which layer of that file, for instance classifier.dense
     rank: int | None = None  # rank of every student; default: d / 20, at least 1
