@@ -19,6 +19,7 @@ from distil_rank.proteins.esm2 import MASK, tokenise
 from distil_rank.proteins.fasta import AMINO_ACIDS
 from distil_rank.randomness import generator
 from distil_rank.records import interval
+from distil_rank.statistics.intervals import bootstrap_counts, percentile_interval
 
 if TYPE_CHECKING:
     from esm.model.esm2 import ESM2
@@ -102,10 +103,10 @@ def perplexity(model: "ESM2", sequences: Sequence[str], seed: int = 0, longest: 
         owner = torch.tensor([item.protein for item in group])[chosen.nonzero()[:, 0]].numpy()
         np.add.at(sums, owner, loss.double().numpy())
         np.add.at(counts, owner, 1)
-    drawn = torch.randint(len(sums), (1000, len(sums)), generator=generator(seed, "bootstrap")).numpy()
-    low, high = np.exp(np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), (0.025, 0.975)))
+    drawn = bootstrap_counts(len(sums), 1000, generator(seed, "bootstrap")).numpy()
+    low, high = percentile_interval(np.exp((drawn @ sums) / (drawn @ counts)))
     value = float(np.exp(sums.sum() / counts.sum()))
-    return interval(value, float(low), float(high), False, proteins=len(sequences), residues=int(counts.sum()))
+    return interval(value, low, high, False, proteins=len(sequences), residues=int(counts.sum()))
 
 
 def save_checkpoint(model: "ESM2", path: Path) -> None:
