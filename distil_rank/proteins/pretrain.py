@@ -7,7 +7,8 @@ The model is fair-esm's own ESM2 with its alphabet and token dropout, trained by
 amino acids are chosen, of which 80 % become <mask>, 10 % another one, 10 % stay (Lin et al. 2023, Science 379:1123).
 AdamW, linear warm-up, cosine decay to a tenth. The checkpoint (float16) has fair-esm's format, without contact
 regression. It appears when training is complete; until then OUT.state holds what a killed run needs to end bit-equal to
-an undisturbed one (on the same kind of machine, with the same number of threads).
+an undisturbed one (on the same kind of machine, with the same number of threads). A run that goes on with another
+--tokens follows the new schedule from there; with any other difference it is refused.
 """
 
 import math
@@ -84,7 +85,7 @@ def train(config: Config, sequences: Sequence[str]) -> "ESM2":
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
     state_path = config.out.with_name(config.out.name + ".state")
-    settings = {k: str(v) for k, v in asdict(config).items() if k not in ("out", "save_every")}
+    settings = {k: str(v) for k, v in asdict(config).items() if k not in ("out", "tokens", "save_every")}
     step = seen = 0
     if state_path.exists():
         state = _read_state(state_path, settings)

@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -81,11 +82,20 @@ def aligned_identity(a: str, b: str) -> float:
     if len(a) > len(b):
         a, b = b, a
     blosum = parasail.blosum62
-    least = min(60.0, sum(int(blosum.matrix[k, k]) for k in blosum.mapper[list(a[:40].encode())]) / 2)
+    least = min(60.0, sum(map(_self_scores().__getitem__, a[:40])) / 2)
     if parasail.sw_striped_sat(a, b, 11, 1, blosum).score < least:
         return 0.0
     best = parasail.sw_stats_striped_sat(a, b, 11, 1, blosum)
     return best.matches / best.length if 2 * best.length >= len(a) else 0.0
+
+
+@cache
+def _self_scores() -> dict[str, int]:
+    """What a letter scores against itself; the package's own table is slow to index."""
+    import parasail
+
+    table = parasail.blosum62.matrix.copy()
+    return {chr(code): int(table[row, row]) for code, row in enumerate(parasail.blosum62.mapper) if code < 128}
 
 
 def split(labels: NDArray[np.int64], fractions: Sequence[float], seed: int = 0) -> list[NDArray[np.int64]]:
