@@ -37,9 +37,9 @@ from distil_rank.statistics.moments import Moments
 class Config:
     train: Path | None = None  # embeddings to fit on (n, d); default: embeddings_train.pt, or synthetic without it
     val: Path | None = None  # held-out embeddings (n, d); every reported figure is measured on them
-    source: str = (
-        ""  # name of the data in tables and figures; default: from embeddings.json beside the data, or the file
-    )
+    source: str = ""  # name of the data in tables and figures; default: from embeddings.json, or the file name
+    model: str = ""  # name of the model behind the embeddings; default: from embeddings.json
+    synthetic: bool = False  # synthetic embeddings even where embeddings_train.pt is here
     teacher: Path | None = None  # your own layer beside the three: .pt or .safetensors with weight and bias
     key: str | None = None  # which layer of that file, for instance classifier.dense
     rank: int | None = None  # rank of every student; default: d / 20, at least 1
@@ -61,7 +61,7 @@ FVU_TARGETS = (0.10, 0.05, 0.01)
 TIMED = ("latency", "latency_teacher_ms", "latency_student_ms", "speedup")
 SYNTHETIC = "synthetic, matched to published statistics of ESM-2 650M"
 SYNTHETIC_NOTICE = (
-    "SYNTHETIC embeddings: embeddings_train.pt and embeddings_val.pt are not here.",
+    "SYNTHETIC embeddings are used: asked for, or embeddings_train.pt and embeddings_val.pt are not here.",
     "They match published statistics of ESM-2 650M; no figure below is about real proteins.",
 )
 CONSTANT, SVD, SVD_BIAS = "constant (mean output)", "truncated SVD", "truncated SVD, bias refitted"
@@ -72,11 +72,10 @@ OPTIMUM, COSINE_AWARE, FLOOR = "optimum", "optimum, cosine-aware", "floor (held 
 # 2. Data ---------------------------------------------------------------------------------------------------------------
 def load_data(config: Config) -> tuple[Tensor, Tensor, dict[str, object]]:
     """Training and held-out embeddings in float32, and what is known about them."""
-    default = ROOT / "embeddings_train.pt", ROOT / "embeddings_val.pt"
     if (config.train is None) != (config.val is None):
         raise InputError("both --train and --val are required, got one of them; give the other, or neither")
-    paths = default if config.train is None or config.val is None else (config.train, config.val)
-    if config.train is None and not any(path.exists() for path in paths):
+    paths = [config.train or ROOT / "embeddings_train.pt", config.val or ROOT / "embeddings_val.pt"]
+    if config.synthetic or (config.train is None and not any(path.exists() for path in paths)):
         n_train, n_val = (1500, 500) if config.quick else (4000, 1000)
         x, x_val = synthetic_embeddings(n_train, 0, "train"), synthetic_embeddings(n_val, 0, "val")
         return x, x_val, {"source": SYNTHETIC, "model": None, "sha256": None, "files": None}
@@ -86,7 +85,7 @@ def load_data(config: Config) -> tuple[Tensor, Tensor, dict[str, object]]:
     known = provenance(paths[0])
     record = {
         "source": config.source or known.get("source") or shown_path(paths[0]),
-        "model": known.get("model"),
+        "model": config.model or known.get("model"),
         "sha256": {"train": sha256(paths[0]), "val": sha256(paths[1])},
         "files": [shown_path(path) for path in paths],
     }
@@ -258,10 +257,6 @@ def run(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
         "input_dim": x.shape[1],
     }
     head["data"] = data | {"n_train": len(x), "n_val": len(x_val), "dim": x.shape[1]}
-    machine = [
-        "environment",
-        *(f"experiments.*.{key}" for key in ("latency", "latency_teacher_ms", "latency_student_ms", "speedup")),
-    ]
     summary = head | {
         "seeds": list(range(config.seeds)),
         "experiments": experiments,
@@ -293,6 +288,8 @@ def check(config: Config) -> Config:
         raise InputError(f"--batch must be at least 1, got {min(config.batch)}")
     if config.key is not None and config.teacher is None:
         raise InputError("--key chooses a layer of --teacher, which is missing; give --teacher FILE")
+    if config.synthetic and (config.train or config.val):
+        raise InputError("--synthetic or --train and --val required, got both; choose one")
     if config.quick:
         config = replace(config, seeds=min(config.seeds, 2), steps=min(config.steps, 100), teacher_steps=50,
                          bootstrap=200, rounds=20, out=config.out / "quick")  # fmt: skip
