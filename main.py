@@ -18,7 +18,7 @@ from tqdm import tqdm
 from distil_rank.errors import InputError, one_line_errors
 from distil_rank.layers import report, tables
 from distil_rank.layers.cosine import cosine_aware_optimum, cosine_bound
-from distil_rank.layers.fidelity import row_errors, summarise
+from distil_rank.layers.fidelity import RowErrors, fvu, row_errors, summarise
 from distil_rank.layers.latency import compare_latency, parameters
 from distil_rank.layers.lowrank import LowRankLinear, optimum, refit_bias, smallest_rank, truncated_svd
 from distil_rank.layers.rank_curve import floor_curve, held_out_curve
@@ -152,20 +152,24 @@ def compare(
         students[COSINE_AWARE].append(LowRankLinear(*(part.float() for part in aware)))
         students[FLOOR].append(optimum(weight, bias, held_out, rank).student(rank))
         y_val = teacher(x_val)
-        fvu, cosine = held_out_curve(solution, y_val)
-        curves.append({"train_fvu": solution.fvu, "fvu": fvu, "floor_fvu": floor_curve(y_val), "cosine": cosine})
+        achieved, cosine = held_out_curve(solution, y_val)
+        curves.append({"train_fvu": solution.fvu, "fvu": achieved, "floor_fvu": floor_curve(y_val), "cosine": cosine})
     return Comparison(teachers, students, losses, curves)
 
 
 # 5. Fidelity on held-out rows ------------------------------------------------------------------------------------------
 def measure(comparison: Comparison, x: Tensor, x_val: Tensor, rank: int, counts: Tensor) -> dict[str, Any]:
     """Every metric of every student with intervals, paired with the optimum; and the ranks that reach the FVU targets."""
-    rows, train_fvu = {}, {}
-    for label, layers in comparison.students.items():
-        dtype = torch.float64 if label == FLOOR else torch.float32  # the floor is a bound: it is not rounded
-        pairs = list(zip(comparison.teachers, layers))
-        rows[label] = [row_errors(teacher(x_val), student(x_val.to(dtype))) for teacher, student in pairs]
-        train_fvu[label] = [row_errors(teacher(x), student(x.to(dtype))).fvu for teacher, student in pairs]
+    rows: dict[str, list[RowErrors]] = {label: [] for label in comparison.students}
+    train_fvu: dict[str, list[float]] = {label: [] for label in comparison.students}
+    bounds = []
+    for seed, teacher in enumerate(comparison.teachers):
+        y, y_val = teacher(x), teacher(x_val)
+        bounds.append(cosine_bound(y_val, rank))
+        for label, layers in comparison.students.items():
+            dtype = torch.float64 if label == FLOOR else torch.float32  # the floor is a bound: it is not rounded
+            rows[label].append(row_errors(y_val, layers[seed](x_val.to(dtype))))
+            train_fvu[label].append(fvu(y, layers[seed](x.to(dtype))))
     for label, seeds in rows.items():
         for seed, curve in zip(seeds, comparison.curves):
             floor = float(curve["floor_fvu"][rank])
@@ -176,7 +180,6 @@ def measure(comparison: Comparison, x: Tensor, x_val: Tensor, rank: int, counts:
         reference = None if label in (OPTIMUM, FLOOR) else rows[OPTIMUM]
         students[label] = summarise(seeds, counts, reference) | {"train_fvu": train_fvu[label]}
     mean = mean_curve(comparison)
-    bounds = [cosine_bound(teacher(x_val), rank) for teacher in comparison.teachers]
     return {
         "students": students,
         "verdict": tables.verdict(students[DISTILLED]["fvu_minus_optimum"], students[OPTIMUM]["fvu"]),
