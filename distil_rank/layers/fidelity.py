@@ -29,7 +29,11 @@ class RowErrors:
     centred_cosine: Tensor  # of y - mean y and y' - mean y, 0 where the student outputs that mean
 
     @property
-    def fvu(outputs: Tensor, prediction: Tensor) -> float:
+    def fvu(self) -> float:
+        return float(self.error.sum() / self.variance.sum())
+
+
+def fvu(outputs: Tensor, prediction: Tensor) -> float:
     """FVU alone, of outputs and predictions (n, d_out) compared in the outputs' dtype: cheap on many rows."""
     mse = torch.nn.functional.mse_loss(prediction.to(outputs), outputs)
     return float(mse / outputs.var(0, correction=0).mean())
