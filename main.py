@@ -112,7 +112,7 @@ class Comparison:
     """The students of one teacher, a list over seeds each, and what is known of every rank."""
 
     teachers: list[nn.Linear]
-    students: dict[str, list[nn.Module]]
+    students: dict[str, list[Any]]
     losses: dict[str, Tensor]  # distillation loss (seeds, steps)
     curves: list[dict[str, Tensor]]  # FVU and cosine at rank 0 ... d
 
@@ -129,7 +129,7 @@ def compare(
     # truncated SVD: as it is, with the bias refitted, and as the warm start of distillation
     factors = [truncated_svd(w, rank) for w in weights]
     refitted = [refit_bias(w, c, A, B, moments.mean.float()) for w, c, (A, B) in zip(weights, biases, factors)]
-    students: dict[str, list[nn.Module]] = {
+    students: dict[str, list[Any]] = {
         CONSTANT: [Constant(y.mean(0)) for y in outputs],
         SVD: [LowRankLinear(A, B, c) for (A, B), c in zip(factors, biases)],
         SVD_BIAS: [LowRankLinear(A, B, c) for (A, B), c in zip(factors, refitted)],
@@ -170,15 +170,15 @@ def measure(comparison: Comparison, x: Tensor, x_val: Tensor, rank: int, counts:
             dtype = torch.float64 if label == FLOOR else torch.float32  # the floor is a bound: it is not rounded
             rows[label].append(row_errors(y_val, layers[seed](x_val.to(dtype))))
             train_fvu[label].append(fvu(y, layers[seed](x.to(dtype))))
-    for label, seeds in rows.items():
-        for seed, curve in zip(seeds, comparison.curves):
-            floor = float(curve["floor_fvu"][rank])
-            if seed.fvu < floor * (1 - 1e-6) - 1e-12:
-                raise AssertionError(f"{label} is below the floor ({seed.fvu} < {floor}): a bug, please report it")
+    floors = [float(curve["floor_fvu"][rank]) for curve in comparison.curves]
+    for label, errors in rows.items():
+        for found, floor in zip((error.fvu for error in errors), floors):
+            if found < floor * (1 - 1e-6) - 1e-12:
+                raise AssertionError(f"{label} is below the floor ({found} < {floor}): a bug, please report it")
     students: dict[str, dict[str, Any]] = {}
-    for label, seeds in rows.items():
+    for label, errors in rows.items():
         reference = None if label in (OPTIMUM, FLOOR) else rows[OPTIMUM]
-        students[label] = summarise(seeds, counts, reference) | {"train_fvu": train_fvu[label]}
+        students[label] = summarise(errors, counts, reference) | {"train_fvu": train_fvu[label]}
     mean = mean_curve(comparison)
     return {
         "students": students,
