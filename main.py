@@ -47,7 +47,7 @@ class Config:
     steps: int = 1000  # distillation steps
     teacher_steps: int = 500  # training steps of the task-trained teacher
     batch: tuple[int, ...] = ()  # batch sizes to time beside 1, 32 and 512
-    rounds: int = 100  # interleaved timings of teacher and student
+    rounds: int = 50  # interleaved timings of teacher and student
     bootstrap: int = 1000  # bootstrap draws behind every interval
     threads: int = 1  # threads while timing on a CPU
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto takes CUDA where there is one

@@ -200,13 +200,6 @@ def test_a_saved_student_is_the_same_student(tmp_path):
         LowRankLinear.load(tmp_path / "t.safetensors")
 
 
-def test_stored_for_inference_it_is_the_same_student():
-    student, _ = compress_linear(nn.Linear(24, 12), Moments.of(inputs("plain").float()), rank=3)
-    deployed, x = student.for_inference(), torch.randn(5, 24)
-    torch.testing.assert_close(deployed(x), student(x))
-    assert deployed.A.weight.T.is_contiguous() and not any(p.requires_grad for p in deployed.parameters())
-
-
 def test_a_student_is_a_plain_module():
     student, _ = compress_linear(nn.Linear(24, 12), Moments.of(inputs("plain").float()), rank=3)
     x = torch.randn(5, 24)
