@@ -21,8 +21,8 @@ from distil_rank.proteins.fasta import Protein, write_fasta
 from distil_rank.proteins.pooling import embed
 from distil_rank.proteins.store import EmbeddingStore
 from distil_rank.statistics.moments import Moments
+from tests.conftest import ROOT
 from tests.proteins import reference
-from tests.proteins.conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("untouched_global_state")
 
