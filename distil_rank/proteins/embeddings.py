@@ -202,18 +202,23 @@ def _open_store(folder: Path, provenance: dict[str, Any], group: Group) -> None:
         if different:
             described = ", ".join(f"{key} {provenance[key]} (the store has {found.get(key)})" for key in different)
             raise InputError(f"the same settings as in {folder} required, got {described}; choose another --out")
-    elif folder.is_dir() and any(".tmp" not in path.suffix for path in folder.iterdir()):
+    elif folder.is_dir() and not all(_left_over(path) for path in folder.iterdir()):
         raise InputError(
             f"a new or empty folder or a store required, got {folder} with other files; choose another --out"
         )
     require_writable(folder)
     group.barrier()
     if group.rank == 0:
-        for path in folder.glob("*.tmp*"):
-            path.unlink()  # left by a killed run
+        for path in filter(_left_over, folder.iterdir()):
+            path.unlink()
         if not (folder / PROVENANCE).exists():
             write_json(folder / PROVENANCE, provenance)
     group.barrier()
+
+
+def _left_over(path: Path) -> bool:
+    """Whether this is an unfinished file (or the probe of `require_writable`) that a killed run left behind."""
+    return path.suffix.startswith(".tmp") or path.name.startswith(".write-test-")
 
 
 def _fill(config: Config, model: ESM2, provenance: dict[str, Any], group: Group) -> None:

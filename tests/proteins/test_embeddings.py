@@ -195,6 +195,13 @@ def test_killed_before_a_file_is_complete_then_resumed(config, whole, processes,
     assert contents(config.out) == contents(whole)
 
 
+def test_what_a_run_killed_at_its_very_start_left_is_no_obstacle(config, whole, tmp_path):
+    for name in (".write-test-123", "store.json.tmp123"):
+        (tmp_path / name).write_text("")
+    run(replace(config, out=tmp_path))
+    assert contents(tmp_path) == contents(whole)
+
+
 def _kill_at_random_points(config, whole, processes, folder, points):
     """Kill after a random share of the time that a whole run takes, and resume."""
     started = time.perf_counter()
