@@ -116,8 +116,6 @@ def _check(config: Config) -> None:
     if config.split is not None and (config.pool == "residues" or len(config.layers) > 1 or not 0 < config.split < 1):
         got = f"split {config.split}, pool {config.pool}, {len(config.layers)} layers"
         raise InputError(f"a split between 0 and 1 of one vector per protein, from one layer, required, got {got}")
-    if not config.layers or len(set(config.layers)) < len(config.layers):
-        raise InputError(f"one or more distinct layers required, got {config.layers}")
 
 
 def _shards(config: Config, warn: Callable[[str], None]) -> Iterator[list[Protein]]:
@@ -172,12 +170,15 @@ def _plan_split(config: Config) -> Split:
 
 def _provenance(config: Config, loaded: Loaded, survey: _Survey) -> dict[str, Any]:
     """What decides the bytes of the store, and nothing that depends on the machine."""
+    layers = loaded.model.depths(config.layers)
+    if not layers or len(set(layers)) < len(layers):
+        raise InputError(f"one or more distinct layers required, got {config.layers}, which are layers {layers}")
     return {
         "schema": SCHEMA,
         "model": loaded.name,
         "weights_sha256": loaded.sha256,
         "pool": config.pool,
-        "layers": loaded.model.depths(config.layers),
+        "layers": layers,
         "dim": loaded.model.width,
         "dtype": config.dtype,
         "compute": config.compute,

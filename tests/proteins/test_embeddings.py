@@ -353,7 +353,7 @@ def test_bad_settings_are_refused_before_anything_is_written(config, tmp_path):
         ),
         ({"model": "esm3"}, "required a model name"),
         ({"layers": (4,)}, "layers between -4 and 3"),
-        ({"layers": (1, 1)}, "distinct layers"),
+        ({"layers": (3, -1)}, "distinct layers"),
         ({"layers": ()}, "distinct layers"),
         ({"max_length": 2}, "max_length"),
         ({"batch_tokens": 0}, "batch_tokens"),
