@@ -383,3 +383,24 @@ def test_changes_to_sequences_are_counted_aloud(config, tmp_path, capsys):
 def test_progress_is_silent_in_a_pipe(config, tmp_path, capsys):
     run(replace(config, out=tmp_path / "out"))
     assert "%" not in capsys.readouterr().err and embeddings.__doc__
+
+
+def _peak(config: Config, queue) -> None:
+    run(config)
+    status = Path("/proc/self/status").read_text().splitlines()
+    queue.put(next(int(line.split()[1]) for line in status if line.startswith("VmHWM")))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads peak memory from /proc")
+def test_peak_memory_does_not_grow_with_the_number_of_proteins(config, processes, tmp_path):
+    peak = {}
+    for count in (100, 3000):
+        reference.random_fasta(tmp_path / f"{count}.fasta", count, longest=100)
+        small = replace(config, fasta=tmp_path / f"{count}.fasta", out=tmp_path / str(count), shard_residues=4000)
+        queue = processes.Queue()
+        process = processes.Process(target=_peak, args=(small, queue))
+        process.start()
+        peak[count] = queue.get(timeout=600)
+        process.join()
+    assert peak[3000] < 1.05 * peak[100]
