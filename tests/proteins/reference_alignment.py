@@ -12,10 +12,10 @@ class Alignment:
 def local_alignment(a: str, b: str, open_gap: int = 11, extend: int = 1) -> Alignment:
     import parasail
 
-    blosum = parasail.blosum62
+    table, row = parasail.blosum62.matrix.copy(), parasail.blosum62.mapper
 
     def similarity(x: str, y: str) -> int:
-        return int(blosum.matrix[blosum.mapper[ord(x)], blosum.mapper[ord(y)]])
+        return int(table[row[ord(x)], row[ord(y)]])
 
     Cell = tuple[float, frozenset[tuple[int, int]]]
     nothing: Cell = (float("-inf"), frozenset())
