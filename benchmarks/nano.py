@@ -30,7 +30,10 @@ from distil_rank.statistics.intervals import bootstrap_counts, percentile_interv
 
 MODELS = ROOT / "models"
 TRAIN = Path("train.fasta.gz")
-NOTE = ""
+NOTE = (
+    "nano-128 and nano-256 were begun with larger budgets (3e6; 6e6, then 3e6) and continued with --tokens 2e6 after "
+    "1.00e6 and 1.16e6 residues, so up to there their learning rate fell more slowly than a single run's."
+)
 SIZES = {
     "nano-64": Config(TRAIN, Path("nano-64.pt"), layers=4, width=64, heads=4, tokens=2e6, learning_rate=3e-3),
     "nano-128": Config(TRAIN, Path("nano-128.pt"), layers=6, width=128, heads=4, tokens=2e6),
