@@ -5,9 +5,9 @@
     z = chain.embed({"8M": h8, "35M": h35}, dim=480)         # the same columns, without running the 650M model
     chain.reconstruct(z, "650M")                             # raw_650M from the nested embedding
 
-Each stage is fitted on nested_r, which is what it is applied to, never on raw_r. All stages come from one streaming pass over the
-moments of all sizes side by side: nested_r is affine in the raw embeddings, so the joint moments of [nested_r, raw_p] are an
-affine image of those. The map is affine, so the nested embedding of a mean is the mean of the nested embeddings.
+Each stage is fitted on nested_r, which is what it is applied to, never on raw_r. All stages come from one streaming pass
+over the moments of all sizes side by side: nested_r is affine in the raw embeddings, so the joint moments of [nested_r,
+raw_p] are an affine image of those. The map is affine, so the nested embedding of a mean is the mean of the nested ones.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class NestedChain:
         """
         check_regression(regression, components)
         rows = as_rows(stores)
+        check_order({name: r.dim for name, r in rows.items()})
         fitted, other = joint_moments(rows, held_out)
         widths = {name: r.dim for name, r in rows.items()}
         return cls.fit_moments(fitted, widths, regression, components, scale_features, directions, other)
@@ -162,7 +163,7 @@ class NestedChain:
         return [name for i, name in enumerate(self.sizes) if i == 0 or dim is None or dims[self.sizes[i - 1]] < dim]
 
     def embed(self, raws: Mapping[str, Tensor], dim: int | None = None, normalize: bool = False) -> Tensor:
-        """Nested embedding (..., dim) of raw embeddings (..., k) by size; dtype of the smallest one, whose columns are copied.
+        """Nested embedding (..., dim) of raw embeddings (..., k) by size, in the dtype of the smallest, which is copied.
 
         `dim` cuts the embedding (default: the whole chain); models beyond it are not needed. `normalize` divides by the
         L2 norm after the cut.
@@ -229,7 +230,7 @@ class NestedChain:
         }
 
     def save(self, folder: str | Path) -> None:
-        """Write `chain.safetensors` (whole or not at all; the configuration is in its header) and a readable `config.json`."""
+        """Write `chain.safetensors`, whole or not at all, with the configuration in its header, and `config.json` to read."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
@@ -268,7 +269,7 @@ class NestedChain:
 
 
 def joined_moments(moments: Moments, nested: Tensor, shift: Tensor, columns: slice) -> Moments:
-    """Moments of [nested_r, raw_p] from those of all sizes side by side; raw_p lies in `columns`, the sizes up to r before it."""
+    """Moments of [nested_r, raw_p] from those of all sizes side by side; raw_p lies in `columns`, sizes up to r before."""
     before, scatter = nested.shape[1], moments.scatter
     across = nested @ scatter[:before, columns]
     among = symmetric_product(nested @ scatter[:before, :before], nested.T)

@@ -1,4 +1,4 @@
-"""Regression of x on z from their joint moments: OLS, ridge (GCV) and principal components, as one filter on one `eigh`.
+"""Regression of x on z from their joint moments: OLS, ridge (GCV) or principal components, as one filter on one `eigh`.
 
 With Cov z = Q diag(L) Q^T (descending), C = Q^T Cov(z, x) and filter factors f in [0, 1]:
 
@@ -40,7 +40,8 @@ def regress(
     check_regression(regression, components)
     covariance = joint.covariance
     L, Q = (t.flip(-1) for t in torch.linalg.eigh(covariance[:prefix, :prefix]))
-    rank = int((L > torch.finfo(torch.float64).eps * prefix * L[0]).sum())
+    null = torch.finfo(torch.float64).eps * prefix * float(L[0])
+    rank = int((L > null).sum())
     if rank == 0:
         raise InputError("a prefix that varies required, got constant features; check the embeddings")
     C = Q.T @ covariance[:prefix, prefix:]
@@ -52,7 +53,8 @@ def regress(
         fit = Fit(regression, rank, penalty=penalty)
     elif regression == "pcr":
         if components == "mp":
-            q = int((L > marchenko_pastur_edge(L, joint.count)).sum())
+            edge = marchenko_pastur_edge(L, joint.count)
+            q = int((L > edge).sum())
         elif components == "held-out":
             q = held_out_components(joint, prefix, Q, L, C, rank, held_out)
         else:
@@ -76,8 +78,8 @@ def check_regression(regression: str, components: str | int) -> None:
 def marchenko_pastur_edge(eigenvalues: Tensor, rows: float) -> float:
     """sigma^2 (1 + sqrt(k / n))^2 with sigma^2 the median eigenvalue: the rule published for Reverse Distillation.
 
-    The upper edge of the spectrum of pure noise (Marchenko and Pastur, 1967). Taking the median for the noise level keeps about
-    half of all components whatever the spectrum once n >> k.
+    The upper edge of the spectrum of pure noise (Marchenko and Pastur, 1967). Taking the median for the noise level
+    keeps about half of all components whatever the spectrum once n >> k.
     """
     return float(eigenvalues.median()) * (1 + (len(eigenvalues) / rows) ** 0.5) ** 2
 

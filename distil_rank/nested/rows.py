@@ -1,4 +1,4 @@
-"""Row-wise aligned embeddings of several models: the same residues of the same proteins, in the same order, or an error."""
+"""Row-wise aligned embeddings of several models: the same residues of the same proteins in the same order, or an error."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -55,13 +55,12 @@ class TensorRows:
 
 
 def as_rows(stores: Mapping[str, Rows | Tensor]) -> dict[str, Rows]:
-    """The stores by size, checked: widths increase, and every store has the same proteins with as many rows each."""
+    """The stores by size, checked: each has the same proteins in the same order, with as many rows."""
     rows: dict[str, Rows] = {k: TensorRows(v) if isinstance(v, Tensor) else v for k, v in stores.items()}
     if len(rows) < 2:
         raise InputError(
             f"at least two sizes required, got {', '.join(rows) or 'none'}; add a larger or a smaller model"
         )
-    check_order({name: r.dim for name, r in rows.items()})
     (first, base), *others = rows.items()
     for name, other in others:
         if list(base.keys) != list(other.keys):
@@ -74,8 +73,9 @@ def as_rows(stores: Mapping[str, Rows | Tensor]) -> dict[str, Rows]:
         if list(base.lengths) != list(other.lengths):
             at = next(i for i, (a, b) in enumerate(zip(base.lengths, other.lengths)) if a != b)
             raise InputError(
-                f"one row per residue in every size required, got {base.lengths[at]} rows in {first} and {other.lengths[at]} in"
-                f" {name} for protein {at + 1}: different tokenisation, pooling or truncation; embed both the same way"
+                f"one row per residue in every size required, got {base.lengths[at]} rows in {first} and"
+                f" {other.lengths[at]} in {name} for protein {at + 1}: different tokenisation, pooling or truncation;"
+                " embed both the same way"
             )
     return rows
 
@@ -92,25 +92,21 @@ def is_held_out(key: str, fraction: float) -> bool:
     return int.from_bytes(digest[:8]) < fraction * 2.0**64
 
 
-def batches(rows: Mapping[str, Rows], chosen: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]]:
-    """Position in `chosen` after each batch, and the batch's proteins (about `size` rows, whole proteins)."""
-    lengths = next(iter(rows.values())).lengths
-    batch: list[int] = []
-    total = 0
-    for position, protein in enumerate(chosen, start=1):
-        batch.append(protein)
+def batches(lengths: Sequence[int], start: int, stop: int, rows: int) -> Iterator[tuple[int, int]]:
+    """Cut proteins start ... stop - 1 into runs (from, to) of about `rows` rows, whole proteins each."""
+    first, total = start, 0
+    for protein in range(start, stop):
         total += lengths[protein]
-        if total >= size or position == len(chosen):
-            yield position, batch
-            batch, total = [], 0
+        if total >= rows or protein == stop - 1:
+            yield first, protein + 1
+            first, total = protein + 1, 0
 
 
-def read_joined(rows: Mapping[str, Rows], proteins: Sequence[int]) -> Tensor:
-    """All sizes side by side (rows, sum of widths), float32 or wider, for these proteins; InputError on NaN."""
+def read_joined(rows: Mapping[str, Rows], start: int, stop: int) -> Tensor:
+    """All sizes side by side (rows, sum of widths), float32 or wider, for proteins start ... stop - 1."""
     parts = []
     for name, source in rows.items():
-        runs = contiguous(proteins)
-        part = torch.cat([source.read(a, b) for a, b in runs]) if len(runs) > 1 else source.read(*runs[0])
+        part = source.read(start, stop)
         if not bool(part.isfinite().all()):
             bad = int((~part.isfinite()).any(1).sum())
             raise InputError(
@@ -118,17 +114,6 @@ def read_joined(rows: Mapping[str, Rows], proteins: Sequence[int]) -> Tensor:
             )
         parts.append(part if part.dtype == torch.float64 else part.float())
     return torch.cat(parts, 1)
-
-
-def contiguous(proteins: Sequence[int]) -> list[tuple[int, int]]:
-    """Runs (start, stop) of consecutive numbers."""
-    runs: list[tuple[int, int]] = []
-    for i in proteins:
-        if runs and runs[-1][1] == i:
-            runs[-1] = (runs[-1][0], i + 1)
-        else:
-            runs.append((i, i + 1))
-    return runs
 
 
 def joint_moments(
@@ -140,57 +125,52 @@ def joint_moments(
 ) -> tuple[Moments, Moments]:
     """Moments of all sizes side by side over the fitted and over the held-out proteins: one streaming pass.
 
-    Everything later (each stage, every baseline) follows from these; memory O((sum of widths)^2), whatever the number of
-    rows. `shard` (i, n) takes every n-th protein from the i-th; shards are merged with `Moments.merge`. With `checkpoint`, a
-    killed pass goes on where it was, with an equal result. `progress` is called with the rows done.
+    Everything later (each stage, every baseline) follows from these; memory O((sum of widths)^2), whatever the number
+    of rows. `shard` (i, n) takes the i-th of n equal runs of proteins; shards are merged with `Moments.merge`. With
+    `checkpoint`, a killed pass goes on where it was, with an equal result. `progress` is called with the rows done.
     """
     if not 0 <= held_out < 1:
         raise InputError(f"a held-out fraction in [0, 1) required, got {held_out}")
     rows = as_rows(stores)
     base = next(iter(rows.values()))
-    chosen = range(shard[0], len(base.lengths), shard[1])
-    dim = sum(r.dim for r in rows.values())
-    parts = Moments(dim), Moments(dim)
-    done = 0
-    identity = hashlib.sha256(
-        json.dumps([{k: r.dim for k, r in rows.items()}, list(base.keys), held_out, shard]).encode()
-    ).hexdigest()
+    proteins, dim = len(base.lengths), sum(r.dim for r in rows.values())
+    start, stop = proteins * shard[0] // shard[1], proteins * (shard[0] + 1) // shard[1]
+    inputs = [{name: r.dim for name, r in rows.items()}, list(base.keys), held_out, shard]
+    identity = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+    fitted, other = Moments(dim), Moments(dim)
     if checkpoint is not None and checkpoint.exists():
-        done, parts = load_checkpoint(checkpoint, identity)
-    side = [is_held_out(key, held_out) for key in base.keys]
-    for number, (position, batch) in enumerate(batches(rows, list(chosen)[done:], BATCH), start=1):
-        for part, is_out in zip(parts, (False, True)):
-            proteins = [i for i in batch if side[i] == is_out]
-            if proteins:
-                part.update(read_joined(rows, proteins))
+        start, fitted, other = load_checkpoint(checkpoint, identity)
+    out = torch.tensor([is_held_out(key, held_out) for key in base.keys], dtype=torch.bool)
+    lengths = torch.tensor(base.lengths, dtype=torch.long)
+    for number, (first, last) in enumerate(batches(base.lengths, start, stop, BATCH), start=1):
+        x = read_joined(rows, first, last)
+        is_out = out[first:last].repeat_interleave(lengths[first:last])
+        fitted.update(x[~is_out] if bool(is_out.any()) else x)
+        other.update(x[is_out])
         if progress is not None:
-            progress(sum(base.lengths[i] for i in batch))
+            progress(len(x))
         if checkpoint is not None and number % SAVE_EVERY == 0:
-            save_checkpoint(checkpoint, done + position, parts, identity)
-    return parts
+            save_checkpoint(checkpoint, last, fitted, other, identity)
+    return fitted, other
 
 
-def save_checkpoint(path: Path, done: int, parts: tuple[Moments, Moments], identity: str) -> None:
-    tensors = {
-        f"{name}.{key}": value for name, part in zip(("fit", "held_out"), parts) for key, value in part.state().items()
-    }
+def save_checkpoint(path: Path, done: int, fitted: Moments, other: Moments, identity: str) -> None:
+    named = {"fit": fitted, "held_out": other}
+    tensors = {f"{name}.{key}": value for name, part in named.items() for key, value in part.state().items()}
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     save_file(tensors, temporary, metadata={"done": str(done), "identity": identity})
     os.replace(temporary, path)
 
 
-def load_checkpoint(path: Path, identity: str) -> tuple[int, tuple[Moments, Moments]]:
+def load_checkpoint(path: Path, identity: str) -> tuple[int, Moments, Moments]:
+    remedy = "delete it or choose another folder"
     try:
         with safe_open(path, framework="pt") as file:
-            metadata: dict[str, Any] = file.metadata() or {}
+            metadata = file.metadata() or {}
             if metadata.get("identity") != identity:
-                raise InputError(
-                    f"the same stores and options as when {path} was begun required; delete it or choose another folder"
-                )
-            parts = [
-                Moments.from_state({key: file.get_tensor(f"{n}.{key}") for key in ("count", "mean", "scatter")})
-                for n in ("fit", "held_out")
-            ]
-            return int(metadata["done"]), (parts[0], parts[1])
+                raise InputError(f"the same stores and options as when {path} was begun required; {remedy}")
+            keys = ("count", "mean", "scatter")
+            fitted, other = ({key: file.get_tensor(f"{n}.{key}") for key in keys} for n in ("fit", "held_out"))
+            return int(metadata["done"]), Moments.from_state(fitted), Moments.from_state(other)
     except SafetensorError as error:
-        raise InputError(f"a checkpoint of this command required, got {path}: {error}; delete it") from None
+        raise InputError(f"a checkpoint of this command required, got {path} ({error}); {remedy}") from None

@@ -7,14 +7,14 @@ With z = nested_r (k_r,) and x = raw_p (k_p,):
     V    = the m leading eigenvectors of Cov R
     nested_p = [z, V^T R]
 
-The mean of R is zero on the fitted rows, so V^T R is a plain PCA of the residual. The reconstruction of x is f(z) + scale V V^T R; its
-error is exactly the sum of Cov R's remaining eigenvalues. With OLS the new block is uncorrelated with z, and no representation of
-the same width that keeps z reconstructs x better; with PCR that holds towards the kept components only.
+The mean of R is zero on the fitted rows, so V^T R is a plain PCA of the residual. The reconstruction of x is f(z) + scale
+V V^T R; its error is exactly the sum of Cov R's remaining eigenvalues. With OLS the new block is uncorrelated with z, and
+no representation of the same width that keeps z reconstructs x better; with PCR that holds towards the kept components.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from distil_rank.statistics.moments import Moments
 
 @dataclass(frozen=True)
 class Stage:
-    """A fitted step r -> p, float64. Rows are the last axis but one or any leading shape: z (..., k_r), x (..., k_p)."""
+    """A fitted step r -> p, float64, for z (..., k_r) and x (..., k_p)."""
 
     mean_prefix: Tensor  # (k_r,)
     mean_large: Tensor  # (k_p,)
@@ -84,9 +84,9 @@ def fit_stage(
     """Fit a step from the joint moments of [nested_r, raw_p].
 
     `prefix` = k_r, `added` = m. `regression` is ols, ridge or pcr; `components` (of pcr) is mp, held-out or a number.
-    `scale_features` works in units of standard deviations, so that outlier features do not rule. `held_out` are the joint
-    moments of other proteins. With `random`, V is a random orthonormal completion instead of the residual's PCA (a
-    baseline). Raises InputError where the rows do not determine m directions.
+    `scale_features` works in units of standard deviations, so that outlier features do not rule. `held_out` are the
+    joint moments of other proteins. With `random`, V is a random orthonormal completion instead of the residual's PCA
+    (a baseline). Raises InputError where the rows do not determine m directions.
     """
     large = joint.dim - prefix
     if not (1 <= prefix < joint.dim and 1 <= added <= large):
@@ -105,27 +105,24 @@ def fit_stage(
             f" {joint.count:.0f}; give more proteins, or ask for fewer components or directions"
         )
     weight = deviation[prefix:, None] * scaled_weight / deviation[:prefix]
-    stage = Stage(
-        joint.mean[:prefix], joint.mean[prefix:], weight, deviation[prefix:], torch.eye(large).double(), joint.mean, fit
-    )
+    none = joint.mean.new_zeros(large, 0)
+    stage = Stage(joint.mean[:prefix], joint.mean[prefix:], weight, deviation[prefix:], none, joint.mean, fit)
     residual, variance = residual_covariance(joint, stage)
     eigenvalues, basis = (t.flip(-1) for t in torch.linalg.eigh(residual))
     floor = torch.finfo(torch.float64).eps * joint.dim * variance
     if random is None and float(eigenvalues[added - 1]) <= floor:
         raise InputError(
-            f"{name}: a residual with {added} directions required, got {int((eigenvalues > floor).sum())} that carry variance;"
-            " the larger embedding is (almost) a linear function of the prefix: ask for fewer directions"
+            f"{name}: a residual of {added} directions required, got {int((eigenvalues > floor).sum())} that carry"
+            " variance; the larger embedding is (almost) a linear function of the prefix: ask for fewer directions"
         )
     if random is not None:
         basis = torch.linalg.qr(torch.randn(large, large, generator=random, dtype=torch.float64))[0]
     V = fixed_signs(basis[:, :added]).contiguous()
-    return Stage(
-        *(getattr(stage, f) for f in ("mean_prefix", "mean_large", "weight", "scale")), V, eigenvalues.clamp_min(0), fit
-    )
+    return replace(stage, directions=V, eigenvalues=eigenvalues.clamp_min(0))
 
 
 def residual_covariance(joint: Moments, stage: Stage) -> tuple[Tensor, float]:
-    """Second moment of R about zero (k_p, k_p) on the rows behind `joint`, and the variance of raw_p in the same units."""
+    """Second moment of R about zero (k_p, k_p) on the rows behind `joint`, and the variance of raw_p in those units."""
     k_r, W = stage.weight.shape[1], stage.weight
     covariance = joint.covariance
     among, across, own = covariance[:k_r, :k_r], covariance[:k_r, k_r:], covariance[k_r:, k_r:]

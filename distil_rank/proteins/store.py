@@ -22,7 +22,7 @@ import struct
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -81,6 +81,10 @@ class EmbeddingStore:
         """Every id in order, repeated and empty ones too (this list is as long as the store)."""
         return [id for (id,) in self._index.execute("SELECT id FROM protein ORDER BY position")]
 
+    def column(self, name: Literal["id", "length", "rows", "sha256", "shard", "first_row"]) -> list[Any]:
+        """One column of the index, in order."""
+        return [value for (value,) in self._index.execute(f"SELECT {name} FROM protein ORDER BY position")]
+
     def positions(self, id: str) -> list[int]:
         """Where the proteins with this id stand: none, one or, as ids may repeat, several."""
         return [p for (p,) in self._index.execute("SELECT position FROM protein WHERE id = ? ORDER BY position", (id,))]
@@ -98,7 +102,7 @@ class EmbeddingStore:
                 raise KeyError(f"exactly one protein of id {key!r} required, got {len(found)}: use store.positions(id)")
             key = found[0]
         entry = self.describe(key)
-        rows = self._rows(entry["shard"], entry["first_row"], entry["rows"])
+        rows = self.read_rows(entry["shard"], entry["first_row"], entry["rows"])
         return rows if self.pool == "residues" else rows[0]
 
     def batches(self, rows: int = 8192, rank: int = 0, world: int = 1) -> Iterator[Tensor]:
@@ -106,7 +110,7 @@ class EmbeddingStore:
         for shard in range(rank, self.provenance["shards"], world):
             size = self._shard(shard).get_slice(self._tensor).get_shape()[0]
             for start in range(0, size, rows):
-                yield self._rows(shard, start, min(rows, size - start))
+                yield self.read_rows(shard, start, min(rows, size - start))
 
     def residues(self) -> Iterator[tuple[int, Tensor]]:
         """(protein index, vectors (l, d)) in order; l is 1 unless this is a store of residues.
@@ -115,7 +119,7 @@ class EmbeddingStore:
         """
         query = "SELECT position, shard, first_row, rows FROM protein ORDER BY position"
         for position, shard, start, rows in self._index.execute(query):
-            yield position, self._rows(shard, start, rows)
+            yield position, self.read_rows(shard, start, rows)
 
     def _open_shard(self, shard: int) -> Any:
         from safetensors import SafetensorError, safe_open
@@ -126,7 +130,8 @@ class EmbeddingStore:
         except (OSError, SafetensorError) as error:
             raise InputError(f"a whole shard required, got {path} ({error}); embed again") from error
 
-    def _rows(self, shard: int, start: int, rows: int) -> Tensor:
+    def read_rows(self, shard: int, start: int, rows: int) -> Tensor:
+        """Rows (rows, d) of one shard."""
         return self._shard(shard).get_slice(self._tensor)[start : start + rows]
 
 
