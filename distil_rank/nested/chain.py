@@ -128,12 +128,7 @@ class NestedChain:
                     "held_out": None if joint_held_out is None else stage.scores(joint_held_out),
                 }
             )
-            A = (stage.directions / stage.scale[:, None]).T
-            B = A @ stage.weight
-            nested = torch.cat(
-                [torch.cat([nested, nested.new_zeros(len(nested), widths[name])], 1), torch.cat([-B @ nested, A], 1)]
-            )
-            shift = torch.cat([shift, B @ (stage.mean_prefix - shift) - A @ stage.mean_large])
+            nested, shift = extended(nested, shift, stage)
         record = {
             "options": {"regression": regression, "components": components, "scale_features": scale_features},
             "rows": {"fit": moments.count, "held_out": 0.0 if held_out is None else held_out.count},
@@ -203,6 +198,14 @@ class NestedChain:
             )
         return stage.reconstruct(z[..., :prefix], z[..., prefix : prefix + stage.added]).to(z.dtype)
 
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Matrix (dim, sum of widths) and shift (dim,): the nested embedding as a map of all sizes side by side."""
+        first = self.widths[self.sizes[0]]
+        nested, shift = torch.eye(first, dtype=torch.float64), torch.zeros(first, dtype=torch.float64)
+        for stage in self.stages:
+            nested, shift = extended(nested, shift, stage)
+        return nested, shift
+
     def _check(self, name: str, raws: Mapping[str, Tensor]) -> None:
         if name not in raws:
             raise InputError(
@@ -266,6 +269,15 @@ class NestedChain:
             raise InputError(f"a chain folder required, got {folder} ({error}); {remedy}") from None
         derived = ("schema", "sizes", "widths", "matryoshka_dims", "truncate_dim", "dims_by_size", "fits")
         return cls(config["widths"], stages, {k: v for k, v in config.items() if k not in derived})
+
+
+def extended(nested: Tensor, shift: Tensor, stage: Stage) -> tuple[Tensor, Tensor]:
+    """The affine map (matrix, shift) from raw embeddings side by side to nested_p, from that to nested_r."""
+    A = (stage.directions / stage.scale[:, None]).T
+    B = A @ stage.weight
+    old = torch.cat([nested, nested.new_zeros(len(nested), A.shape[1])], 1)
+    matrix = torch.cat([old, torch.cat([-B @ nested, A], 1)])
+    return matrix, torch.cat([shift, B @ (stage.mean_prefix - shift) - A @ stage.mean_large])
 
 
 def joined_moments(moments: Moments, nested: Tensor, shift: Tensor, columns: slice) -> Moments:

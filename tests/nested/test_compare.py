@@ -29,7 +29,7 @@ def test_wilson_by_hand():
     # n = 10, 8 wins, z = 1.96: centre (.8 + .19207) / 1.38415, half 1.96 / 1.38415 sqrt(.016 + .0096)
     low, high = wilson(8, 10)
     assert (low, high) == pytest.approx((0.4902, 0.9433), abs=2e-4)
-    assert wilson(0, 12)[0] == 0 and wilson(12, 12)[1] == 1
+    assert wilson(0, 12)[0] == pytest.approx(0) and wilson(12, 12)[1] == pytest.approx(1)
 
 
 def test_ties_and_constants():
