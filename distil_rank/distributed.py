@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -19,7 +19,7 @@ class Group:
     rank: int = 0
     world: int = 1
     local_rank: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -28,7 +28,7 @@ class Group:
             dist.all_reduce(torch.zeros(1))
 
     def merge(self, moments: Moments) -> Moments:
-        """The moments of all ranks, merged in rank order: bit-equal on every rank. Memory O(d^2), whatever the world."""
+        """The moments of all ranks, merged in rank order: bit-equal on every rank. Memory O(d^2) in any world."""
         if self.world == 1:
             return moments
         merged = Moments(moments.dim)
@@ -42,7 +42,7 @@ class Group:
 
 @contextmanager
 def process_group() -> Iterator[Group]:
-    """The group `torchrun` started (one process alone without it): gloo on the CPU, NCCL beside it where there are GPUs."""
+    """The group `torchrun` started, or one process alone: gloo on the CPU, NCCL beside it where there are GPUs."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

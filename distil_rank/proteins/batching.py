@@ -29,22 +29,26 @@ class Window:
 def windows(protein: int, length: int, limit: int) -> list[Window]:
     """Cover `length` residues by windows of at most `limit`: one that is the whole protein where it fits.
 
-    Longer proteins get windows of exactly `limit` residues, evenly spread, that overlap by at least a quarter; weights
-    rise linearly over that quarter from each end, and are normalised, so neighbouring windows are cross-faded.
+    Longer proteins get windows of exactly `limit` residues, evenly spread, that overlap by at least a quarter. Weights
+    rise linearly over that quarter from each end inside the protein, and are normalised: neighbours are cross-faded.
     """
     if length <= limit:
         return [Window(protein, 0, length)]
     overlap = int(limit * OVERLAP)
     count = ceil((length - overlap) / (limit - overlap))
     starts = [round(i * (length - limit) / (count - 1)) for i in range(count)]
-    position = torch.arange(1, limit + 1, dtype=torch.float64)
-    ramp = torch.minimum(position, position.flip(0)).clamp(max=max(overlap, 1))
+    rising = torch.arange(1, limit + 1, dtype=torch.float64).clamp(max=max(overlap, 1))
     total = torch.zeros(length, dtype=torch.float64)
+    ramps = []
     for start in starts:
+        ramp = rising if start > 0 else rising[-1].expand(limit)
+        if start != starts[-1]:
+            ramp = torch.minimum(ramp, rising.flip(0))
         total[start : start + limit] += ramp
+        ramps.append(ramp)
     return [
         Window(protein, start, start + limit, (ramp / total[start : start + limit]).float(), last=start == starts[-1])
-        for start in starts
+        for start, ramp in zip(starts, ramps)
     ]
 
 

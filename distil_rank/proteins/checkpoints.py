@@ -3,7 +3,7 @@
 | `--model` | what is loaded |
 |---|---|
 | `esm2_t6_8M_UR50D` ... `esm2_t48_15B_UR50D` | fair-esm's file, downloaded once into torch hub's cache |
-| `nano-64`, `nano-128`, `nano-256` | this repository's own small models in `models/` (not ESM-2: a few minutes of training) |
+| `nano-64`, `nano-128`, `nano-256` | small models of this repository, in `models/` (ESM-2's architecture, not ESM-2) |
 | `path/to/checkpoint.pt` | a local file in fair-esm's format |
 | `path/to/folder` | a Hugging Face ESM-2: `config.json` and `model.safetensors` (or its shards) |
 | `facebook/esm2_t6_8M_UR50D` | the same from the Hugging Face hub, cached there |
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from distil_rank.errors import InputError
 from distil_rank.proteins.esm2 import ESM2, TOKENS
+from distil_rank.records import sha256
 
 
 class Member(NamedTuple):
@@ -88,7 +89,7 @@ def load_model(name: str, device: torch.device | str = "cpu", compute: str = "fl
         dtype = getattr(torch, compute) if key.rpartition(".")[0] in linear else torch.float32
         _assign(model, key, tensor.to(device=device, dtype=dtype))
     label = path.stem if path.suffix == ".pt" else name.rstrip("/").rpartition("/")[2]
-    return Loaded(model.eval(), label, _sha256(files))
+    return Loaded(model.eval(), label, _sha256_of(files))
 
 
 def locate(name: str) -> Path:
@@ -103,7 +104,9 @@ def locate(name: str) -> Path:
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not name.endswith((".pt", ".safetensors")):
         return _download_hugging_face(name)
     known = ", ".join(name for names in _NAMES.values() for name in names)
-    raise InputError(f"required a model name ({known}), a .pt file or a Hugging Face ESM-2 folder or hub name, got {name}")
+    raise InputError(
+        f"required a model name ({known}), a .pt file or a Hugging Face ESM-2 folder or hub name, got {name}"
+    )
 
 
 def _existing(path: Path, remedy: str) -> Path:
@@ -120,7 +123,7 @@ def _download(name: str) -> Path:
             torch.hub.download_url_to_file(_URL.format(name), str(path))  # temporary name, then renamed
         except OSError as error:
             raise InputError(
-                f"required {path} or a way to download it, got {error}; fetch {_URL.format(name)} elsewhere and give the file"
+                f"required {path} or its download, got {error}; fetch {_URL.format(name)} elsewhere and give the file"
             ) from error
     return path
 
@@ -155,7 +158,9 @@ def _read_fair_esm(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise InputError(f"required a readable checkpoint, got {path} ({error.strerror}); {remedy}") from error
     except pickle.UnpicklingError as error:
         reason = str(error).partition("WeightsUnpickler error:")[2] or str(error)
-        raise InputError(f"required tensors and plain containers in {path}, got {reason.strip()[:160]!r}; {remedy}") from error
+        raise InputError(
+            f"required tensors and plain containers in {path}, got {reason.strip()[:160]!r}; {remedy}"
+        ) from error
     except (RuntimeError, EOFError, zipfile.BadZipFile, LookupError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"required a fair-esm ESM-2 checkpoint, got {path} ({str(error)[:160]}); {remedy}") from error
 
@@ -213,7 +218,8 @@ _HUGGING_FACE = {
 
 def _fair_esm_key(key: str) -> str:
     """transformers' parameter name -> fair-esm's (the longer names come first in the table)."""
-    key = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key.removeprefix("esm.")))  # transformers 5 writes these
+    key = key.removeprefix("esm.")
+    key = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key))  # as transformers 5 writes layer norms
     for theirs, ours in _HUGGING_FACE.items():
         key = re.sub(rf"(^|\.){re.escape(theirs)}\.", rf"\g<1>{ours}.", key)
     return key
@@ -232,10 +238,7 @@ def _assign(model: nn.Module, key: str, tensor: Tensor) -> None:
     setattr(model.get_submodule(owner), name, nn.Parameter(tensor, requires_grad=False))
 
 
-def _sha256(files: Iterable[Path]) -> str:
-    """SHA-256 of one file as `sha256sum` prints it; of several, the SHA-256 of their hex digests one after the other."""
-    digests = []
-    for path in files:
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+def _sha256_of(files: Iterable[Path]) -> str:
+    """SHA-256 of one file as `sha256sum` prints it; of several, the SHA-256 of their hex digests in a row."""
+    digests = [sha256(path) for path in files]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

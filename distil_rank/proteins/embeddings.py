@@ -5,19 +5,23 @@
     distil-rank embed proteins.fasta --model nano-256 --out residues/ --pool residues --long window
     torchrun --nproc-per-node 4 -m distil_rank embed proteins.fasta --model esm2_t33_650M_UR50D --out store/
 
-Interrupted, even killed? Run the same command again: whole shards are kept, the rest is computed, and the store is the
-same byte for byte as one written in a single run with the same number of threads. Under torchrun each rank computes every
-n-th shard of the one store, so several machines need a common file system.
+Interrupted, even killed? Run the same command again: whole shards are kept, the rest is computed, and the store is,
+byte for byte, what a single run with the same number of threads writes. Under torchrun each rank computes every n-th
+shard of the one store, so several machines need a common file system.
 
-A mean is over residues only: never <cls>, <eos> or padding. Proteins longer than --max-length (ESM-2 was trained on up to
-1,022 residues) are an error unless --long says what to do: `truncate` keeps the first residues, `window` cross-fades
+A mean is over residues only: never <cls>, <eos> or padding. Proteins longer than --max-length (ESM-2 was trained on up
+to 1,022 residues) are an error unless --long says what to do: `truncate` keeps the first residues, `window` cross-fades
 overlapping windows (mean and residues over blended residues, bos the average over windows). What happens to unusual
 letters in sequences is told in distil_rank/proteins/fasta.py. Models: distil_rank/proteins/checkpoints.py.
+
+--split 0.2 also writes embeddings_train.pt, embeddings_val.pt and embeddings.json into the store's folder, where no val
+protein is a near relative of a train protein (distil_rank/proteins/splits.py), for `python main.py --train ... --val ...`.
+Memory is one batch beside the model, whatever the number of proteins; --split needs all sequences and vectors at once.
 """
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -26,15 +30,23 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from torch import Tensor
 
 from distil_rank.distributed import Group, process_group
 from distil_rank.errors import InputError
-from distil_rank.proteins.batching import Window, batches, windows
 from distil_rank.proteins.checkpoints import Loaded, load_model, locate
-from distil_rank.proteins.esm2 import ESM2, tokenise
+from distil_rank.proteins.esm2 import ESM2
 from distil_rank.proteins.fasta import Protein, clean_proteins, read_fasta
-from distil_rank.proteins.store import INDEX, PROVENANCE, SCHEMA, IndexWriter, ShardWriter, shard_path
+from distil_rank.proteins.pooling import embed
+from distil_rank.proteins.split_files import Split, plan_split, write_split
+from distil_rank.proteins.store import (
+    INDEX,
+    PROVENANCE,
+    SCHEMA,
+    EmbeddingStore,
+    IndexWriter,
+    ShardWriter,
+    shard_path,
+)
 from distil_rank.records import read_json, require_writable, write_json
 
 
@@ -66,70 +78,21 @@ def run(config: Config) -> None:
         group.barrier()
         loaded = load_model(config.model, group.device, config.compute)
         provenance = _provenance(config, loaded, survey)
+        plan = _plan_split(config) if config.split is not None and group.rank == 0 else None
         _open_store(config.out, provenance, group)
         if not (config.out / INDEX).is_file():
             _fill(config, loaded.model, provenance, group)
         group.barrier()
         if group.rank == 0:
-            print(f"{config.out}: {survey.proteins} proteins, {survey.residues} residues, {perf_counter() - start:.1f} s")
-
-
-def embed(
-    model: ESM2,
-    sequences: Sequence[str],
-    pool: str = "mean",
-    layers: Sequence[int] = (-1,),
-    max_length: int = 1022,
-    batch_tokens: int = 4096,
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield (index, vectors (layers, rows, d) float32 on the CPU) for cleaned sequences, the longest protein first.
-
-    rows is 1 for pool="mean" and "bos", the number of residues for "residues". Sequences longer than `max_length` are
-    embedded in windows that are blended (`batching.windows`).
-    """
-    items = [window for i, sequence in enumerate(sequences) for window in windows(i, len(sequence), max_length)]
-    partial: dict[int, Tensor] = {}
-    for batch in batches(items, batch_tokens):
-        for window, vectors in zip(batch, _forward(model, sequences, batch, pool, layers)):
-            if window.blend is not None:
-                length = len(sequences[window.protein])
-                vectors = _blend(partial.pop(window.protein, None), vectors, window, pool, length)
-                if not window.last:
-                    partial[window.protein] = vectors
-                    continue
-            yield window.protein, vectors
-
-
-@torch.no_grad()
-def _forward(model: ESM2, sequences: Sequence[str], batch: list[Window], pool: str, layers: Sequence[int]) -> list[Tensor]:
-    """Vectors (layers, rows, d) of each window. Pooling reads residues by their index: no special token, no padding."""
-    tokens = tokenise([sequences[w.protein][w.start : w.stop] for w in batch])
-    hidden = model(tokens.to(model.embed_tokens.weight.device), layers)
-    if pool == "residues":
-        on_cpu = [h.cpu() for h in hidden]
-        return [torch.stack([h[i, 1 : w.tokens - 1] for h in on_cpu]) for i, w in enumerate(batch)]
-    if pool == "bos":
-        return list(torch.stack(hidden)[:, :, 0].cpu().transpose(0, 1).unsqueeze(2))
-    rows = []
-    for i, window in enumerate(batch):
-        residues = [h[i, 1 : window.tokens - 1] for h in hidden]
-        if window.blend is None:
-            rows.append(torch.stack([r.mean(0, keepdim=True) for r in residues]))
-        else:
-            weights = (window.blend / window.blend.sum()).to(residues[0])
-            rows.append(torch.stack([weights[None] @ r for r in residues]))
-    return list(torch.stack(rows).cpu())
-
-
-def _blend(so_far: Tensor | None, vectors: Tensor, window: Window, pool: str, length: int) -> Tensor:
-    """Add a window's share to what earlier windows of the protein gave: the shares of each residue add up to 1."""
-    assert window.blend is not None
-    if pool == "residues":
-        whole = vectors.new_zeros(len(vectors), length, vectors.shape[-1]) if so_far is None else so_far
-        whole[:, window.start : window.stop] += window.blend[:, None] * vectors
-        return whole
-    share = window.blend.sum() / length * vectors
-    return share if so_far is None else so_far + share
+            took = f"{perf_counter() - start:.1f} s"
+            print(f"{config.out}: {survey.proteins} proteins, {survey.residues} residues, {took}")
+            if plan is not None and config.split is not None:
+                store = EmbeddingStore(config.out)
+                train, val = write_split(store, plan, config.fasta.name, config.split, config.seed)
+                print(
+                    f"{len(plan.train)} train and {len(plan.val)} val proteins from {plan.clusters} clusters; now run"
+                )
+                print(f"  python main.py --train {train} --val {val}")
 
 
 @dataclass(frozen=True)
@@ -147,7 +110,12 @@ def _check(config: Config) -> None:
     if config.max_length < 8:
         raise InputError(f"max_length of at least 8 residues required, got {config.max_length}")
     if config.batch_tokens < 1 or config.shard_residues < 1:
-        raise InputError(f"positive batch_tokens and shard_residues required, got {config.batch_tokens}, {config.shard_residues}")
+        raise InputError(
+            f"positive batch_tokens and shard_residues required, got {config.batch_tokens}, {config.shard_residues}"
+        )
+    if config.split is not None and (config.pool == "residues" or len(config.layers) > 1 or not 0 < config.split < 1):
+        got = f"split {config.split}, pool {config.pool}, {len(config.layers)} layers"
+        raise InputError(f"a split between 0 and 1 of one vector per protein, from one layer, required, got {got}")
     if not config.layers or len(set(config.layers)) < len(config.layers):
         raise InputError(f"one or more distinct layers required, got {config.layers}")
 
@@ -190,12 +158,16 @@ def _survey(config: Config, warn: Callable[[str], None]) -> _Survey:
     if longer:
         found = f"{longer} longer: {', '.join(examples)}{', ...' if longer > 5 else ''}"
         if config.long == "error":
-            raise InputError(
-                f"proteins of at most {config.max_length} residues required, got {found}; choose --long truncate or --long window"
-            )
+            remedy = "choose --long truncate or --long window"
+            raise InputError(f"proteins of at most {config.max_length} residues required, got {found}; {remedy}")
         done = "truncated to" if config.long == "truncate" else "embedded in overlapping windows of"
         warn(f"{done} {config.max_length} residues: {found}")
     return _Survey(proteins, residues, shards, longer, digest.hexdigest())
+
+
+def _plan_split(config: Config) -> Split:
+    """Which proteins go to val; before the embedding, because it may be impossible."""
+    return plan_split([p.sequence for shard in _shards(config, _silent) for p in shard], config.split or 0, config.seed)
 
 
 def _provenance(config: Config, loaded: Loaded, survey: _Survey) -> dict[str, Any]:
@@ -231,7 +203,9 @@ def _open_store(folder: Path, provenance: dict[str, Any], group: Group) -> None:
             described = ", ".join(f"{key} {provenance[key]} (the store has {found.get(key)})" for key in different)
             raise InputError(f"the same settings as in {folder} required, got {described}; choose another --out")
     elif folder.is_dir() and any(".tmp" not in path.suffix for path in folder.iterdir()):
-        raise InputError(f"a new or empty folder or a store required, got {folder} with other files; choose another --out")
+        raise InputError(
+            f"a new or empty folder or a store required, got {folder} with other files; choose another --out"
+        )
     require_writable(folder)
     group.barrier()
     if group.rank == 0:
@@ -271,7 +245,9 @@ def _fill(config: Config, model: ESM2, provenance: dict[str, Any], group: Group)
     if index is not None:
         missing = [number for number in range(provenance["shards"]) if not shard_path(config.out, number).exists()]
         if missing:
-            raise InputError(f"every shard in {config.out} required, got none for {missing[:5]}; give the ranks one file system")
+            raise InputError(
+                f"every shard in {config.out} required, got none for {missing[:5]}; give the ranks one file system"
+            )
         index.close()
     group.barrier()
 

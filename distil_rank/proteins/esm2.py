@@ -27,7 +27,7 @@ _LETTERS = "".join(token for token in TOKENS if len(token) == 1)
 _ID_OF_BYTE = np.full(256, -1, dtype=np.int64)
 _ID_OF_BYTE[np.frombuffer(_LETTERS.encode(), dtype=np.uint8)] = [TOKENS.index(letter) for letter in _LETTERS]
 
-# ESM-2 was trained with 15 % of the tokens chosen and 80 % of those masked (and zeroed): inputs are scaled by what is left.
+# ESM-2 was trained with 15 % of the tokens chosen, 80 % of those zeroed: inputs are scaled by what is left.
 _MASKED_IN_TRAINING = 0.15 * 0.8
 
 
@@ -62,7 +62,7 @@ class ESM2(nn.Module):
         self.head_width = width // heads
 
     def depths(self, layers: Sequence[int]) -> list[int]:
-        """Layer numbers 0 (token embedding) to `len(self.layers)`; negative ones count from the last. InputError if none."""
+        """Layers as numbers from 0 (token embedding) to `len(self.layers)`; negative ones count from the last."""
         last = len(self.layers)
         for layer in layers:
             if not -last - 1 <= layer <= last:

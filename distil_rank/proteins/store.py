@@ -8,7 +8,7 @@
 
 | file | what |
 |---|---|
-| `store.json` | provenance: model, SHA-256 of its weights, pooling, layers, dtype, treatment of long sequences, the proteins' SHA-256 |
+| `store.json` | provenance: model, weights, pooling, layers, dtype, treatment of long sequences, proteins |
 | `shard-00000.safetensors` ... | one tensor `layer_N` (rows, d) per layer |
 | `index.sqlite` | table `protein`: position, id, length, rows, sha256 of the sequence, shard, first row; written last |
 
@@ -164,7 +164,9 @@ class ShardWriter:
         """Put vectors (layers, n, d) at rows [row, row + n) of each layer; InputError if the dtype cannot hold them."""
         cast = vectors.to(self._dtype)
         if not bool(cast.isfinite().all()):
-            cause = "this model computes NaN or infinity" if not bool(vectors.isfinite().all()) else "use --dtype float32"
+            cause = (
+                "this model computes NaN or infinity" if not bool(vectors.isfinite().all()) else "use --dtype float32"
+            )
             raise InputError(f"finite {self._dtype} embeddings required, got values outside its range; {cause}")
         for i, rows in enumerate(cast):
             self._file.seek(self._start + i * self._tensor + row * self._row)

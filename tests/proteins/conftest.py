@@ -3,9 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.proteins import reference
 
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -42,7 +45,17 @@ def ours(checkpoint):
 @pytest.fixture
 def untouched_global_state():
     """Nothing in the package draws from the global generator or changes threads or precision."""
-    before = torch.get_rng_state(), torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.is_grad_enabled()
+    before = (
+        torch.get_rng_state(),
+        torch.get_num_threads(),
+        torch.get_float32_matmul_precision(),
+        torch.is_grad_enabled(),
+    )
     yield
-    after = torch.get_rng_state(), torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.is_grad_enabled()
+    after = (
+        torch.get_rng_state(),
+        torch.get_num_threads(),
+        torch.get_float32_matmul_precision(),
+        torch.is_grad_enabled(),
+    )
     assert torch.equal(before[0], after[0]) and before[1:] == after[1:]

@@ -37,7 +37,9 @@ def save_fair_esm(model, path: Path) -> None:
         token_dropout=model.token_dropout,
         arch="roberta_large",
     )
-    torch.save({"args": None, "cfg": {"_name": None, "model": settings}, "model": state, "extra_state": {"epoch": 1}}, path)
+    torch.save(
+        {"args": None, "cfg": {"_name": None, "model": settings}, "model": state, "extra_state": {"epoch": 1}}, path
+    )
 
 
 @torch.no_grad()
@@ -53,12 +55,14 @@ def mean_pooled(model, sequence: str) -> Tensor:
 
 
 def blended(model, sequence: str, spans: list[tuple[int, int]], ramp: int) -> Tensor:
-    """Windows [start, stop) cross-faded with weights that rise from both ends to `ramp`, residue by residue (l, d)."""
+    """Windows [start, stop) cross-faded (l, d): weights rise to `ramp` from ends inside the sequence."""
     total, weight = torch.zeros(len(sequence), model.embed_dim), torch.zeros(len(sequence))
     for start, stop in spans:
         rows = hidden(model, sequence[start:stop], model.num_layers)[1:-1]
         for i in range(stop - start):
-            w = min(i + 1, stop - start - i, ramp)
+            from_left = i + 1 if start > 0 else ramp
+            from_right = stop - start - i if stop < len(sequence) else ramp
+            w = min(from_left, from_right, ramp)
             total[start + i] += w * rows[i]
             weight[start + i] += w
     return total / weight[:, None]
@@ -71,8 +75,6 @@ def random_sequence(random: random.Random, length: int) -> str:
 def random_fasta(path: Path, count: int, longest: int = 120, seed: int = 0) -> list[Protein]:
     """A FASTA of random proteins with lengths 1 ... longest."""
     draw = random.Random(seed)
-    proteins = [
-        Protein(f"p{i}", f"p{i} random", random_sequence(draw, draw.randint(1, longest))) for i in range(count)
-    ]
+    proteins = [Protein(f"p{i}", f"p{i} random", random_sequence(draw, draw.randint(1, longest))) for i in range(count)]
     write_fasta(path, proteins)
     return proteins

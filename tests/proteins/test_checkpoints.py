@@ -74,7 +74,7 @@ def test_no_network_is_one_sentence(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(InputError, match="no route.*fetch https"):
+    with pytest.raises(InputError, match=r"no route.*fetch https"):
         load_model("esm2_t6_8M_UR50D")
 
 
@@ -191,7 +191,7 @@ def test_damaged_checkpoints_are_one_sentence(fair_esm, checkpoint, tmp_path):
     partial = reference.fair_esm_model(3, 48, 4)
     partial.layers = partial.layers[:2]
     reference.save_fair_esm(partial, tmp_path / "partial.pt")
-    with pytest.raises(InputError, match="layers.2.*got nothing"):
+    with pytest.raises(InputError, match=r"layers\.2.*got nothing"):
         load_model(str(tmp_path / "partial.pt"))
 
 

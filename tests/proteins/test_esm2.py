@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from distil_rank.errors import InputError
 from distil_rank.proteins.checkpoints import load_model
-from distil_rank.proteins.embeddings import embed
 from distil_rank.proteins.esm2 import CLS, EOS, MASK, PAD, TOKENS, tokenise
+from distil_rank.proteins.pooling import embed
 from tests.proteins import reference
 
 SIZES = ("8m", "35m", "150m", "650m", "3b")
@@ -23,8 +23,11 @@ def distance(x, y):
 
 def test_tokens_are_the_alphabet_of_fair_esm(fair_esm):
     assert list(TOKENS) == fair_esm.alphabet.all_toks
-    assert (CLS, PAD, EOS, MASK) == tuple(
-        getattr(fair_esm.alphabet, name) for name in ("cls_idx", "padding_idx", "eos_idx", "mask_idx")
+    assert tuple(getattr(fair_esm.alphabet, name) for name in ("cls_idx", "padding_idx", "eos_idx", "mask_idx")) == (
+        CLS,
+        PAD,
+        EOS,
+        MASK,
     )
 
 
@@ -42,7 +45,7 @@ def test_letters_without_a_token_are_refused(letter):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_data_path_equals_the_reference_outputs_of_the_real_models(shared_data, size):
-    """Tokens, special tokens, mask and pooled residues, exactly, on what the published checkpoints received and gave."""
+    """Tokens, special tokens, mask and pooled rows, exactly, on what the published checkpoints received and gave."""
     data = load_file(shared_data / "esm2_reference_outputs" / f"esm2_{size}.safetensors")
     ids, state, residues = data["input__input_ids"], data["output__last_hidden_state"], data["residue_mask"]
     proteins = ["".join(TOKENS[i] for i in row[mask]) for row, mask in zip(ids, residues)]
