@@ -60,7 +60,9 @@ def read_assay(path: Path, limit: int | None = None, seed: int = 0) -> Assay:
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows or not {"mutant", "score"} <= set(rows[0]):
-        raise InputError(f"columns mutant and score required, got {', '.join(rows[0]) if rows else 'no rows'} in {path.name}")
+        raise InputError(
+            f"columns mutant and score required, got {', '.join(rows[0]) if rows else 'no rows'} in {path.name}"
+        )
     mutants, sequences, positions, scores = [], [], [], []
     for number, row in enumerate(rows, start=2):
         where = f"{path.name}, line {number}"
@@ -77,9 +79,13 @@ def read_assay(path: Path, limit: int | None = None, seed: int = 0) -> Assay:
         scores.append(score)
     repeated = {m for m in mutants if mutants.count(m) > 1} if len(set(mutants)) < len(mutants) else set()
     if repeated:
-        raise InputError(f"each mutant once required, got {len(repeated)} repeated in {path.name} ({min(repeated)}); average them")
+        raise InputError(
+            f"each mutant once required, got {len(repeated)} repeated in {path.name} ({min(repeated)}); average them"
+        )
     if len(mutants) < 4 * FOLDS:
-        raise InputError(f"at least {4 * FOLDS} mutants required, got {len(mutants)} in {path.name}; leave the assay out")
+        raise InputError(
+            f"at least {4 * FOLDS} mutants required, got {len(mutants)} in {path.name}; leave the assay out"
+        )
     keep = range(len(mutants))
     if limit is not None and limit < len(mutants):
         drawn = torch.randperm(len(mutants), generator=generator(seed, "mutants", path.stem))[:limit]
@@ -102,7 +108,9 @@ def mutate(wild_type: str, mutant: str, where: str) -> tuple[str, list[int]]:
         old, position, new = match[1], int(match[2]) - 1, match[3]
         if not 0 <= position < len(wild_type) or wild_type[position] != old:
             found = wild_type[position] if 0 <= position < len(wild_type) else "nothing"
-            raise InputError(f"the wild type's residue required in {mutant}, got {found} at {position + 1} in {where}; check the FASTA")
+            raise InputError(
+                f"the wild type's residue required in {mutant}, got {found} at {position + 1} in {where}; check the FASTA"
+            )
         letters[position] = new
         changed.append(position)
     return "".join(letters), changed

@@ -63,9 +63,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def compare(
-    scores: Mapping[str, Sequence[float]], pairs: Sequence[tuple[str, str]], seed: int
-) -> list[dict[str, Any]]:
+def compare(scores: Mapping[str, Sequence[float]], pairs: Sequence[tuple[str, str]], seed: int) -> list[dict[str, Any]]:
     """One row per pair (ours, theirs): mean difference, win rate, Wilcoxon p raw and Holm-corrected over the pairs.
 
     `scores[name]` holds one value per assay, in one order of assays.

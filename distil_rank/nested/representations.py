@@ -39,6 +39,14 @@ def principal(moments: Moments, columns: slice, names: Sequence[str], dims: Sequ
     return {dim: features(dim) for dim in dims}
 
 
+def leading(moments: Moments, dim: int) -> Moments:
+    """Moments of the first `dim` features."""
+    state = moments.state()
+    return Moments.from_state(
+        {"count": state["count"], "mean": state["mean"][:dim], "scatter": state["scatter"][:dim, :dim]}
+    )
+
+
 def curve_dims(chain: NestedChain) -> list[int]:
     """The chain's dimensions and one half-way between each two."""
     dims = list(chain.dims.values())
@@ -46,9 +54,16 @@ def curve_dims(chain: NestedChain) -> list[int]:
 
 
 def representations(
-    chain: NestedChain, moments: Moments, single_pass: SinglePass | None = None, draws: int = 3, seed: int = 0
+    chain: NestedChain,
+    moments: Moments,
+    held_out: Moments | None = None,
+    single_pass: SinglePass | None = None,
+    draws: int = 3,
+    seed: int = 0,
 ) -> list[Representation]:
     """The chain and its baselines, all fitted on the same rows: `moments` of all sizes side by side (more may follow).
+
+    `held_out` are those of the proteins left out, for a chain whose components were chosen on them.
 
     The chain's own regression, the other one of PCR and OLS, raw sizes, concatenation, naive PCA of the concatenation,
     PCA of the largest, random orthogonal completions, and the single pass when there is one.
@@ -57,9 +72,7 @@ def representations(
     total = sum(widths.values())
     if moments.dim < total:
         raise InputError(f"moments of {total} features required for this chain, got {moments.dim}; fit it again")
-    state = moments.state()
-    count, mean, scatter = state["count"], state["mean"][:total], state["scatter"][:total, :total]
-    own = Moments.from_state({"count": count, "mean": mean, "scatter": scatter})
+    own, own_held_out = leading(moments, total), None if held_out is None else leading(held_out, total)
     found = [Representation(f"raw_{n}", "raw", w, lambda raws, n=n: raws[n]) for n, w in widths.items()]
     found.append(
         Representation("concatenation", "concatenation", total, lambda raws: torch.cat([raws[n] for n in sizes], -1))
@@ -76,15 +89,14 @@ def representations(
             found.append(Representation(named + suffix, kind, dim, features, draw))
 
     nested(f"nested-{options['regression']}", chain, dims)
-    other = "ols" if options["regression"] != "ols" else "pcr"
-    scale = options["scale_features"]
-    nested(f"nested-{other}", NestedChain.fit_moments(own, widths, other, "mp", scale, added), dims)
-    fit = {"regression": options["regression"], "scale_features": scale, "directions": added}
-    if fit["regression"] == "pcr":
-        # the same regressions; only the directions differ
-        fit["components"] = chain.stages[0].fit.components if options["components"] != "mp" else "mp"
+    other = {**options, "regression": "ols" if options["regression"] != "ols" else "pcr"}
+    fitted = NestedChain.fit_moments(own, widths, **other, directions=added, held_out=own_held_out)
+    nested(f"nested-{other['regression']}", fitted, dims)
     for draw in range(draws):
-        random = NestedChain.fit_moments(own, widths, **fit, random_seed=seed + draw)
+        # as the chain in everything but the directions
+        random = NestedChain.fit_moments(
+            own, widths, **options, directions=added, held_out=own_held_out, random_seed=seed + draw
+        )
         nested("random-completion", random, list(chain.dims.values())[1:], draw)
     for dim, features in principal(own, slice(0, total), sizes, dims).items():
         found.append(Representation(f"naive-pca_dim{dim}", "naive-pca", dim, features))

@@ -63,7 +63,9 @@ class SinglePass:
         widths = sum(chain.widths.values())
         hidden = moments.dim - widths
         if hidden <= 0 or hidden % len(layers):
-            raise InputError(f"moments with {len(layers)} hidden layers required, got {hidden} features beyond the sizes")
+            raise InputError(
+                f"moments with {len(layers)} hidden layers required, got {hidden} features beyond the sizes"
+            )
         joint = _hidden_and_nested(chain, moments)
         weight, fit = regress(joint, hidden, "ridge")
         covariance = symmetric_product(weight @ joint.covariance[:hidden, :hidden], weight.T)
@@ -128,11 +130,15 @@ class SinglePass:
             with safe_open(path, framework="pt") as file:
                 header: Mapping[str, Any] = json.loads((file.metadata() or {}).get("header", "{}"))
                 if header.get("schema") != SCHEMA:
-                    raise InputError(f"a map of schema {SCHEMA} required, got {header.get('schema')} in {path}; fit it again")
+                    raise InputError(
+                        f"a map of schema {SCHEMA} required, got {header.get('schema')} in {path}; fit it again"
+                    )
                 tensors = (file.get_tensor(key) for key in ("A", "B", "bias"))
                 return cls(*tensors, tuple(header["layers"]), dict(header["record"]))
         except (OSError, SafetensorError) as error:
-            raise InputError(f"a single-pass map required, got {path} ({error}); run nested fit --single-pass") from None
+            raise InputError(
+                f"a single-pass map required, got {path} ({error}); run nested fit --single-pass"
+            ) from None
 
 
 def _hidden_and_nested(chain: NestedChain, moments: Moments) -> Moments:
@@ -143,4 +149,6 @@ def _hidden_and_nested(chain: NestedChain, moments: Moments) -> Moments:
     among = symmetric_product(matrix @ scatter[:widths, :widths], matrix.T)
     joint = torch.cat([torch.cat([scatter[widths:, widths:], across.T], 1), torch.cat([across, among], 1)])
     mean = torch.cat([moments.mean[widths:], matrix @ moments.mean[:widths] + shift])
-    return Moments.from_state({"count": torch.tensor(moments.count, dtype=torch.float64), "mean": mean, "scatter": joint})
+    return Moments.from_state(
+        {"count": torch.tensor(moments.count, dtype=torch.float64), "mean": mean, "scatter": joint}
+    )

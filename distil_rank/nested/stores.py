@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from distil_rank.errors import InputError
-from distil_rank.proteins.checkpoints import FAMILIES
+from distil_rank.nested.chain import NestedChain
+from distil_rank.proteins.checkpoints import FAMILIES, Loaded, load_model
+from distil_rank.proteins.fasta import read_fasta, write_fasta
 from distil_rank.proteins.store import EmbeddingStore
+from distil_rank.randomness import generator
 
 
 class StoreRows:
@@ -37,6 +40,13 @@ class StoreRows:
             start = last + 1
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def shard_sizes(self) -> list[int]:
+        """Rows of every shard."""
+        sizes = [0] * self.store.provenance["shards"]
+        for shard, rows in zip(self._shard, self.lengths):
+            sizes[shard] += rows
+        return sizes
+
 
 @dataclass(frozen=True)
 class Source:
@@ -59,7 +69,65 @@ def family_sources(family: str, upto: str | None) -> list[Source]:
     return [Source(name, sizes[name].name) for name in names]
 
 
+def chain_models(chain: NestedChain, models: Sequence[str] = ()) -> dict[str, Loader]:
+    """How to load the model of each size of a chain, which must have the weights that the chain was fitted on.
+
+    `models` replaces the sources that the chain remembers, smallest first.
+    """
+    remembered = chain.record.get("models", {})
+    if models and len(models) > len(chain.sizes):
+        raise InputError(f"at most one model for each of {', '.join(chain.sizes)} required, got {len(models)}")
+    sources = dict(zip(chain.sizes, models)) if models else {k: v["source"] for k, v in remembered.items()}
+    if missing := [size for size in chain.sizes if size not in sources and not models]:
+        raise InputError(f"a model for each size required, got none for {', '.join(missing)}; name them with --models")
+    return {size: Loader(size, source, chain) for size, source in sources.items()}
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Loads the model of one size of a chain on demand; InputError if it is not the one that the chain was fitted on."""
+
+    size: str
+    source: str
+    chain: NestedChain
+
+    def load(self, device: torch.device | str = "cpu") -> Loaded:
+        loaded = load_model(self.source, device)
+        width = self.chain.widths[self.size]
+        if loaded.model.width != width:
+            raise InputError(
+                f"a model of {width} features required for {self.size}, got {loaded.model.width} in {self.source}"
+            )
+        fitted = self.chain.record.get("models", {}).get(self.size, {}).get("weights_sha256", loaded.sha256)
+        if loaded.sha256 != fitted:
+            raise InputError(
+                f"the weights that the chain was fitted on required for {self.size} (SHA-256 {fitted[:12]}...), got others in"
+                f" {self.source} ({loaded.sha256[:12]}...); fit the chain again"
+            )
+        return loaded
+
+
 def store_provenance(stores: Mapping[str, EmbeddingStore]) -> dict[str, dict[str, Any]]:
     """What a chain records of the stores it was fitted on, by size."""
     kept = ("model", "weights_sha256", "pool", "dim", "dtype", "compute", "long", "max_length")
     return {size: {key: store.provenance[key] for key in kept} for size, store in stores.items()}
+
+
+def named_sources(models: Sequence[str]) -> list[Source]:
+    """Models by name or path, smallest first; a size is called as its file or model."""
+    sources = [Source(Path(m).stem if m.endswith(".pt") else m.rstrip("/").rpartition("/")[2], m) for m in models]
+    names = [source.size for source in sources]
+    if models and (len(models) < 2 or len(set(names)) < len(names)):
+        raise InputError(f"two or more models of different names required, got {', '.join(names)}")
+    return sources
+
+
+def sample(fasta: Path, out: Path, count: int, seed: int) -> None:
+    """Write `count` proteins of a FASTA, drawn at random, in file order, to `out`."""
+    if count < 1:
+        raise InputError(f"at least one protein required, got --proteins {count}")
+    found = sum(1 for _ in read_fasta(fasta))
+    if count > found:
+        raise InputError(f"at most the {found} proteins of {fasta} required, got --proteins {count}; ask for fewer")
+    chosen = set(torch.randperm(found, generator=generator(seed, "proteins"))[:count].tolist())
+    write_fasta(out, (protein for i, protein in enumerate(read_fasta(fasta)) if i in chosen))

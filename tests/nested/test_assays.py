@@ -53,7 +53,9 @@ def test_schemes(tmp_path):
     for fold in (random, modulo, contiguous):
         assert fold.unique().tolist() == list(range(FOLDS))
     assert random.bincount().max() - random.bincount().min() <= 1
-    assert torch.equal(random, folds(assay.positions, "random")) and not torch.equal(random, folds(assay.positions, "random", 1))
+    assert torch.equal(random, folds(assay.positions, "random")) and not torch.equal(
+        random, folds(assay.positions, "random", 1)
+    )
     assert torch.equal(modulo, position % 5)
     order = position.argsort(stable=True)
     assert (contiguous[order].diff() >= 0).all()  # stretches
