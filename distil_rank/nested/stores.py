@@ -91,6 +91,10 @@ class Loader:
     source: str
     chain: NestedChain
 
+    def weights(self) -> str:
+        """SHA-256 of the weights that the chain was fitted on, or the name of the model where it was not told."""
+        return self.chain.record.get("models", {}).get(self.size, {}).get("weights_sha256", self.source)
+
     def load(self, device: torch.device | str = "cpu") -> Loaded:
         loaded = load_model(self.source, device)
         width = self.chain.widths[self.size]
