@@ -3,8 +3,6 @@
 import importlib
 import sys
 
-import tyro
-
 from distil_rank.errors import one_line_errors
 
 # command -> module with a frozen dataclass `Config` (its fields are the flags) and `run(config)`; and one line of help.
@@ -15,6 +13,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "nested fit": ("distil_rank.nested.fit", "fit a nested embedding of a model family (Reverse Distillation)"),
     "nested embed": ("distil_rank.nested.embed", "embed proteins with a chain, cut at any dimension"),
     "nested probe": ("distil_rank.nested.probe", "what a chain is worth on mutational scans, against its baselines"),
+    "report": ("distil_rank.redraw", "redraw the figures and tables of results/ from their JSON"),
 }
 
 
@@ -23,6 +22,8 @@ def main(arguments: list[str] | None = None) -> None:
     for length in (2, 1):
         command = " ".join(arguments[:length])
         if command in COMMANDS:
+            import tyro
+
             module = importlib.import_module(COMMANDS[command][0])
             program = f"distil-rank {command}"
             with one_line_errors(program):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distil_rank.nested.representations import hidden_names
 from distil_rank.nested.stores import Loader
-from distil_rank.proteins.embeddings import embed
+from distil_rank.proteins.pooling import embed
 
 POOLS = ("mean", "site")
 

@@ -13,7 +13,7 @@ from distil_rank.nested.chain import NestedChain
 from distil_rank.nested.rows import TensorRows, joint_moments
 from distil_rank.statistics.moments import Moments
 from tests import reference_nested as reference
-from tests.nested.conftest import family
+from tests.nested.data import family
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

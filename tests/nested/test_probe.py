@@ -14,7 +14,7 @@ from distil_rank.nested.representations import representations
 from distil_rank.nested.rows import joint_moments
 from distil_rank.proteins.fasta import Protein, write_fasta
 from distil_rank.randomness import generator
-from tests.nested.conftest import family
+from tests.nested.data import family
 from tests.nested.test_assays import WILD_TYPE, synthetic, write_assay
 from tests.nested.test_commands import config as fit_config
 from tests.nested.test_commands import folder, proteins  # noqa: F401

@@ -12,7 +12,7 @@ from distil_rank.nested.stage import fit_stage, residual_covariance
 from distil_rank.randomness import generator
 from distil_rank.statistics.moments import Moments
 from tests import reference_nested as reference
-from tests.nested.conftest import family
+from tests.nested.data import family
 
 K, P = 7, 16
 

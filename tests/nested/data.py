@@ -1,20 +1,8 @@
-import os
-from pathlib import Path
+"""Embeddings that look like a model family's."""
 
-import pytest
 import torch
 
 from distil_rank.randomness import generator
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def shared_data() -> Path:
-    path = Path(os.environ.get("DISTIL_RANK_DATA", ROOT.parent / "shared" / "data"))
-    if not path.is_dir():
-        pytest.skip("shared data absent: set DISTIL_RANK_DATA to its folder")
-    return path
 
 
 def family(rows: int = 600, widths=(6, 10, 17), seed: int = 0, dtype=torch.float64, noise: float = 0.3):
