@@ -59,7 +59,9 @@ def arrays(rows: int) -> tuple[np.ndarray, np.ndarray]:
 
 def ours(small: np.ndarray, large: np.ndarray) -> float:
     """Residual variance kept by 160 directions, from one pass."""
-    rows = {n: TensorRows(torch.from_numpy(x), [PROTEIN] * (len(x) // PROTEIN)) for n, x in (("s", small), ("l", large))}
+    rows = {
+        n: TensorRows(torch.from_numpy(x), [PROTEIN] * (len(x) // PROTEIN)) for n, x in (("s", small), ("l", large))
+    }
     moments, _ = joint_moments(rows, 0)
     (stage,) = NestedChain.fit_moments(moments, {"s": SMALL, "l": LARGE}, "ols").stages
     return float(stage.eigenvalues[: stage.added].sum())
@@ -128,6 +130,7 @@ def write_store(folder: Path, width: int, residues: int) -> None:
 PEAK = """
 import json, resource, sys, torch
 from distil_rank.nested.chain import NestedChain
+from distil_rank.nested.stores import StoreRows
 torch.set_num_threads(1)
 chain = NestedChain.fit({"s": StoreRows(sys.argv[1]), "l": StoreRows(sys.argv[2])}, "ols", held_out=0)
 assert chain.dims == {"s": 320, "l": 480}
@@ -137,7 +140,9 @@ print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 
 def memory(config: Config) -> dict[str, Any]:
     code = "import resource, torch, distil_rank.nested.stores; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
-    bare = int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    bare = int(
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    )
     peaks = {}
     for residues in config.residues:
         with tempfile.TemporaryDirectory() as folder:
@@ -154,9 +159,11 @@ def ridge(config: Config) -> dict[str, Any]:
     torch.set_num_threads(1)
     draw = generator(0, "ridge benchmark")
     rows = []
-    for n, d in ((400, 320), (400, 640)):
+    for n, d in ((400, 320), (400, 1280), (1000, 1280)):
         x = torch.randn(n, d, generator=draw, dtype=torch.float64) * torch.logspace(0, -2, d)
-        y = x @ torch.randn(d, generator=draw, dtype=torch.float64) + torch.randn(n, generator=draw, dtype=torch.float64)
+        y = x @ torch.randn(d, generator=draw, dtype=torch.float64) + torch.randn(
+            n, generator=draw, dtype=torch.float64
+        )
         fold = torch.arange(n) % 5
         RidgePath(x[:50]).nested(y[:50], fold[:50])  # warm
         seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
@@ -196,4 +203,3 @@ def run(config: Config) -> None:
 
 if __name__ == "__main__":
     run(tyro.cli(Config, description=__doc__))
-

@@ -64,7 +64,9 @@ def ridge_loop(x, y, folds, penalties):
             sum(
                 np.sum(
                     (
-                        Ridge(alpha=penalty).fit(x[train := (folds != outer) & (folds != inner)], y[train]).predict(x[folds == inner])
+                        Ridge(alpha=penalty)
+                        .fit(x[train := (folds != outer) & (folds != inner)], y[train])
+                        .predict(x[folds == inner])
                         - y[folds == inner]
                     )
                     ** 2

@@ -1,8 +1,11 @@
 """Deep mutational scanning assays as ProteinGym gives them, and its three cross-validation schemes.
 
 A folder holds `NAME.csv` (columns `mutant`, e.g. A24G or A24G:K30R, and `score`; higher is fitter) beside `NAME.fasta` (one
-record: the wild type, position 1 first). Schemes (Notin et al. 2023, ProteinNPT): *random*; *modulo*: position mod 5, so
-that every position is new but has neighbours in training; *contiguous*: five stretches of positions, so that whole regions are new.
+record: the wild type, position 1 first). Schemes (Notin et al. 2023, ProteinNPT):
+
+* random;
+* modulo: position mod 5, so that every position is new but has neighbours in training;
+* contiguous: five stretches of positions, so that whole regions are new.
 """
 
 from __future__ import annotations

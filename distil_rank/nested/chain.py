@@ -260,7 +260,7 @@ class NestedChain:
                         f"a chain of schema {SCHEMA} required, got {config.get('schema')} in {path}; {remedy}"
                     )
                 stages = tuple(
-                    Stage(*(file.get_tensor(f"{i}.{key}") for key in TENSORS), Fit(**fit))
+                    Stage(**{key: file.get_tensor(f"{i}.{key}") for key in TENSORS}, fit=Fit(**fit))
                     for i, fit in enumerate(config["fits"])
                 )
         except (OSError, SafetensorError, ValueError) as error:

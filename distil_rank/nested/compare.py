@@ -91,7 +91,7 @@ def monotonicity(chain: Sequence[Sequence[float]], seed: int) -> dict[str, Any]:
     `monotone`: share of assays whose score never falls along the chain; `steps`: mean gain of every step.
     """
     x = np.asarray(chain, dtype=float)
-    rising = (np.diff(x, axis=0) >= 0).all(0)
+    rising = np.asarray((np.diff(x, axis=0) >= 0).all(0))
     low, high = wilson(float(rising.sum()), len(rising))
     return {
         "monotone": interval(float(rising.mean()), low, high, True, n=len(rising)),

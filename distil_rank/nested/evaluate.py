@@ -37,20 +37,16 @@ def held_out_scores(chain: NestedChain, stores: Mapping[str, Rows], fraction: fl
             start += stage.added
     random = generator(seed, "held-out proteins")
     draws = [torch.randint(len(proteins), (len(proteins),), generator=random) for _ in range(DRAWS)]
-    scores = {}
+    scores: dict[str, Any] = {}
     for size, parts in sums.items():
         by_protein = torch.stack(parts)  # (proteins, 3)
         resampled = torch.stack([by_protein[draw].sum(0) for draw in draws])
         whole = by_protein.sum(0)
-        scores[size] = {
-            name: interval(
-                float(1 - whole[k] / whole[0]),
-                *torch.quantile(1 - resampled[:, k] / resampled[:, 0], torch.tensor([0.025, 0.975]).double()).tolist(),
-                True,
-                n=len(proteins),
-            )
-            for k, name in ((1, "regression"), (2, "reconstruction"))
-        }
+        scores[size] = {}
+        for k, name in ((1, "regression"), (2, "reconstruction")):
+            r2 = 1 - resampled[:, k] / resampled[:, 0]
+            low, high = torch.quantile(r2, torch.tensor([0.025, 0.975]).double()).tolist()
+            scores[size][name] = interval(float(1 - whole[k] / whole[0]), low, high, True, n=len(proteins))
     return scores
 
 

@@ -84,7 +84,11 @@ def accuracies(correct: Mapping[str, Tensor], reference: str, seed: int) -> dict
     random = generator(seed, "location bootstrap")
     draws = [torch.randint(m, (m,), generator=random) for _ in range(DRAWS)]
     resampled = {name: torch.stack([hit.double()[draw].mean() for draw in draws]) for name, hit in correct.items()}
-    ends = torch.tensor([0.025, 0.975]).double()
+
+    def ranged(value: float, over: Tensor) -> dict[str, Any]:
+        low, high = torch.quantile(over, torch.tensor([0.025, 0.975]).double()).tolist()
+        return interval(value, low, high, True, n=m)
+
     rows = {}
     for name, hit in correct.items():
         difference = resampled[name] - resampled[reference]
@@ -93,6 +97,6 @@ def accuracies(correct: Mapping[str, Tensor], reference: str, seed: int) -> dict
             "accuracy": interval(
                 float(hit.double().mean()), *torch.quantile(resampled[name], ends).tolist(), True, n=m
             ),
-            "difference": interval(gap, *torch.quantile(difference, ends).tolist(), True, n=m),
+            "difference": ranged(gap, difference),
         }
     return rows

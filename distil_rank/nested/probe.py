@@ -29,16 +29,16 @@ from distil_rank.nested.chain import FILE, NestedChain
 from distil_rank.nested.compare import compare, mean_interval, monotonicity, spearman
 from distil_rank.nested.features import POOLS, raw_features
 from distil_rank.nested.fit import HELD_OUT, MOMENTS
-from distil_rank.nested.report import draw
+from distil_rank.nested.report import draw_summary
 from distil_rank.nested.representations import Representation, representations
 from distil_rank.nested.ridge import RidgePath
 from distil_rank.nested.single_pass import FILE as SINGLE_PASS
 from distil_rank.nested.single_pass import SinglePass
 from distil_rank.nested.stores import Loader, chain_models
+from distil_rank.nested.tables import SCHEMA, comparison_table
 from distil_rank.records import config_record, environment, read_json, require_writable, sha256, write_json
 from distil_rank.statistics.moments import Moments
 
-SCHEMA = "distil-rank/nested-summary/1"
 ASSAY_SCHEMA = "distil-rank/nested-assay/1"
 
 
@@ -81,8 +81,8 @@ def run(config: Config) -> None:
                 record["locations"] = _locations(config, chain, compared, located, loaders, layers, cache, group.device)
             record["environment"] = environment(group.device)
             write_json(f"{config.out}_summary.json", record)
-            draw(Path(f"{config.out}_summary.json"), Path(f"{config.out}_report.png"))
-            print(table(record))
+            draw_summary(Path(f"{config.out}_summary.json"), Path(f"{config.out}_report.png"))
+            print(comparison_table(record))
         group.barrier()
 
 
@@ -264,15 +264,3 @@ def _locations(
         "reference": own,
         "results": locations.accuracies(correct, own, config.seed),
     }
-
-
-def table(record: Mapping[str, Any]) -> str:
-    """The planned comparisons as lines of text."""
-    lines = [f"{len(record['assays'])} assays; Spearman, mean over schemes; difference, win rate, Holm p"]
-    for row in record["comparisons"]:
-        d, w = row["difference"], row["win_rate"]
-        lines.append(
-            f"  {row['ours']:<28} - {row['theirs']:<32} {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
-            f"   {w['value']:.2f} [{w['low']:.2f}, {w['high']:.2f}]   p {row['holm_p']:.3f}"
-        )
-    return "\n".join(lines)

@@ -41,7 +41,7 @@ def regress(
     covariance = joint.covariance
     L, Q = (t.flip(-1) for t in torch.linalg.eigh(covariance[:prefix, :prefix]))
     null = torch.finfo(torch.float64).eps * prefix * float(L[0])
-    rank = int((L > null).sum())
+    rank = int(L.gt(null).sum())
     if rank == 0:
         raise InputError("a prefix that varies required, got constant features; check the embeddings")
     C = Q.T @ covariance[:prefix, prefix:]
@@ -54,7 +54,7 @@ def regress(
     elif regression == "pcr":
         if components == "mp":
             edge = marchenko_pastur_edge(L, joint.count)
-            q = int((L > edge).sum())
+            q = int(L.gt(edge).sum())
         elif components == "held-out":
             q = held_out_components(joint, prefix, Q, L, C, rank, held_out)
         else:

@@ -1,19 +1,18 @@
 """The figure of a probe, drawn from its JSON alone.
 
-python -m distil_rank.nested.report results/nested_summary.json results/nested_report.png
+distil-rank report      # results/nested_report.png from results/nested_summary.json, and every other figure
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distil_rank.nested.tables import POOL_WORDS, SCHEMA
 from distil_rank.records import read_json
 
-SCHEMA = "distil-rank/nested-summary/1"
 INK, PALE = "#22262b", "#9aa3ad"
 # one colour per kind in all panels
 COLOURS = {
@@ -41,10 +40,14 @@ WORDS = {
     "single-pass": "single pass",
     "one-hot": "one-hot",
 }
-POOL_WORDS = {"mean": "mean-pooled", "site": "at the mutated position"}
 
 
-def draw(summary: Path, out: Path) -> None:
+def draw(folder: Path) -> Path:
+    """Draw `nested_report.png` from `nested_summary.json`, both in `folder`."""
+    return draw_summary(folder / "nested_summary.json", folder / "nested_report.png")
+
+
+def draw_summary(summary: Path, out: Path) -> Path:
     """Draw the report of a summary; the PNG appears whole or not at all."""
     import matplotlib
 
@@ -52,7 +55,7 @@ def draw(summary: Path, out: Path) -> None:
     from matplotlib import pyplot as plt
 
     record = read_json(summary, SCHEMA)
-    style = {
+    style: Any = {
         "font.size": 10,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -71,7 +74,9 @@ def draw(summary: Path, out: Path) -> None:
     }
     with plt.rc_context(style):
         figure = plt.figure(figsize=(15, 15.5), layout="constrained")
-        top, middle, bottom = figure.subfigures(3, 1, height_ratios=[1, 1.1, 1.55], hspace=0.03)
+        top, middle, bottom = figure.subfigures(  # type: ignore[misc]
+            3, 1, height_ratios=[1, 1.1, 1.55], hspace=0.03
+        )
         upper = top.subplots(1, 3)
         stages(upper[0], record)
         spectra(upper[1], record)
@@ -95,6 +100,7 @@ def draw(summary: Path, out: Path) -> None:
         finally:
             temporary.unlink(missing_ok=True)
             plt.close(figure)
+    return out
 
 
 def title(record: Mapping[str, Any]) -> str:
@@ -106,12 +112,12 @@ def caption(record: Mapping[str, Any]) -> str:
     data, chain, assays = record["data"]["chain"], record["chain"], record["data"]["assays"]
     mutants = sum(a["used"] for a in assays)
     lines = [
-        f"Chain: {chain['regression'].partition('-')[2].upper()}, fitted on {chain['rows']['fit']:,.0f} residues of"
-        f" {data.get('proteins', 0):,} proteins of which {chain['rows']['held_out']:,.0f} residues are held out."
+        f"Chain: {chain['regression'].partition('-')[2].upper()}, fitted on {chain['rows']['fit']:,.0f} residues, scored on"
+        f" {chain['rows']['held_out']:,.0f} held-out residues ({data.get('proteins', 0):,} proteins in all)."
         f" Probe: {len(assays)} assays, {mutants:,} single mutants (at most {record['config']['mutants'] or 'all'} each, seed"
         f" {record['seeds'][0]}), ridge, penalty by nested cross-validation.",
         "Spearman over all out-of-fold predictions, mean over random, modulo and contiguous folds, then over assays. Bars and"
-        " bands: 95 % intervals over assays (R²: over proteins; accuracy: over test proteins). Holm over all planned comparisons.",
+        " bands: 95 % intervals over assays (R²: over proteins; accuracy: over test proteins). Holm: over all comparisons.",
     ]
     return "\n".join(lines)
 
@@ -147,16 +153,18 @@ def stages(axis: Any, record: Mapping[str, Any]) -> None:
 def spectra(axis: Any, record: Mapping[str, Any]) -> None:
     """Residual variance that is left after the first directions of every stage."""
     shades = ["#5bb0d1", "#0b6e99", "#083d56", "#22262b", "#d1793b"]
-    for (size, tails), colour in zip(record["chain"]["residual_spectrum"].items(), shades):
+    for i, ((size, tails), colour) in enumerate(zip(record["chain"]["residual_spectrum"].items(), shades)):
         added = record["chain"]["added"][size]
-        shown = [i for i, t in enumerate(tails) if t > 1e-6]
-        axis.plot([i for i in shown], [tails[i] for i in shown], color=colour, lw=2, label=f"residual of {size}")
+        shown = [k for k, t in enumerate(tails) if t > 1e-6]
+        axis.plot(shown, [tails[k] for k in shown], color=colour, lw=2, label=f"residual of {size}")
         axis.plot(added, max(tails[added], 1e-6), "o", color=colour, ms=8, mec="white", zorder=3)
         axis.annotate(
             f"{added} directions kept,\n{tails[added]:.1%} left",
             (added, max(tails[added], 1e-6)),
             textcoords="offset points",
-            xytext=(8, 8),
+            xytext=(10, 6) if i % 2 else (-10, -6),
+            ha="left" if i % 2 else "right",
+            va="bottom" if i % 2 else "top",
             color=colour,
             fontsize=9,
         )
@@ -191,16 +199,18 @@ def curve(axis: Any, record: Mapping[str, Any], pool: str) -> None:
                 axis.fill_between(
                     dims, [v["low"] for _, v in points], [v["high"] for _, v in points], color=colour, alpha=0.1, lw=0
                 )
-    sizes = sorted({d for d in record["chain"]["dims"].values()})
-    axis.set_xticks(
-        sorted(
-            {row["dim"] for row in record["representations"] if row["dim"]}
-            & {*sizes, max(r["dim"] for r in record["representations"])}
-        )
-    )
-    axis.set_xlabel("dimensions")
+    dimensions(axis, record)
     axis.set_ylabel("Spearman, mean over schemes and assays")
     axis.set_title(f"Mutational scans, embedding {POOL_WORDS[pool]}")
+
+
+def dimensions(axis: Any, record: Mapping[str, Any]) -> None:
+    """A logarithmic axis of dimensions with the chain's own, and the concatenation's, as ticks."""
+    ticks = sorted({*record["chain"]["dims"].values(), max(row["dim"] for row in record["representations"])})
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, [str(t) for t in ticks])
+    axis.xaxis.minorticks_off()
+    axis.set_xlabel("dimensions")
 
 
 def schemes(axis: Any, record: Mapping[str, Any], pool: str) -> None:
@@ -263,8 +273,7 @@ def located(axis: Any, record: Mapping[str, Any]) -> None:
         fontsize=9,
         color="#5b636c",
     )
-    axis.set_xticks([*record["chain"]["dims"].values()])
-    axis.set_xlabel("dimensions")
+    dimensions(axis, record)
     axis.set_ylabel("accuracy on test proteins")
     axis.set_title(f"Subcellular location, {len(found['classes'])} classes")
 
@@ -312,7 +321,3 @@ def _short(name: str) -> str:
 
 def _p(value: float) -> str:
     return "p < .001" if value < 0.001 else f"p = {value:.3f}".replace("0.", ".")
-
-
-if __name__ == "__main__":
-    draw(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def representations(
     if moments.dim < total:
         raise InputError(f"moments of {total} features required for this chain, got {moments.dim}; fit it again")
     own, own_held_out = leading(moments, total), None if held_out is None else leading(held_out, total)
-    found = [Representation(f"raw_{n}", "raw", w, lambda raws, n=n: raws[n]) for n, w in widths.items()]
+    found = [Representation(f"raw_{n}", "raw", w, itemgetter(n)) for n, w in widths.items()]
     found.append(
         Representation("concatenation", "concatenation", total, lambda raws: torch.cat([raws[n] for n in sizes], -1))
     )

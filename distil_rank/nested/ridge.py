@@ -10,7 +10,7 @@ So one eigendecomposition serves every penalty, every outer fold and every pair 
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import torch
 from torch import Tensor
@@ -42,34 +42,28 @@ class RidgePath:
         self.penalties = penalties * float(self._x.square().sum()) / n
         if len(s) == 0:
             self.penalties = penalties.clone()  # constant features: only the intercept is fitted
-        # rank n - 1: the part of M that no penalty touches is exactly zero, and is not left to rounding
+        # rank n - 1: the part of M that no penalty touches is exactly zero, and must not be left to rounding
         self._full = len(s) == n - 1
 
-    def _damping(self) -> Tensor:
-        """penalty / (s + penalty), (penalties, rank)."""
-        return self.penalties[:, None] / (self._s + self.penalties[:, None])
-
-    def _untouched(self, rows: Tensor) -> Tensor:
-        """I - 1 1^T / n - U U^T on these rows."""
-        if self._full:
-            return torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    def _operator(self, i: int, rows: Tensor, columns: Tensor) -> Tensor:
+        """The block of M at these rows and columns, for the i-th penalty."""
         U = self._U[rows]
-        return torch.eye(len(rows), dtype=torch.float64) - 1 / len(self._U) - U @ U.T
+        damping = self.penalties[i] / (self._s + self.penalties[i])
+        if self._full:
+            return (U * damping) @ self._U[columns].T
+        # I - 1 1^T / n - U diag(s / (s + penalty)) U^T
+        return (rows[:, None] == columns).double() - 1 / len(self._U) - (U * (1 - damping)) @ self._U[columns].T
 
-    def _residuals(self, y: Tensor) -> Tensor:
-        """M y for every penalty (penalties, n, c)."""
+    def _residuals(self, y: Tensor, i: int) -> Tensor:
+        """M y (n, c)."""
+        damping = (self.penalties[i] / (self._s + self.penalties[i]))[:, None]
         projected = self._U.T @ y
-        untouched = torch.zeros_like(y) if self._full else y - y.mean(0) - self._U @ projected
-        return untouched + self._U @ (self._damping()[:, :, None] * projected)
+        return self._U @ (damping * projected) if self._full else y - y.mean(0) - self._U @ ((1 - damping) * projected)
 
     def leave_out(self, y: Tensor, rows: Tensor) -> Tensor:
         """Predictions (penalties, |rows|, c) at `rows` of the fits on all other rows; y (n, c)."""
-        return self._leave_out(y, self._residuals(y), rows)
-
-    def _leave_out(self, y: Tensor, residuals: Tensor, rows: Tensor) -> Tensor:
-        U = self._U[rows]
-        M = self._untouched(rows) + (U * self._damping()[:, None, :]) @ U.T
-        return y[rows] - torch.linalg.solve(M, residuals[:, rows])
+        blocks = (solve(self._operator(i, rows, rows), self._residuals(y, i)[rows]) for i in range(len(self.penalties)))
+        return y[rows] - torch.stack(list(blocks))
 
     def nested(self, y: Tensor, folds: Tensor) -> tuple[Tensor, Tensor]:
         """Out-of-fold predictions (as y) and the penalty of each outer fold (folds,), for fold numbers (n,).
@@ -78,29 +72,37 @@ class RidgePath:
         fold's rows; then the fit on all other folds predicts it.
         """
         target = y.double() if y.ndim == 2 else y.double()[:, None]
-        members = [torch.nonzero(folds == f)[:, 0] for f in folds.unique()]
-        if len(members) < 3:
-            raise InputError(f"at least 3 folds with rows required, got {len(members)}; give more rows")
-        residuals = self._residuals(target)
-        inner = torch.zeros(len(members), len(self.penalties), dtype=torch.float64)
-        for a, b in combinations(range(len(members)), 2):
-            both = torch.cat([members[a], members[b]])
-            error = (self._leave_out(target, residuals, both) - target[both]).square().sum(2)
-            inner[a] += error[:, len(members[a]) :].sum(1)  # outer a, inner b
-            inner[b] += error[:, : len(members[a])].sum(1)
+        order = folds.argsort(stable=True)
+        sizes = folds.unique(return_counts=True)[1].tolist()
+        if len(sizes) < 3:
+            raise InputError(f"at least 3 folds with rows required, got {len(sizes)}; give more rows")
+        starts = [0, *torch.tensor(sizes).cumsum(0).tolist()]
+        parts = [slice(a, b) for a, b in pairwise(starts)]
+        inner = torch.zeros(len(self.penalties), len(sizes), dtype=torch.float64)
+        left_out = torch.empty(len(self.penalties), *target.shape, dtype=torch.float64)  # errors, in the order of folds
+        M = torch.zeros(len(order), len(order), dtype=torch.float64)
+        for i in range(len(self.penalties)):
+            residual = self._residuals(target, i)[order]
+            for part in parts:  # the upper triangle of blocks
+                M[part, part.start :] = self._operator(i, order[part], order[part.start :])
+                left_out[i, part] = solve(M[part, part], residual[part])
+            for (a, p), (b, q) in combinations(enumerate(parts), 2):
+                both = torch.cat([torch.cat([M[p, p], M[p, q]], 1), torch.cat([M[p, q].T, M[q, q]], 1)])
+                error = solve(both, torch.cat([residual[p], residual[q]])).square().sum(1)
+                inner[i, a] += error[sizes[a] :].sum()  # outer a, inner b
+                inner[i, b] += error[: sizes[a]].sum()
+        best = inner.argmin(0)
         predictions = torch.empty_like(target)
-        best = inner.argmin(1)
-        for rows, choice in zip(members, best):
-            predictions[rows] = self._leave_out(target, residuals, rows)[choice]
+        for part, choice in zip(parts, best):
+            predictions[order[part]] = target[order[part]] - left_out[choice, part]
         return predictions.view(y.shape), self.penalties[best]
 
     def choose(self, y: Tensor, folds: Tensor) -> Tensor:
         """The penalty (a scalar tensor) with the least squared error over these folds; y (n, c)."""
-        residuals = self._residuals(y.double())
         error = torch.zeros(len(self.penalties), dtype=torch.float64)
-        for f in folds.unique():
-            rows = torch.nonzero(folds == f)[:, 0]
-            error += (self._leave_out(y.double(), residuals, rows) - y[rows]).square().sum((1, 2))
+        for fold in folds.unique():
+            rows = torch.nonzero(folds == fold)[:, 0]
+            error += (self.leave_out(y.double(), rows) - y[rows]).square().sum((1, 2))
         return self.penalties[error.argmin()]
 
     def predict(self, y: Tensor, penalty: Tensor, features: Tensor) -> Tensor:
@@ -109,3 +111,9 @@ class RidgePath:
         # w = X^T (K + penalty I)^-1 (y - mean y), on the range of X
         weights = self._x.T @ (self._U / (self._s + penalty) @ (self._U.T @ y))
         return (features.double() - self.mean) @ weights + y.mean(0)
+
+
+def solve(M: Tensor, residual: Tensor) -> Tensor:
+    """M^-1 residual for a positive definite block; by LU where rounding has made it indefinite."""
+    factor, failed = torch.linalg.cholesky_ex(M)
+    return torch.linalg.solve(M, residual) if int(failed) else torch.cholesky_solve(residual, factor)

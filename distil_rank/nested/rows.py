@@ -56,7 +56,9 @@ class TensorRows:
 
 def as_rows(stores: Mapping[str, Rows | Tensor]) -> dict[str, Rows]:
     """The stores by size, checked: each has the same proteins in the same order, with as many rows."""
-    rows: dict[str, Rows] = {k: TensorRows(v) if isinstance(v, Tensor) else v for k, v in stores.items()}
+    rows: dict[str, Rows] = {}
+    for name, store in stores.items():
+        rows[name] = TensorRows(store) if isinstance(store, Tensor) else store
     if len(rows) < 2:
         raise InputError(
             f"at least two sizes required, got {', '.join(rows) or 'none'}; add a larger or a smaller model"

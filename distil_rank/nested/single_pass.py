@@ -107,8 +107,8 @@ class SinglePass:
         h = torch.cat([x.double() for x in hidden], -1)
         if h.shape[-1] != self.A.shape[1]:
             raise InputError(f"{self.A.shape[1]} hidden features required, got {h.shape[-1]}: another model?")
-        place = {"device": h.device}
-        return (h @ self.A.to(**place).T @ self.B.to(**place).T + self.bias.to(**place)).to(hidden[0].dtype)
+        A, B, bias = (t.to(h.device) for t in (self.A, self.B, self.bias))
+        return (h @ A.T @ B.T + bias).to(hidden[0].dtype)
 
     def save(self, folder: str | Path) -> None:
         """Write `single_pass.safetensors` into a chain's folder, whole or not at all."""
@@ -133,8 +133,8 @@ class SinglePass:
                     raise InputError(
                         f"a map of schema {SCHEMA} required, got {header.get('schema')} in {path}; fit it again"
                     )
-                tensors = (file.get_tensor(key) for key in ("A", "B", "bias"))
-                return cls(*tensors, tuple(header["layers"]), dict(header["record"]))
+                A, B, bias = (file.get_tensor(key) for key in ("A", "B", "bias"))
+                return cls(A, B, bias, tuple(header["layers"]), dict(header["record"]))
         except (OSError, SafetensorError) as error:
             raise InputError(
                 f"a single-pass map required, got {path} ({error}); run nested fit --single-pass"

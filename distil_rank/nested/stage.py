@@ -44,12 +44,9 @@ class Stage:
     def block(self, z: Tensor, x: Tensor, count: int | None = None) -> Tensor:
         """The first `count` new coordinates V^T R (..., count), float64."""
         V = self.directions[:, :count].to(z.device)
-        place = {"device": z.device, "dtype": torch.float64}
         A = (V / self.scale.to(z.device)[:, None]).T  # (count, k_p); A W is small: no k_p-wide residual is formed
-        centred_z, centred_x = (
-            z.to(**place) - self.mean_prefix.to(z.device),
-            x.to(**place) - self.mean_large.to(z.device),
-        )
+        centred_z = z.double() - self.mean_prefix.to(z.device)
+        centred_x = x.double() - self.mean_large.to(z.device)
         return centred_x @ A.T - centred_z @ (A @ self.weight.to(z.device)).T
 
     def reconstruct(self, z: Tensor, block: Tensor) -> Tensor:

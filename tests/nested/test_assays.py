@@ -113,5 +113,5 @@ def test_missing_parts(tmp_path):
     with pytest.raises(InputError, match="columns mutant and score"):
         read_assay(path)
     path.with_suffix(".fasta").unlink()
-    with pytest.raises(InputError, match="wild type of TOY.csv required"):
+    with pytest.raises(InputError, match=r"wild type of TOY\.csv required"):
         read_assay(path)

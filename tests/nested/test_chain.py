@@ -24,7 +24,8 @@ def test_every_prefix_is_the_smaller_embedding_bit_for_bit(dtype, regression, tm
     raws = family(dtype=dtype, widths=(6, 10, 17, 20))
     chain = NestedChain.fit(raws, regression)
     chain.save(tmp_path / "chain")
-    for chain in (chain, NestedChain.load(tmp_path / "chain")):
+    for same in (chain, NestedChain.load(tmp_path / "chain")):
+        chain = same
         whole = chain.embed(raws)
         assert whole.dtype == dtype and whole.shape[-1] == 20
         assert torch.equal(whole[:, :6], raws["a"])

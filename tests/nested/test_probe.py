@@ -9,7 +9,7 @@ import torch
 from distil_rank.errors import InputError
 from distil_rank.nested import embed, fit, probe  # noqa: F401
 from distil_rank.nested.chain import NestedChain
-from distil_rank.nested.report import draw
+from distil_rank.nested.report import draw_summary
 from distil_rank.nested.representations import representations
 from distil_rank.nested.rows import joint_moments
 from distil_rank.proteins.fasta import Protein, write_fasta
@@ -95,7 +95,7 @@ def test_figure_is_drawn_without_locations_too(probed, tmp_path):
     record = summary(probed)
     del record["locations"]
     (tmp_path / "s.json").write_text(json.dumps(record))
-    draw(tmp_path / "s.json", tmp_path / "r.png")
+    draw_summary(tmp_path / "s.json", tmp_path / "r.png")
     assert (tmp_path / "r.png").stat().st_size > 50_000 and sorted(p.name for p in tmp_path.iterdir()) == [
         "r.png",
         "s.json",

@@ -66,7 +66,7 @@ def test_error_is_the_tail_of_the_residual_spectrum(regression, added, scale, se
 
 
 def test_no_random_completion_reconstructs_better():
-    z, x, joint = pair()
+    _, _, joint = pair()
     added = 5
     stage = fit_stage(joint, K, added, "ols")
     error, _ = residual_covariance(joint, stage)
@@ -93,7 +93,7 @@ def max_correlation(a, b):
 
 
 def test_all_components_are_ols_and_scaling_does_not_change_ols_predictions():
-    z, x, joint = pair()
+    _, _, joint = pair()
     ols = fit_stage(joint, K, 4, "ols")
     torch.testing.assert_close(fit_stage(joint, K, 4, "pcr", K).weight, ols.weight)
     torch.testing.assert_close(fit_stage(joint, K, 4, "ols", scale_features=True).weight, ols.weight)
@@ -144,7 +144,7 @@ def test_null_directions_of_the_prefix_are_harmless():
 
 
 def test_signs_do_not_depend_on_the_solver():
-    z, x, joint = pair()
+    _, _, joint = pair()
     V = fit_stage(joint, K, P - K, "ols").directions
     assert bool((V.gather(0, V.abs().argmax(0, keepdim=True)) > 0).all())
 
