@@ -94,9 +94,7 @@ def accuracies(correct: Mapping[str, Tensor], reference: str, seed: int) -> dict
         difference = resampled[name] - resampled[reference]
         gap = float(hit.double().mean() - correct[reference].double().mean())
         rows[name] = {
-            "accuracy": interval(
-                float(hit.double().mean()), *torch.quantile(resampled[name], ends).tolist(), True, n=m
-            ),
+            "accuracy": ranged(float(hit.double().mean()), resampled[name]),
             "difference": ranged(gap, difference),
         }
     return rows

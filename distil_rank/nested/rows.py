@@ -42,8 +42,8 @@ class TensorRows:
                 f"embeddings (rows, features) of a float type required, got {values.dtype} {tuple(values.shape)}"
             )
         self.values, self.dim = values, values.shape[1]
-        self.lengths = [1] * len(values) if lengths is None else list(lengths)
-        self.keys = [str(i) for i in range(len(self.lengths))] if keys is None else list(keys)
+        self.lengths: Sequence[int] = [1] * len(values) if lengths is None else list(lengths)
+        self.keys: Sequence[str] = [str(i) for i in range(len(self.lengths))] if keys is None else list(keys)
         if sum(self.lengths) != len(values) or len(self.keys) != len(self.lengths):
             raise InputError(
                 f"lengths and keys of {len(values)} rows required, got {sum(self.lengths)} and {len(self.keys)}"
