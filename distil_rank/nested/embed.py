@@ -119,7 +119,7 @@ def _fill(config: Config, chain: NestedChain, stores: Mapping[str, StoreRows], g
         writer = ShardWriter(shard_path(config.out, shard), [last], sizes[shard], identity["dim"], dtype)
         for start in range(0, sizes[shard], ROWS):
             count = min(ROWS, sizes[shard] - start)
-            raws = {size: rows.store.read_rows(shard, start, count) for size, rows in stores.items()}
+            raws = {size: rows.read_shard(shard, start, count) for size, rows in stores.items()}
             writer.write(start, chain.embed(raws, config.dim, config.normalize)[None])
         writer.close()
     group.barrier()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from distil_rank.errors import InputError
 from distil_rank.nested.chain import NestedChain
 from distil_rank.proteins.checkpoints import FAMILIES, Loaded, load_model
 from distil_rank.proteins.fasta import read_fasta, write_fasta
-from distil_rank.proteins.store import EmbeddingStore
+from distil_rank.proteins.store import EmbeddingStore, shard_path
 from distil_rank.randomness import generator
 
 
@@ -23,6 +25,7 @@ class StoreRows:
 
     def __init__(self, path: str | Path, layer: int | None = None):
         self.store = EmbeddingStore(path, layer)
+        self._tensor = f"layer_{self.store.provenance['layers'][-1] if layer is None else layer}"
         self.dim = self.store.dim
         self.lengths: Sequence[int] = self.store.column("rows")
         self.keys: Sequence[str] = self.store.column("sha256")
@@ -36,9 +39,13 @@ class StoreRows:
             while last + 1 < stop and self._shard[last + 1] == shard:
                 last += 1
             first_row = self._first[start]
-            parts.append(self.store.read_rows(shard, first_row, self._first[last] + self.lengths[last] - first_row))
+            parts.append(self.read_shard(shard, first_row, self._first[last] + self.lengths[last] - first_row))
             start = last + 1
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def read_shard(self, shard: int, start: int, rows: int) -> Tensor:
+        """Rows (rows, d) of one shard."""
+        return read_slice(shard_path(self.store.path, shard), self._tensor, start, rows)
 
     def shard_sizes(self) -> list[int]:
         """Rows of every shard."""
@@ -46,6 +53,28 @@ class StoreRows:
         for shard, rows in zip(self._shard, self.lengths):
             sizes[shard] += rows
         return sizes
+
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def read_slice(path: Path, tensor: str, start: int, rows: int) -> Tensor:
+    """Rows (rows, d) of a two-dimensional tensor in a safetensors file, by plain reading.
+
+    Not by mapping: a pass over mapped shards counts every one of them as resident memory.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            entry = json.loads(file.read(length))[tensor]
+            dtype, width = DTYPES[entry["dtype"]], entry["shape"][1]
+            file.seek(8 + length + entry["data_offsets"][0] + start * width * dtype.itemsize)
+            content = bytearray(rows * width * dtype.itemsize)
+            if file.readinto(content) < len(content):
+                raise ValueError("the file ends early")
+    except (OSError, KeyError, ValueError, struct.error) as error:
+        raise InputError(f"a whole shard required, got {path} ({error}); embed again") from None
+    return torch.frombuffer(content, dtype=dtype).view(rows, width)
 
 
 @dataclass(frozen=True)

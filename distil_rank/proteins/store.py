@@ -102,7 +102,7 @@ class EmbeddingStore:
                 raise KeyError(f"exactly one protein of id {key!r} required, got {len(found)}: use store.positions(id)")
             key = found[0]
         entry = self.describe(key)
-        rows = self.read_rows(entry["shard"], entry["first_row"], entry["rows"])
+        rows = self._rows(entry["shard"], entry["first_row"], entry["rows"])
         return rows if self.pool == "residues" else rows[0]
 
     def batches(self, rows: int = 8192, rank: int = 0, world: int = 1) -> Iterator[Tensor]:
@@ -110,7 +110,7 @@ class EmbeddingStore:
         for shard in range(rank, self.provenance["shards"], world):
             size = self._shard(shard).get_slice(self._tensor).get_shape()[0]
             for start in range(0, size, rows):
-                yield self.read_rows(shard, start, min(rows, size - start))
+                yield self._rows(shard, start, min(rows, size - start))
 
     def residues(self) -> Iterator[tuple[int, Tensor]]:
         """(protein index, vectors (l, d)) in order; l is 1 unless this is a store of residues.
@@ -119,7 +119,7 @@ class EmbeddingStore:
         """
         query = "SELECT position, shard, first_row, rows FROM protein ORDER BY position"
         for position, shard, start, rows in self._index.execute(query):
-            yield position, self.read_rows(shard, start, rows)
+            yield position, self._rows(shard, start, rows)
 
     def _open_shard(self, shard: int) -> Any:
         from safetensors import SafetensorError, safe_open
@@ -130,8 +130,7 @@ class EmbeddingStore:
         except (OSError, SafetensorError) as error:
             raise InputError(f"a whole shard required, got {path} ({error}); embed again") from error
 
-    def read_rows(self, shard: int, start: int, rows: int) -> Tensor:
-        """Rows (rows, d) of one shard."""
+    def _rows(self, shard: int, start: int, rows: int) -> Tensor:
         return self._shard(shard).get_slice(self._tensor)[start : start + rows]
 
 
