@@ -13,7 +13,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -234,7 +233,9 @@ def measure(config: Config, folder: Path, done: dict[str, dict[str, float]], sav
 
 def _peak(work: Callable[[], None], results: Any) -> None:
     work()
-    results.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    # VmHWM, because ru_maxrss of a child starts at its parent's
+    with open("/proc/self/status") as status:
+        results.put(next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024)
 
 
 def peak_mib(work: Callable[[], None]) -> float:

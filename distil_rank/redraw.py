@@ -22,6 +22,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "summary": lambda path: tables.documentation(read_json(path, tables.SCHEMA)),
     "nested": lambda path: nested_tables.documentation(read_json(path, nested_tables.SCHEMA)),
     "nested-benchmark": lambda path: nested_tables.benchmark(read_json(path, nested_tables.BENCHMARK)),
+    "lowrank": lambda path: tables.bars(read_json(path, tables.BARS_SCHEMA)),
 }
 BLOCK = re.compile(r"(<!-- begin (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

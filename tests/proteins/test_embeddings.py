@@ -21,8 +21,8 @@ from distil_rank.proteins.fasta import Protein, write_fasta
 from distil_rank.proteins.pooling import embed
 from distil_rank.proteins.store import EmbeddingStore
 from distil_rank.statistics.moments import Moments
+from tests.conftest import ROOT
 from tests.proteins import reference
-from tests.proteins.conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("untouched_global_state")
 
@@ -195,6 +195,13 @@ def test_killed_before_a_file_is_complete_then_resumed(config, whole, processes,
     assert contents(config.out) == contents(whole)
 
 
+def test_what_a_run_killed_at_its_very_start_left_is_no_obstacle(config, whole, tmp_path):
+    for name in (".write-test-123", "store.json.tmp123"):
+        (tmp_path / name).write_text("")
+    run(replace(config, out=tmp_path))
+    assert contents(tmp_path) == contents(whole)
+
+
 def _kill_at_random_points(config, whole, processes, folder, points):
     """Kill after a random share of the time that a whole run takes, and resume."""
     started = time.perf_counter()
@@ -346,7 +353,7 @@ def test_bad_settings_are_refused_before_anything_is_written(config, tmp_path):
         ),
         ({"model": "esm3"}, "required a model name"),
         ({"layers": (4,)}, "layers between -4 and 3"),
-        ({"layers": (1, 1)}, "distinct layers"),
+        ({"layers": (3, -1)}, "distinct layers"),
         ({"layers": ()}, "distinct layers"),
         ({"max_length": 2}, "max_length"),
         ({"batch_tokens": 0}, "batch_tokens"),
@@ -376,3 +383,24 @@ def test_changes_to_sequences_are_counted_aloud(config, tmp_path, capsys):
 def test_progress_is_silent_in_a_pipe(config, tmp_path, capsys):
     run(replace(config, out=tmp_path / "out"))
     assert "%" not in capsys.readouterr().err and embeddings.__doc__
+
+
+def _peak(config: Config, queue) -> None:
+    run(config)
+    status = Path("/proc/self/status").read_text().splitlines()
+    queue.put(next(int(line.split()[1]) for line in status if line.startswith("VmHWM")))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads peak memory from /proc")
+def test_peak_memory_does_not_grow_with_the_number_of_proteins(config, processes, tmp_path):
+    peak = {}
+    for count in (100, 3000):
+        reference.random_fasta(tmp_path / f"{count}.fasta", count, longest=100)
+        small = replace(config, fasta=tmp_path / f"{count}.fasta", out=tmp_path / str(count), shard_residues=4000)
+        queue = processes.Queue()
+        process = processes.Process(target=_peak, args=(small, queue))
+        process.start()
+        peak[count] = queue.get(timeout=600)
+        process.join()
+    assert peak[3000] < 1.05 * peak[100]
