@@ -10,6 +10,9 @@ from distil_rank.errors import one_line_errors
 COMMANDS: dict[str, tuple[str, str]] = {
     "embed": ("distil_rank.proteins.embeddings", "embed the proteins of a FASTA with an ESM-2 model"),
     "moments": ("distil_rank.proteins.moments", "count, mean and covariance of embeddings"),
+    "nested fit": ("distil_rank.nested.fit", "fit a nested embedding of a model family (Reverse Distillation)"),
+    "nested embed": ("distil_rank.nested.embed", "embed proteins with a chain, cut at any dimension"),
+    "nested probe": ("distil_rank.nested.probe", "what a chain is worth on mutational scans, against its baselines"),
     "pretrain": ("distil_rank.proteins.pretrain", "train a small protein language model of the ESM-2 architecture"),
     "report": ("distil_rank.redraw", "redraw the figures and tables of results/ from their JSON"),
 }
