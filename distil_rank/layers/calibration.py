@@ -63,12 +63,13 @@ def collect(
     mask: Mask | None = None,
     folds: int = 1,
     memory: int = MEMORY,
+    inputs_only: bool = False,
 ) -> Iterator[dict[str, Statistics]]:
     """Statistics of the sites, one group of layers after the other; a group's moments take at most `memory` bytes.
 
     Batch i belongs to fold i modulo `folds`. One pass over the batches a group.
     """
-    for group in groups(sites, calls, folds, memory):
+    for group in groups(sites, calls, folds, memory, inputs_only):
         units = {unit.sites[0].name: unit for unit in group}
         gathered = {name: [Moments(unit.dim) for _ in range(folds)] for name, unit in units.items()}
         for index, batch in enumerate(batches):
@@ -94,7 +95,9 @@ def update(moments: Moments, rows: Tensor, name: str) -> None:
         raise InputError(f"finite activations required, layer {name}: {error}; check the weights and the input") from None
 
 
-def groups(sites: Sequence[Site], calls: dict[str, Call], folds: int, memory: int) -> Iterator[list[Unit]]:
+def groups(
+    sites: Sequence[Site], calls: dict[str, Call], folds: int, memory: int, inputs_only: bool = False
+) -> Iterator[list[Unit]]:
     """Layers in running order, in groups whose moments fit into `memory` bytes."""
     readers: dict[int, list[Site]] = {}
     for site in sorted(sites, key=lambda s: calls[s.name].order):
@@ -104,7 +107,7 @@ def groups(sites: Sequence[Site], calls: dict[str, Call], folds: int, memory: in
     for members in readers.values():
         shared = Unit("input", members[0].d_in, members)
         single = [Unit("output", s.d_out, [s]) for s in members]
-        for unit in [shared] if shared.dim**2 <= sum(u.dim**2 for u in single) else single:
+        for unit in [shared] if inputs_only or shared.dim**2 <= sum(u.dim**2 for u in single) else single:
             size = 8 * unit.dim**2 * folds
             if group and used + size > memory:
                 yield group
