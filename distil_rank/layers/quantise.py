@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,8 +72,18 @@ def rounded(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return (matrix / scale.to(matrix)[:, None]).round().clamp(-LEVELS, LEVELS).to(torch.int8), scale
 
 
+def imitated(student: LowRankLinear, drift: Drift) -> Drift:
+    """The moments behind `drift` with the student's own output as the target: what its eight-bit version has to match."""
+    A, B = student.A.weight.detach().to(drift.inputs), student.B.weight.detach().to(drift.inputs)
+    cross = B @ (A @ drift.inputs)
+    mean = B @ (A @ drift.input_mean)
+    if student.B.bias is not None:
+        mean = mean + student.B.bias.detach().to(mean)
+    return Drift(drift.rows, drift.input_mean, mean, drift.inputs, cross, cross @ (B @ A).T)
+
+
 def quantise(student: LowRankLinear, drift: Drift) -> Int8LowRank:
-    """Eight-bit version of a student, refitted on the moments it was made from (`Drift.none` for unchanged inputs)."""
+    """Eight-bit version of a student that matches the outputs behind `drift` best (see `imitated`)."""
     S = drift.inputs
     A, B = student.A.weight.detach().to(S), student.B.weight.detach().to(S)
     spread = ((A @ S) * A).sum(1).clamp_min(0).sqrt()
@@ -111,7 +122,7 @@ def certify_int8(student: LowRankLinear, quantised: Int8LowRank, drift: Drift) -
     shift = difference @ drift.input_mean
     if bias is not None and student.B.bias is not None:
         shift = shift + bias - student.B.bias.detach().to(bias)
-    variance = float(drift.outputs.trace())
+    variance = float(drift.outputs.trace())  # of the teacher's output
     error = float(((difference @ drift.inputs) * difference).sum() + shift @ shift)
     return Int8Certificate(
         student.rank,
@@ -130,10 +141,15 @@ def module_bytes(module: nn.Module) -> int:
 
 
 def equal_bytes_curve(
-    student_at: Callable[[int], LowRankLinear], drift: Drift, d_in: int, d_out: int, budgets: Sequence[int]
-) -> list[dict[str, float | int | str]]:
+    student_at: Callable[[int], LowRankLinear],
+    fitted: Drift,
+    measured: Drift,
+    d_in: int,
+    d_out: int,
+    budgets: Sequence[int],
+) -> list[dict[str, Any]]:
     """FVU of the best student in float32, bfloat16 and int8 at equal bytes; student_at(rank) gives a float64 student."""
-    records: list[dict[str, float | int | str]] = []
+    records: list[dict[str, Any]] = []
     limit = min(d_in, d_out)
     for budget in budgets:
         room = budget - 4 * d_out  # the bias stays float32
@@ -147,11 +163,11 @@ def equal_bytes_curve(
                 continue
             student = student_at(rank)
             if precision == "int8":
-                fvu = drift.fvu(quantise(student, drift).dequantised())
+                fvu = measured.fvu(quantise(student, imitated(student, fitted)).dequantised())
             else:
                 dtype = torch.float32 if precision == "float32" else torch.bfloat16
                 A, B = student.A.weight.detach().to(dtype), student.B.weight.detach().to(dtype)
-                fvu = drift.fvu(LowRankLinear(A.double(), B.double(), student.B.bias.detach().float().double()))
+                fvu = measured.fvu(LowRankLinear(A.double(), B.double(), student.B.bias.detach().float().double()))
             records.append({"bytes": budget, "precision": precision, "rank": int(rank), "fvu": fvu})
     return records
 
@@ -174,8 +190,8 @@ def quantise_model(
         for key, statistics in part.items():
             name = key.removesuffix(".A")
             student = modules[name]
-            weight, bias = student.B.weight.double() @ student.A.weight.double(), student.B.bias
-            drift = Drift.none(weight, bias, statistics.moments)
+            weight = student.B.weight.double() @ student.A.weight.double()
+            drift = Drift.none(weight, student.B.bias, statistics.moments)
             quantised[name] = quantise(student, drift).train(student.training)
             certificates[name] = certify_int8(student, quantised[name], drift)
     return copy.deepcopy(small, {id(modules[name]): module for name, module in quantised.items()}), certificates
