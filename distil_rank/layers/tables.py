@@ -1,0 +1,119 @@
+"""The benchmark in words and tables: pure functions of its summary record."""
+
+from typing import Any
+
+SCHEMA = "distil-rank/benchmark/1"
+CURVES_SCHEMA = "distil-rank/benchmark-curves/1"
+METRICS = {  # key -> heading
+    "fvu": "FVU",
+    "relative_mse": "relative MSE",
+    "cosine": "cosine",
+    "centred_cosine": "centred cosine",
+    "worst_1pct_cosine": "worst-1 % cosine",
+}
+
+
+def framed(*lines: str) -> str:
+    """Lines in a frame, for a notice nobody should miss."""
+    width = max(map(len, lines))
+    return "\n".join([f"+{'-' * (width + 2)}+", *(f"| {line:<{width}} |" for line in lines), f"+{'-' * (width + 2)}+"])
+
+
+def verdict(difference: dict[str, Any], optimum: dict[str, Any]) -> str:
+    """Whether distillation beats the closed form, from the paired difference in held-out FVU, in words."""
+    change = f"{abs(difference['value']) / optimum['value']:.1%}" if optimum["value"] > 0 else "infinitely"
+    bounds = f"paired difference {difference['value']:+.5f}, 95 % interval {difference['low']:+.5f} to {difference['high']:+.5f}"
+    if difference["low"] > 0:
+        return f"Distillation does not beat the closed form: its held-out FVU is {change} higher ({bounds})."
+    if difference["high"] < 0:
+        return f"Distillation beats the closed form on held-out rows: its FVU is {change} lower ({bounds})."
+    return f"Distillation and the closed form cannot be told apart on held-out rows ({bounds})."
+
+
+def number(value: float) -> str:
+    """Four decimals, so that a column can be compared; scientific where they would all be 0."""
+    if value == 0 or abs(value) >= 1e-4:
+        return f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
+    return f"{value:.1e}"
+
+
+def fidelity_table(experiment: dict[str, Any]) -> str:
+    """One teacher's students, a markdown table: FVU with its interval over held-out rows first."""
+    rows = [["student", "FVU", "95 % interval", *list(METRICS.values())[1:]]]
+    for label, metrics in experiment["students"].items():
+        fvu = metrics["fvu"]
+        rows.append([label, number(fvu["value"]), f"{number(fvu['low'])} to {number(fvu['high'])}"])
+        rows[-1] += [number(metrics[key]["value"]) for key in list(METRICS)[1:]]
+    return markdown(rows)
+
+
+def latency_table(experiment: dict[str, Any]) -> str:
+    """Teacher and student times of one shape, a markdown table."""
+    rows = [["batch", "mode", "teacher ms", "student ms", "speed-up (IQR)", "FLOP bound", "of the bound"]]
+    for row in experiment["latency"]:
+        speedup = row["speedup"]
+        rows.append(
+            [
+                str(row["batch"]),
+                row["mode"],
+                f"{row['teacher_ms']['median']:.4f}",
+                f"{row['student_ms']['median']:.4f}",
+                f"{speedup['median']:.2f} ({speedup['q25']:.2f} to {speedup['q75']:.2f})",
+                f"{row['flop_bound']:.2f}",
+                f"{row['fraction_of_bound']:.0%}",
+            ]
+        )
+    return markdown(rows)
+
+
+def rank_table(summary: dict[str, Any]) -> str:
+    """Smallest rank of the optimum that reaches each FVU on held-out rows, and the floor's, a markdown table."""
+    targets = list(next(iter(summary["experiments"].values()))["rank_for_fvu"])
+    rows = [["teacher", *(f"FVU <= {float(target):.0%}" for target in targets)]]
+    for name, experiment in summary["experiments"].items():
+        found = experiment["rank_for_fvu"]
+        rows.append(
+            [name, *(f"{shown_rank(found[t]['fvu'], summary)} (floor {found[t]['floor_fvu']})" for t in targets)]
+        )
+    return markdown(rows)
+
+
+def shown_rank(rank: int, summary: dict[str, Any]) -> str:
+    return "none" if rank > summary["input_dim"] else str(rank)
+
+
+def headline(summary: dict[str, Any]) -> str:
+    """Data, sizes, rank and seeds in one line; the word synthetic where it is true."""
+    data, n = summary["data"], len(summary["seeds"])
+    return (
+        f"{data['source']}: {data['n_train']:,} training and {data['n_val']:,} held-out rows of {data['dim']} features, "
+        f"rank {summary['target_rank']}, {n} seed{'s' if n > 1 else ''}"
+    )
+
+
+def closing_table(summary: dict[str, Any]) -> str:
+    """What the terminal shows at the end."""
+    parts = [headline(summary)]
+    for name, experiment in summary["experiments"].items():
+        parts.append(
+            f"{name} teacher: {experiment['params_teacher']:,} -> {experiment['params_student']:,} parameters "
+            f"({experiment['compression']:.2f} x smaller), {experiment['speedup']:.2f} x faster at batch 32"
+        )
+        parts.append(fidelity_table(experiment))
+        parts.append(experiment["verdict"])
+    parts.append("Smallest rank of the optimum, held out")
+    parts.append(rank_table(summary))
+    parts.append("Latency")
+    parts.append(latency_table(next(iter(summary["experiments"].values()))))
+    return "\n\n".join(parts)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """An aligned markdown table; the first row is the heading, the first column is text."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |"
+        for row in rows
+    ]
+    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
