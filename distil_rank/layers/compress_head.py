@@ -155,12 +155,9 @@ def _prior(path: Path, d_in: int) -> Moments:
 
 def latency(head: nn.Module, small: nn.Module, rows: Tensor) -> list[dict[str, Any]]:
     """Speed-up by batch size, teacher and student timed in turn on one thread."""
-    records = []
-    for batch in (1, 32, 512):
-        x = rows[torch.arange(batch) % len(rows)]
-        found = compare_latency(head, small, x, rounds=20)[0]
-        records.append({key: found[key] for key in ("batch", "threads", "teacher_ms", "student_ms", "speedup")})
-    return records
+    inputs = [rows[torch.arange(batch) % len(rows)] for batch in (1, 32, 512)]
+    keys = ("batch", "threads", "teacher_ms", "student_ms", "speedup")
+    return [{key: record[key] for key in keys} for record in compare_latency(head, small, inputs, rounds=20)]
 
 
 def export_onnx(module: nn.Module, x: Tensor, path: Path) -> None:

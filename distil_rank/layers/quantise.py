@@ -38,7 +38,7 @@ class Int8LowRank(nn.Module):
         super().__init__()
         for name, tensor in (("A", A), ("A_scale", A_scale), ("B", B), ("B_scale", B_scale)):
             self.register_buffer(name, tensor)
-        self.register_buffer("bias", bias)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @classmethod
     def empty(cls, d_in: int, d_out: int, rank: int, bias: bool) -> Int8LowRank:
