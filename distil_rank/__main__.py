@@ -11,6 +11,8 @@ from distil_rank.errors import one_line_errors
 # A module is imported only when its command is called, so `--help` answers at once.
 COMMANDS: dict[str, tuple[str, str]] = {
     "compress": ("distil_rank.layers.compress", "make a layer, a head or a whole model smaller, with a certificate"),
+    "embed": ("distil_rank.proteins.embeddings", "embed the proteins of a FASTA with an ESM-2 model"),
+    "moments": ("distil_rank.proteins.moments", "count, mean and covariance of embeddings"),
 }
 
 
