@@ -120,7 +120,7 @@ def proteins(config: Config) -> tuple[list[str], list[str]]:
 def read(path: Path, limit: int) -> list[str]:
     from distil_rank.proteins.fasta import clean_proteins, read_fasta
 
-    found = clean_proteins(list(read_fasta(path)), lambda line: print(f"note: {line}", file=sys.stderr))
+    found = list(clean_proteins(list(read_fasta(path)), lambda line: print(f"note: {line}", file=sys.stderr)))
     longer = sum(len(p.sequence) > limit for p in found)
     if longer:
         print(f"note: {longer} of {len(found)} proteins cut at {limit} residues", file=sys.stderr)
