@@ -159,46 +159,26 @@ def _choose(
     if request.fvu is not None:
         ranks = {i: smallest_rank(s.tails / max(s.variance, 1e-300), request.fvu) for i, s in spectra.items()}
         return {i: ranks[i] if ranks[i] <= _limit(layer) else None for i, layer in layers.items()}
-    table = [
-        Layer(str(i), layer.in_features, layer.out_features, spectra[i].tails.numpy()) for i, layer in layers.items()
-    ]
-    dense = sum(t.dense_cost for t in table)
     if request.speedup is not None:
-        found = allocate(table, dense / request.speedup)
-        return {int(name): rank for name, rank in found.ranks.items()}
-    assert request.bytes is not None
-    return _fit_bytes(parts, table, request.bytes, int8)
+        table = [_table_row(i, layer, spectra[i], (1, 1)) for i, layer in layers.items()]
+        found = allocate(table, sum(t.dense_cost for t in table) / request.speedup)
+    else:
+        assert request.bytes is not None
+        fixed = sum(module_bytes(part) for i, part in enumerate(parts) if i not in layers)
+        table = []
+        for i, layer in layers.items():
+            size, shape = layer.weight.element_size(), layer.in_features + layer.out_features
+            fixed += layer.out_features * (4 + 4 if int8 else size)  # the bias, and the scales of B's rows
+            table.append(_table_row(i, layer, spectra[i], (1 + 4 / shape, size) if int8 else (size, size)))
+        least = fixed + sum(min(t.rank_cost, t.dense_cost) for t in table)
+        if request.bytes < least:
+            raise InputError(f"at least {least:.0f} bytes required (rank 1 everywhere), got {request.bytes}; ask for more")
+        found = allocate(table, request.bytes - fixed)
+    return {int(name): rank for name, rank in found.ranks.items()}
 
 
-def _fit_bytes(parts: list[nn.Module], table: list[Layer], limit: int, int8: bool) -> dict[int, int | None]:
-    """The largest budget whose ranks take at most `limit` bytes."""
-    least = sum(min(t.rank_cost, t.dense_cost) for t in table)
-
-    def size(ranks: dict[str, int | None]) -> int:
-        total = 0
-        for i, part in enumerate(parts):
-            rank = ranks.get(str(i))
-            if rank is None or not isinstance(part, nn.Linear):
-                total += module_bytes(part)
-            elif int8:
-                total += rank * (part.in_features + part.out_features + 4) + 8 * part.out_features
-            else:
-                width = part.weight.element_size()
-                total += (rank * (part.in_features + part.out_features) + part.out_features) * width
-        return total
-
-    low, high = least, sum(t.dense_cost for t in table)
-    best = allocate(table, low).ranks
-    if size(best) > limit:
-        raise InputError(f"at least {size(best)} bytes required (rank 1 everywhere), got {limit}; ask for more")
-    for _ in range(50):
-        middle = (low + high) / 2
-        ranks = allocate(table, middle).ranks
-        if size(ranks) <= limit:
-            low, best = middle, ranks
-        else:
-            high = middle
-    return {int(name): rank for name, rank in best.items()}
+def _table_row(place: int, layer: nn.Linear, spectrum: Spectrum, bytes: tuple[float, float]) -> Layer:
+    return Layer(str(place), layer.in_features, layer.out_features, spectrum.tails.numpy(), bytes=bytes)
 
 
 def _fit(

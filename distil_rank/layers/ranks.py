@@ -32,14 +32,15 @@ class Layer:
     tails: np.ndarray  # sum_{i>r} lambda_i for r = 0 ... k (k + 1,): the loss at each rank
     importance: float | None = None  # weight of its loss; None: 1 / variance, so that the sum is a sum of FVUs
     rows: float = 1.0  # rows seen per token: scales the cost when the budget counts FLOPs
+    bytes: tuple[float, float] = (1.0, 1.0)  # of a number in the factors and in the dense layer, when the budget counts bytes
 
     @property
     def rank_cost(self) -> float:
-        return (self.d_in + self.d_out) * self.rows
+        return (self.d_in + self.d_out) * self.rows * self.bytes[0]
 
     @property
     def dense_cost(self) -> float:
-        return self.d_in * self.d_out * self.rows
+        return self.d_in * self.d_out * self.rows * self.bytes[1]
 
     @property
     def limit(self) -> int:
@@ -109,7 +110,7 @@ def _uniform(layers: Sequence[Layer], budget: float) -> list[int | None]:
         return [None] * len(layers)
 
     def ranks(fraction: float) -> list[int | None]:
-        return [_usable(layer, int(fraction * layer.dense_cost / layer.rank_cost)) for layer in layers]
+        return [_usable(layer, int(fraction * layer.d_in * layer.d_out / (layer.d_in + layer.d_out))) for layer in layers]
 
     return _largest(ranks, layers, budget)
 

@@ -97,7 +97,7 @@ def choose_metric(outputs: int, labels: NDArray) -> tuple[str, Metric]:
 def task_change(before: Tensor, after: Tensor, labels: NDArray, seed: int = 0) -> dict[str, Any]:
     """Metric of the head's outputs (n, k) before and after, and after - before, over paired bootstrap draws of the rows."""
     name, metric = choose_metric(before.shape[1], labels)
-    pair = [t.double().cpu().numpy() for t in (before, after)]
+    pair = [t.detach().double().cpu().numpy() for t in (before, after)]
     rows = torch.randint(len(labels), (DRAWS, len(labels)), generator=generator(seed, "bootstrap over labels")).numpy()
     draws = np.array([[metric(output[r], labels[r]) for output in pair] for r in rows])
     draws = draws[np.isfinite(draws).all(1)]
