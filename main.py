@@ -18,7 +18,7 @@ from tqdm import tqdm
 from distil_rank.errors import InputError, one_line_errors
 from distil_rank.layers import report, tables
 from distil_rank.layers.cosine import cosine_aware_optimum, cosine_bound
-from distil_rank.layers.fidelity import row_errors, summarise
+from distil_rank.layers.fidelity import RowErrors, fvu, row_errors, summarise
 from distil_rank.layers.latency import compare_latency, parameters
 from distil_rank.layers.lowrank import LowRankLinear, optimum, refit_bias, smallest_rank, truncated_svd
 from distil_rank.layers.rank_curve import floor_curve, held_out_curve
@@ -37,9 +37,9 @@ from distil_rank.statistics.moments import Moments
 class Config:
     train: Path | None = None  # embeddings to fit on (n, d); default: embeddings_train.pt, or synthetic without it
     val: Path | None = None  # held-out embeddings (n, d); every reported figure is measured on them
-    source: str = (
-        ""  # name of the data in tables and figures; default: from embeddings.json beside the data, or the file
-    )
+    source: str = ""  # name of the data in tables and figures; default: from embeddings.json, or the file name
+    model: str = ""  # name of the model behind the embeddings; default: from embeddings.json
+    synthetic: bool = False  # synthetic embeddings even where embeddings_train.pt is here
     teacher: Path | None = None  # your own layer beside the three: .pt or .safetensors with weight and bias
     key: str | None = None  # which layer of that file, for instance classifier.dense
     rank: int | None = None  # rank of every student; default: d / 20, at least 1
@@ -47,7 +47,7 @@ class Config:
     steps: int = 1000  # distillation steps
     teacher_steps: int = 500  # training steps of the task-trained teacher
     batch: tuple[int, ...] = ()  # batch sizes to time beside 1, 32 and 512
-    rounds: int = 100  # interleaved timings of teacher and student
+    rounds: int = 50  # interleaved timings of teacher and student
     bootstrap: int = 1000  # bootstrap draws behind every interval
     threads: int = 1  # threads while timing on a CPU
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto takes CUDA where there is one
@@ -61,7 +61,7 @@ FVU_TARGETS = (0.10, 0.05, 0.01)
 TIMED = ("latency", "latency_teacher_ms", "latency_student_ms", "speedup")
 SYNTHETIC = "synthetic, matched to published statistics of ESM-2 650M"
 SYNTHETIC_NOTICE = (
-    "SYNTHETIC embeddings: embeddings_train.pt and embeddings_val.pt are not here.",
+    "SYNTHETIC embeddings are used: asked for, or embeddings_train.pt and embeddings_val.pt are not here.",
     "They match published statistics of ESM-2 650M; no figure below is about real proteins.",
 )
 CONSTANT, SVD, SVD_BIAS = "constant (mean output)", "truncated SVD", "truncated SVD, bias refitted"
@@ -72,11 +72,10 @@ OPTIMUM, COSINE_AWARE, FLOOR = "optimum", "optimum, cosine-aware", "floor (held 
 # 2. Data ---------------------------------------------------------------------------------------------------------------
 def load_data(config: Config) -> tuple[Tensor, Tensor, dict[str, object]]:
     """Training and held-out embeddings in float32, and what is known about them."""
-    default = ROOT / "embeddings_train.pt", ROOT / "embeddings_val.pt"
     if (config.train is None) != (config.val is None):
         raise InputError("both --train and --val are required, got one of them; give the other, or neither")
-    paths = default if config.train is None or config.val is None else (config.train, config.val)
-    if config.train is None and not any(path.exists() for path in paths):
+    paths = [config.train or ROOT / "embeddings_train.pt", config.val or ROOT / "embeddings_val.pt"]
+    if config.synthetic or (config.train is None and not any(path.exists() for path in paths)):
         n_train, n_val = (1500, 500) if config.quick else (4000, 1000)
         x, x_val = synthetic_embeddings(n_train, 0, "train"), synthetic_embeddings(n_val, 0, "val")
         return x, x_val, {"source": SYNTHETIC, "model": None, "sha256": None, "files": None}
@@ -86,7 +85,7 @@ def load_data(config: Config) -> tuple[Tensor, Tensor, dict[str, object]]:
     known = provenance(paths[0])
     record = {
         "source": config.source or known.get("source") or shown_path(paths[0]),
-        "model": known.get("model"),
+        "model": config.model or known.get("model"),
         "sha256": {"train": sha256(paths[0]), "val": sha256(paths[1])},
         "files": [shown_path(path) for path in paths],
     }
@@ -113,7 +112,7 @@ class Comparison:
     """The students of one teacher, a list over seeds each, and what is known of every rank."""
 
     teachers: list[nn.Linear]
-    students: dict[str, list[nn.Module]]
+    students: dict[str, list[Any]]
     losses: dict[str, Tensor]  # distillation loss (seeds, steps)
     curves: list[dict[str, Tensor]]  # FVU and cosine at rank 0 ... d
 
@@ -130,7 +129,7 @@ def compare(
     # truncated SVD: as it is, with the bias refitted, and as the warm start of distillation
     factors = [truncated_svd(w, rank) for w in weights]
     refitted = [refit_bias(w, c, A, B, moments.mean.float()) for w, c, (A, B) in zip(weights, biases, factors)]
-    students: dict[str, list[nn.Module]] = {
+    students: dict[str, list[Any]] = {
         CONSTANT: [Constant(y.mean(0)) for y in outputs],
         SVD: [LowRankLinear(A, B, c) for (A, B), c in zip(factors, biases)],
         SVD_BIAS: [LowRankLinear(A, B, c) for (A, B), c in zip(factors, refitted)],
@@ -153,31 +152,34 @@ def compare(
         students[COSINE_AWARE].append(LowRankLinear(*(part.float() for part in aware)))
         students[FLOOR].append(optimum(weight, bias, held_out, rank).student(rank))
         y_val = teacher(x_val)
-        fvu, cosine = held_out_curve(solution, y_val)
-        curves.append({"train_fvu": solution.fvu, "fvu": fvu, "floor_fvu": floor_curve(y_val), "cosine": cosine})
+        achieved, cosine = held_out_curve(solution, y_val)
+        curves.append({"train_fvu": solution.fvu, "fvu": achieved, "floor_fvu": floor_curve(y_val), "cosine": cosine})
     return Comparison(teachers, students, losses, curves)
 
 
 # 5. Fidelity on held-out rows ------------------------------------------------------------------------------------------
 def measure(comparison: Comparison, x: Tensor, x_val: Tensor, rank: int, counts: Tensor) -> dict[str, Any]:
     """Every metric of every student with intervals, paired with the optimum; and the ranks that reach the FVU targets."""
-    rows, train_fvu = {}, {}
-    for label, layers in comparison.students.items():
-        dtype = torch.float64 if label == FLOOR else torch.float32  # the floor is a bound: it is not rounded
-        pairs = list(zip(comparison.teachers, layers))
-        rows[label] = [row_errors(teacher(x_val), student(x_val.to(dtype))) for teacher, student in pairs]
-        train_fvu[label] = [row_errors(teacher(x), student(x.to(dtype))).fvu for teacher, student in pairs]
-    for label, seeds in rows.items():
-        for seed, curve in zip(seeds, comparison.curves):
-            floor = float(curve["floor_fvu"][rank])
-            if seed.fvu < floor * (1 - 1e-6) - 1e-12:
-                raise AssertionError(f"{label} is below the floor ({seed.fvu} < {floor}): a bug, please report it")
+    rows: dict[str, list[RowErrors]] = {label: [] for label in comparison.students}
+    train_fvu: dict[str, list[float]] = {label: [] for label in comparison.students}
+    bounds = []
+    for seed, teacher in enumerate(comparison.teachers):
+        y, y_val = teacher(x), teacher(x_val)
+        bounds.append(cosine_bound(y_val, rank))
+        for label, layers in comparison.students.items():
+            dtype = torch.float64 if label == FLOOR else torch.float32  # the floor is a bound: it is not rounded
+            rows[label].append(row_errors(y_val, layers[seed](x_val.to(dtype))))
+            train_fvu[label].append(fvu(y, layers[seed](x.to(dtype))))
+    floors = [float(curve["floor_fvu"][rank]) for curve in comparison.curves]
+    for label, errors in rows.items():
+        for found, floor in zip((error.fvu for error in errors), floors):
+            if found < floor * (1 - 1e-6) - 1e-12:
+                raise AssertionError(f"{label} is below the floor ({found} < {floor}): a bug, please report it")
     students: dict[str, dict[str, Any]] = {}
-    for label, seeds in rows.items():
+    for label, errors in rows.items():
         reference = None if label in (OPTIMUM, FLOOR) else rows[OPTIMUM]
-        students[label] = summarise(seeds, counts, reference) | {"train_fvu": train_fvu[label]}
+        students[label] = summarise(errors, counts, reference) | {"train_fvu": train_fvu[label]}
     mean = mean_curve(comparison)
-    bounds = [cosine_bound(teacher(x_val), rank) for teacher in comparison.teachers]
     return {
         "students": students,
         "verdict": tables.verdict(students[DISTILLED]["fvu_minus_optimum"], students[OPTIMUM]["fvu"]),
@@ -258,10 +260,6 @@ def run(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
         "input_dim": x.shape[1],
     }
     head["data"] = data | {"n_train": len(x), "n_val": len(x_val), "dim": x.shape[1]}
-    machine = [
-        "environment",
-        *(f"experiments.*.{key}" for key in ("latency", "latency_teacher_ms", "latency_student_ms", "speedup")),
-    ]
     summary = head | {
         "seeds": list(range(config.seeds)),
         "experiments": experiments,
@@ -293,6 +291,8 @@ def check(config: Config) -> Config:
         raise InputError(f"--batch must be at least 1, got {min(config.batch)}")
     if config.key is not None and config.teacher is None:
         raise InputError("--key chooses a layer of --teacher, which is missing; give --teacher FILE")
+    if config.synthetic and (config.train or config.val):
+        raise InputError("--synthetic or --train and --val required, got both; choose one")
     if config.quick:
         config = replace(config, seeds=min(config.seeds, 2), steps=min(config.steps, 100), teacher_steps=50,
                          bootstrap=200, rounds=20, out=config.out / "quick")  # fmt: skip

@@ -3,8 +3,6 @@
 import importlib
 import sys
 
-import tyro
-
 from distil_rank.errors import one_line_errors
 
 # command -> module with a frozen dataclass `Config` (its fields are the flags) and `run(config)`; and one line of help.
@@ -13,6 +11,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compress": ("distil_rank.layers.compress", "make a layer, a head or a whole model smaller, with a certificate"),
     "embed": ("distil_rank.proteins.embeddings", "embed the proteins of a FASTA with an ESM-2 model"),
     "moments": ("distil_rank.proteins.moments", "count, mean and covariance of embeddings"),
+    "report": ("distil_rank.redraw", "redraw the figures and tables of results/ from their JSON"),
 }
 
 
@@ -21,6 +20,8 @@ def main(arguments: list[str] | None = None) -> None:
     for length in (2, 1):
         command = " ".join(arguments[:length])
         if command in COMMANDS:
+            import tyro
+
             module = importlib.import_module(COMMANDS[command][0])
             program = f"distil-rank {command}"
             with one_line_errors(program):

@@ -11,7 +11,7 @@ from distil_rank.layers.lowrank import leading_eigenpairs
 from distil_rank.layers.students import distillation_loss
 from distil_rank.statistics.moments import Moments
 
-TOLERANCE = 1e-6  # stop when a round lowers the loss by less than this, relatively
+TOLERANCE = 1e-5  # stop when a round lowers the loss by less than this, relatively
 
 
 def cosine_aware_optimum(

@@ -33,6 +33,12 @@ class RowErrors:
         return float(self.error.sum() / self.variance.sum())
 
 
+def fvu(outputs: Tensor, prediction: Tensor) -> float:
+    """FVU alone, of outputs and predictions (n, d_out) compared in the outputs' dtype: cheap on many rows."""
+    mse = torch.nn.functional.mse_loss(prediction.to(outputs), outputs)
+    return float(mse / outputs.var(0, correction=0).mean())
+
+
 def row_errors(outputs: Tensor, prediction: Tensor) -> RowErrors:
     """Compare predictions with the teacher's outputs, both (n, d_out); the mean is that of the outputs."""
     y, p = outputs.double(), prediction.double()

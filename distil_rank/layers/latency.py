@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+SAMPLE_MS = 20.0  # in 5 ms the first, cold call still costs a batch of 512 five per cent
+
 
 def parameters(module: nn.Module) -> int:
     """Number of parameters; of a linear layer also its multiply-adds for one row, each bias counted as one."""
@@ -28,12 +30,12 @@ def threads(count: int) -> Iterator[None]:
 
 
 def compare_latency(
-    teacher: nn.Module, student: nn.Module, inputs: list[Tensor], rounds: int = 100, thread_count: int = 1
+    teacher: nn.Module, student: nn.Module, inputs: list[Tensor], rounds: int = 50, thread_count: int = 1
 ) -> list[dict[str, object]]:
     """Time both in `rounds` interleaved pairs on each x (batch, d_in); one record a batch and mode, in milliseconds.
 
-    Modes: eager and, on CUDA, a replayed graph. A sample lasts at least about a quarter of a millisecond (several calls
-    where one is shorter), the speed-up is the median of the ratios of neighbours.
+    Modes: eager and, on CUDA, a replayed graph. A sample is as many calls as fill SAMPLE_MS, so that each side finds its
+    own weights in the cache, as in steady use; the speed-up is the median of the ratios of neighbouring samples.
     """
     bound = parameters(teacher) / parameters(student)
     records = []
@@ -43,7 +45,7 @@ def compare_latency(
             clock = cuda_sample if x.is_cuda else cpu_sample
             for call in calls:  # warm-up
                 clock(call, 10)
-            repeats = [max(1, int(0.25 / clock(call, 5))) for call in calls]
+            repeats = [max(1, round(SAMPLE_MS / clock(call, 5))) for call in calls]
             samples = np.array([[clock(call, r) for call, r in zip(calls, repeats)] for _ in range(rounds)])
             bounds = np.percentile(samples, [25, 50, 75], axis=0)
             speedup = quartiles(np.percentile(samples[:, 0] / samples[:, 1], [25, 50, 75]))

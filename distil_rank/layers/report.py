@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 PNG = "distil_rank_final_report.png"
 COLOURS = {"Random": "#3767a6", "Task-Trained": "#c4502f", "Spectral": "#2f8f63"}
 USER_COLOUR = "#7c4fa0"
-INK, QUIET = "#22262b", "#8a9099"
+INK, QUIET = "#22262b", "#6f7680"
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -50,23 +50,20 @@ def draw(folder: str | Path) -> Path:
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(16, 10.4), dpi=110, facecolor="white")
-        grid = figure.add_gridspec(2, 6, left=0.052, right=0.975, top=0.845, bottom=0.075, hspace=0.38, wspace=1.15)
-        fidelity(figure.add_subplot(grid[0, :3]), summary)
-        rank_curve(figure.add_subplot(grid[0, 3:]), summary, curves)
-        training_loss(figure.add_subplot(grid[1, :2]), curves)
-        weight_spectra(figure.add_subplot(grid[1, 2:4]), summary, curves)
-        latency(figure.add_subplot(grid[1, 4:]), summary)
-        first = next(iter(summary["experiments"].values()))
-        small = f"{first['compression']:.2f} x smaller, {first['speedup']:.2f} x faster at batch 32"
-        synthetic = "" if summary["real_data"] else "SYNTHETIC DATA: "
-        figure.text(
-            0.012, 0.965, f"{synthetic}a linear layer at rank {summary['target_rank']}: {small}", size=19, weight="bold"
+        top = figure.add_gridspec(
+            1, 2, left=0.155, right=0.975, top=0.815, bottom=0.5, wspace=0.22, width_ratios=[1.15, 1]
         )
+        bottom = figure.add_gridspec(1, 3, left=0.06, right=0.975, top=0.375, bottom=0.07, wspace=0.28)
+        fidelity(figure.add_subplot(top[0]), summary)
+        rank_curve(figure.add_subplot(top[1]), summary, curves)
+        training_loss(figure.add_subplot(bottom[0]), curves)
+        weight_spectra(figure.add_subplot(bottom[1]), summary, curves)
+        latency(figure.add_subplot(bottom[2]), summary)
+        figure.text(0.012, 0.965, title(summary), size=19, weight="bold")
         figure.text(0.012, 0.934, headline(summary), size=11.5, color=INK)
-        x = 0.012
-        for name in summary["experiments"]:
-            figure.text(x, 0.902, f"● {name} teacher", size=11.5, color=colour(name), weight="bold")
-            x += 0.0078 * (len(name) + 12)
+        names = list(summary["experiments"])
+        for i, name in enumerate(names):
+            figure.text(0.012 + 0.15 * i, 0.9, f"● {name} teacher", size=11.5, color=colour(name), weight="bold")
         canvas = FigureCanvasAgg(figure)
         temporary = folder / f"{PNG}.tmp{os.getpid()}"
         try:
@@ -77,6 +74,14 @@ def draw(folder: str | Path) -> Path:
     return folder / PNG
 
 
+def title(summary: dict[str, Any]) -> str:
+    """The figure's title: how small and how fast; SYNTHETIC where the data is."""
+    first = next(iter(summary["experiments"].values()))
+    synthetic = "" if summary["real_data"] else "SYNTHETIC DATA: "
+    gain = f"{first['compression']:.2f} x smaller, {first['speedup']:.2f} x faster at batch 32"
+    return f"{synthetic}A linear layer at rank {summary['target_rank']}: {gain}"
+
+
 def colour(name: str) -> str:
     return COLOURS.get(name, USER_COLOUR)
 
@@ -84,7 +89,7 @@ def colour(name: str) -> str:
 def fidelity(axes: Axes, summary: dict[str, Any]) -> None:
     """FVU of every student, a point a seed, a tick at the mean; the floor of each teacher as a line."""
     experiments = summary["experiments"]
-    labels = [label for label in next(iter(experiments.values()))["students"] if not label.startswith("floor")]
+    labels = list(next(iter(experiments.values()))["students"])
     offsets = [0.24 * (i - (len(experiments) - 1) / 2) for i in range(len(experiments))]
     for (name, experiment), offset in zip(experiments.items(), offsets):
         floor = next(m for label, m in experiment["students"].items() if label.startswith("floor"))["fvu"]["value"]
@@ -103,7 +108,11 @@ def fidelity(axes: Axes, summary: dict[str, Any]) -> None:
     axes.axvline(1, color=QUIET, lw=1)
     percent_axis(axes.xaxis)
     axes.set_xlabel("FVU on held-out rows (fraction of variance unexplained; smaller is better)")
-    axes.set_title("What each student loses   ·  a point a seed, dashed: the floor no student of this rank can beat")
+    titles(
+        axes,
+        "What each student loses",
+        "a point a seed, | the mean, dashed: the mean floor; no student of a seed can be left of its own floor",
+    )
 
 
 def rank_curve(axes: Axes, summary: dict[str, Any], curves: dict[str, Any]) -> None:
@@ -118,16 +127,16 @@ def rank_curve(axes: Axes, summary: dict[str, Any], curves: dict[str, Any]) -> N
     axes.set_yscale("log")
     axes.set_ylim(1e-3, 1.3)
     axes.axvline(summary["target_rank"], color=QUIET, lw=1)
-    axes.text(
-        summary["target_rank"], 1.32, f" rank {summary['target_rank']}", color=QUIET, va="bottom", ha="center", size=9
-    )
+    axes.text(summary["target_rank"], 1.2e-3, f"  rank {summary['target_rank']}", color=QUIET, va="bottom", size=9)
     for target in (0.1, 0.05, 0.01):
         axes.axhline(target, color=QUIET, lw=0.8, ls=":")
     plain_axis(axes.xaxis)
     percent_axis(axes.yaxis)
     axes.set_xlabel("rank of the student")
     axes.set_ylabel("FVU on held-out rows")
-    axes.set_title("How small can it be   ·  solid: optimum, dashed: floor", pad=20)
+    titles(
+        axes, "How small can it be", "solid: the optimum at every rank, dashed: the floor, dot: the students compared"
+    )
 
 
 def training_loss(axes: Axes, curves: dict[str, Any]) -> None:
@@ -146,7 +155,7 @@ def training_loss(axes: Axes, curves: dict[str, Any]) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("training, % of the steps")
     axes.set_ylabel("MSE + 0.1 (1 - cosine)")
-    axes.set_title("Training loss   ·  pale: plain recipe")
+    titles(axes, "Training loss", "mean over seeds; pale: the plain recipe")
 
 
 def weight_spectra(axes: Axes, summary: dict[str, Any], curves: dict[str, Any]) -> None:
@@ -160,7 +169,7 @@ def weight_spectra(axes: Axes, summary: dict[str, Any], curves: dict[str, Any]) 
     axes.text(summary["target_rank"], 1.1e-3, f"  rank {summary['target_rank']}", color=QUIET, va="bottom", size=9)
     axes.set_xlabel("index of the singular value")
     axes.set_ylabel("singular value / largest")
-    axes.set_title("Weight spectra")
+    titles(axes, "Weight spectra", "singular values of seed 0's teachers, and where truncation cuts")
 
 
 def latency(axes: Axes, summary: dict[str, Any]) -> None:
@@ -172,20 +181,32 @@ def latency(axes: Axes, summary: dict[str, Any]) -> None:
         axes.bar(i, speedup["median"], width=0.62, color="#5b6b7f" if row["mode"] == "eager" else "#a9b4c2", zorder=2)
         spread = [[speedup["median"] - speedup["q25"]], [speedup["q75"] - speedup["median"]]]
         axes.errorbar(i, speedup["median"], yerr=spread, color=INK, lw=1.2, capsize=3, zorder=3)
-        text = f"{row['teacher_ms']['median']:.3g} → {row['student_ms']['median']:.3g} ms"
-        axes.text(i, 0.25, text, ha="center", va="bottom", size=8, color="white", rotation=90 if len(rows) > 4 else 0)
         share = f"{speedup['median']:.1f} x\n{row['fraction_of_bound']:.0%}"
         axes.text(i, speedup["q75"] + 0.02 * bound, share, ha="center", va="bottom", size=9)
     axes.axhline(bound, color=QUIET, lw=1.2, ls=(0, (4, 3)))
     axes.text(len(rows) - 0.5, bound, f"FLOP bound {bound:.2f}", ha="right", va="bottom", color=QUIET, size=9)
     axes.set_ylim(0, 1.25 * max(bound, *(row["speedup"]["q75"] for row in rows)))
-    names = [f"batch {row['batch']}" + ("" if row["mode"] == "eager" else f"\n{row['mode']}") for row in rows]
-    axes.set_xticks(range(len(rows)), names)
+    names = [
+        f"batch {row['batch']}{'' if row['mode'] == 'eager' else ', graph'}\n"
+        f"{row['teacher_ms']['median']:.2g} → {row['student_ms']['median']:.2g} ms"
+        for row in rows
+    ]
+    axes.set_xticks(range(len(rows)), names, size=10 if len(rows) < 5 else 7.5)
     axes.grid(axis="x", visible=False)
     axes.set_ylabel("speed-up over the teacher")
     device = summary["environment"]["device"]
     threads = f", {rows[0]['threads']} thread{'s' if rows[0]['threads'] > 1 else ''}" if device == "cpu" else ""
-    axes.set_title(f"Latency   ·  {device.upper() if device == 'cpu' else device}{threads}, % of the bound reached")
+    titles(
+        axes,
+        "Latency",
+        f"on {device.upper() if device == 'cpu' else device}{threads}; below: the share of the FLOP bound",
+    )
+
+
+def titles(axes: Axes, title: str, subtitle: str) -> None:
+    """A title with a quieter line below it."""
+    axes.set_title(title, pad=24)
+    axes.text(0, 1.035, subtitle, transform=axes.transAxes, color=QUIET, size=9.5)
 
 
 def percent_axis(axis: Any) -> None:

@@ -67,7 +67,7 @@ def distil(
     for parameter in (A, B, b):
         parameter.grad = torch.zeros_like(parameter)
     optimiser = torch.optim.AdamW([A, B, b], lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    losses = torch.empty(len(A), recipe.steps, device=x.device)
+    losses = x.new_empty(len(A), recipe.steps)
     for step in range(recipe.steps):
         if recipe.decay_lr:
             optimiser.param_groups[0]["lr"] = recipe.lr * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))

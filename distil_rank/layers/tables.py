@@ -85,10 +85,27 @@ def shown_rank(rank: int, summary: dict[str, Any]) -> str:
 def headline(summary: dict[str, Any]) -> str:
     """Data, sizes, rank and seeds in one line; the word synthetic where it is true."""
     data, n = summary["data"], len(summary["seeds"])
+    model = f"{data['model']}, " if data["model"] else ""
     return (
-        f"{data['source']}: {data['n_train']:,} training and {data['n_val']:,} held-out rows of {data['dim']} features, "
+        f"{model}{data['source']}: {data['n_train']:,} training and {data['n_val']:,} held-out rows of {data['dim']} features, "
         f"rank {summary['target_rank']}, {n} seed{'s' if n > 1 else ''}"
     )
+
+
+def documentation(summary: dict[str, Any]) -> str:
+    """The same for a document: a heading line, then a table and a verdict for each teacher, ranks and latency."""
+    parts = [f"*{headline(summary)}.*"]
+    for name, experiment in summary["experiments"].items():
+        parts += [f"**{name} teacher**", fidelity_table(experiment), experiment["verdict"]]
+    first = next(iter(summary["experiments"].values()))
+    sizes = f"{first['params_teacher']:,} to {first['params_student']:,} parameters, {first['compression']:.2f} times smaller"
+    threads = f"{first['latency'][0]['threads']} thread(s), " if summary["environment"]["device"] == "cpu" else ""
+    place = (
+        summary["environment"]["cpu"] if summary["environment"]["device"] == "cpu" else summary["environment"]["device"]
+    )
+    parts += ["**Smallest rank of the optimum on held-out rows** (in brackets: the floor's)", rank_table(summary)]
+    parts += [f"**Latency** ({sizes}; {threads}{place})", latency_table(first)]
+    return "\n\n".join(parts)
 
 
 def closing_table(summary: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """95 % intervals: bootstrap over rows, shared by everything compared; Student t over seeds."""
 
 import numpy as np
-import scipy.stats
+import scipy.special
 import torch
 from torch import Tensor
 
@@ -29,7 +29,7 @@ def t_interval(values: Tensor | np.ndarray | list[float]) -> tuple[float, float]
     mean = float(array.mean())
     if len(array) < 2:
         return mean, mean
-    half = float(scipy.stats.t.ppf((1 + LEVEL) / 2, len(array) - 1) * array.std(ddof=1) / len(array) ** 0.5)
+    half = float(scipy.special.stdtrit(len(array) - 1, (1 + LEVEL) / 2) * array.std(ddof=1) / len(array) ** 0.5)
     return mean - half, mean + half
 
 
