@@ -1,6 +1,6 @@
 """Low-rank factors in eight bits: one symmetric scale per row, the second factor refitted to the rounded first.
 
-A is rounded row by row; the best B for the rounded A is again in closed form (regression of y on z = A_q x), so most of A's rounding
+A is rounded row by row; the best B for the rounded A is again in closed form (regression of y on z = A_q x), so part of A's rounding
 error is taken back before B is rounded. Columns of B are balanced by sqrt(lambda_i) first, since a row of B shares one
 scale and an error in column i costs lambda_i. The bias is refitted last and stays in floating point.
 
