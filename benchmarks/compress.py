@@ -4,7 +4,8 @@
     python -m benchmarks.compress cells int8       # some parts
     python -m benchmarks.compress large            # a random ESM-2 of the 650M shape: about 10 GB, some minutes
 
-Each part replaces its own entry of benchmarks/results/compress.json. Real data: $DISTIL_RANK_DATA or ../shared/data beside the checkout.
+Each part replaces its own entry of benchmarks/results/compress.json. Real data: $DISTIL_RANK_DATA or ../shared/data beside
+the checkout.
 """
 
 import os
@@ -152,10 +153,14 @@ def int8() -> dict[str, Any]:
         for rank in (8, 16, 32, 64, 128):
             student = spectrum.student(W, c, rank)
             found = certify_int8(student, quantise(student, imitated(student, fitted)), held)
-            same.append({"teacher": teacher, "rank": rank, "low_rank": found.low_rank, "quantisation": found.quantisation})
+            same.append(
+                {"teacher": teacher, "rank": rank, "low_rank": found.low_rank, "quantisation": found.quantisation}
+            )
             same[-1] |= {"fvu": found.fvu, "extra": found.fvu / found.low_rank - 1, "bytes": found.bytes}
         budgets = [4 * (2 * 320 * r + 320) for r in (8, 16, 32, 64)]
-        curves[teacher] = equal_bytes_curve(lambda r, s=spectrum, W=W, c=c: s.student(W, c, r), fitted, held, 320, 320, budgets)
+        curves[teacher] = equal_bytes_curve(
+            lambda r, s=spectrum, W=W, c=c: s.student(W, c, r), fitted, held, 320, 320, budgets
+        )
     factors_won = []
     for curve in curves.values():
         for size in {point["bytes"] for point in curve}:
@@ -198,7 +203,10 @@ def head() -> dict[str, Any]:
             change = task_change(mlp(held), small(held), y_held, seed)
             record = {"seed": seed, "metric_of_next_layer": metric, "flops_ratio": certificate["flops_ratio"]}
             record |= {"bytes_ratio": certificate["bytes_before"] / certificate["bytes_after"], "task": change}
-            record |= {"output_fvu": certificate["output_fvu"]["held_out"], "ranks": [r["rank"] for r in certificate["layers"]]}
+            record |= {
+                "output_fvu": certificate["output_fvu"]["held_out"],
+                "ranks": [r["rank"] for r in certificate["layers"]],
+            }
             records.append(record)
     return {"n_train": len(x), "n_val": len(held), "records": records}
 
@@ -224,7 +232,7 @@ def large() -> dict[str, Any]:
     for tokens in batches:
         tokens[:, 0], tokens[:, -1] = 0, 2
     start = time.perf_counter()
-    small, report = compress_model(model, batches, ratio=0.5, memory=2 << 30)
+    _, report = compress_model(model, batches, ratio=0.5, memory=2 << 30)
     seconds = time.perf_counter() - start
     return {
         "parameters": report.parameters,
@@ -262,7 +270,10 @@ def main(names: list[str]) -> None:
         found = PARTS[name]()
         record[name] = {**found, "environment": environment(), "part_seconds": time.perf_counter() - start}
         record["data"] = {
-            "peptides": {"source": "UniDL4BioPep, ESM-2 8M", "sha256": sha256(DATA / "esm2_8m_peptides/embeddings_train.pt")},
+            "peptides": {
+                "source": "UniDL4BioPep, ESM-2 8M",
+                "sha256": sha256(DATA / "esm2_8m_peptides/embeddings_train.pt"),
+            },
             "gb1": {"source": "GB1 of plm-finetune-eval, ESM-2 8M", "sha256": sha256(DATA / "esm2_8m_gb1/train.npz")},
         }
         RESULT.parent.mkdir(parents=True, exist_ok=True)

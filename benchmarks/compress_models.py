@@ -59,7 +59,12 @@ def baseline_model(
 
 
 def compare_models(data: Path) -> dict[str, Any]:
-    result: dict[str, Any] = {"proteins_fitted": PROTEINS, "proteins_held_out": TESTS, "residues_at_most": RESIDUES, "models": {}}
+    result: dict[str, Any] = {
+        "proteins_fitted": PROTEINS,
+        "proteins_held_out": TESTS,
+        "residues_at_most": RESIDUES,
+        "models": {},
+    }
     for name in MODELS:
         source = str(GPT2) if name == "gpt2" else name
         dense, architecture = load_dense(source)
@@ -94,14 +99,24 @@ def one_model(dense: nn.Module, architecture: Architecture, proteins: list[str])
                     ranks = {x.name: x.rank for x in report.layers}
             for label in ("plain SVD", "ASVD", "SVD-LLM"):
                 small = baseline_model(label, dense, batches, called, calls, ranks)
-                records.append(measured(architecture, dense, small, tests, called, calls, sum(p.numel() for p in small.parameters())))
+                records.append(
+                    measured(
+                        architecture, dense, small, tests, called, calls, sum(p.numel() for p in small.parameters())
+                    )
+                )
                 records[-1] |= {"draw": draw, "ratio": ratio, "method": label}
     before = perplexity(architecture, dense, tests)
     return {"perplexity_before": before, "verdicts": verdicts(records), "records": records}
 
 
 def measured(
-    architecture: Architecture, dense: nn.Module, small: nn.Module, tests: list[Batch], sites: list[Site], calls: dict, size: int
+    architecture: Architecture,
+    dense: nn.Module,
+    small: nn.Module,
+    tests: list[Batch],
+    sites: list[Site],
+    calls: dict,
+    size: int,
 ) -> dict[str, Any]:
     modules = dict(small.named_modules())
     students = {s.name: modules[s.name] for s in sites if isinstance(modules[s.name], LowRankLinear)}
@@ -128,10 +143,16 @@ def verdicts(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
             entry: dict[str, Any] = {"ratio": ratio, "first": first, "second": second}
             for key in ("mean_layer_fvu", "perplexity"):
                 a, b = (
-                    np.array([r[key] for r in records if r["ratio"] == ratio and r["method"] == method]) for method in (first, second)
+                    np.array([r[key] for r in records if r["ratio"] == ratio and r["method"] == method])
+                    for method in (first, second)
                 )
                 logs = np.log(a / b)
                 low, high = t_interval(logs)
-                entry[key] = {"log_ratio": float(logs.mean()), "low": low, "high": high, "better_in": int((logs < 0).sum())}
+                entry[key] = {
+                    "log_ratio": float(logs.mean()),
+                    "low": low,
+                    "high": high,
+                    "better_in": int((logs < 0).sum()),
+                }
             found.append({**entry, "draws": DRAWS})
     return found

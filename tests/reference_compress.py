@@ -46,7 +46,9 @@ def svd_llm(W: Tensor, c: Tensor, x: Tensor, rank: int, refit: bool = True) -> F
     return finish(W, c, x, A, U[:, :rank] * s[:rank].sqrt(), refit)
 
 
-def alternating(W: Tensor, c: Tensor, x: Tensor, rank: int, refit: bool = True, rounds: int = 20, ridge: float = 1e-6) -> Factors:
+def alternating(
+    W: Tensor, c: Tensor, x: Tensor, rank: int, refit: bool = True, rounds: int = 20, ridge: float = 1e-6
+) -> Factors:
     """Alternating ridge regressions for B and A from the truncated SVD (Composer-style)."""
     rows = x - x.mean(0) if refit else x
     S = rows.T @ rows / len(rows)

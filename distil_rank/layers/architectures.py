@@ -60,7 +60,9 @@ class Architecture:
 
             cls = getattr(transformers, self.class_name)
             config = cls.config_class.from_dict(self.config)
-            return (cls(config, add_pooling_layer=self._pooler) if self.class_name == "EsmModel" else cls(config)).eval()
+            return (
+                cls(config, add_pooling_layer=self._pooler) if self.class_name == "EsmModel" else cls(config)
+            ).eval()
 
     @property
     def _pooler(self) -> bool:
@@ -94,7 +96,9 @@ class Architecture:
         ids = [torch.tensor(row) for row in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
         limit = self.config["n_positions"]
         if max(map(len, ids)) > limit:
-            raise InputError(f"proteins of at most {limit} tokens required, got {max(map(len, ids))}; leave longer ones out")
+            raise InputError(
+                f"proteins of at most {limit} tokens required, got {max(map(len, ids))}; leave longer ones out"
+            )
         padded = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.eos_token_id)
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
         return self.batch(padded, mask)
@@ -138,7 +142,9 @@ class Architecture:
         assert tokens is not None
         if self.causal:
             real = batch["attention_mask"][:, 1:].bool()
-            return nn.functional.cross_entropy(self.logits(model, batch)[:, :-1][real], tokens[:, 1:][real], reduction="sum")
+            return nn.functional.cross_entropy(
+                self.logits(model, batch)[:, :-1][real], tokens[:, 1:][real], reduction="sum"
+            )
         if where is None:
             residues = self.residues(model, batch)
             where = residues & (residues.cumsum(1) % 7 == 3)
@@ -202,15 +208,21 @@ def _from_fair_esm(path: Path) -> nn.Module:
             "attention_heads": int(settings.encoder_attention_heads),
             "token_dropout": bool(settings.token_dropout),
         }
-        state = {re.sub(r"^(encoder\.sentence_encoder\.|encoder\.)", "", k): v.float() for k, v in data["model"].items()}
+        state = {
+            re.sub(r"^(encoder\.sentence_encoder\.|encoder\.)", "", k): v.float() for k, v in data["model"].items()
+        }
     except (OSError, pickle.UnpicklingError, RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0][:160]
-        raise InputError(f"a fair-esm ESM-2 checkpoint required, got {path} ({reason}); nothing was unpickled") from None
+        raise InputError(
+            f"a fair-esm ESM-2 checkpoint required, got {path} ({reason}); nothing was unpickled"
+        ) from None
     model = Architecture("fair-esm", "ESM2", config).build()
     missing, unexpected = model.load_state_dict(state, strict=False)
     missing = [k for k in missing if not k.startswith("contact_head.") and not k.endswith("inv_freq")]
     if missing or [k for k in unexpected if not k.startswith("contact_head.")]:
-        raise InputError(f"a whole ESM-2 with its language-model head required, {path} lacks {missing[:3] or unexpected[:3]}")
+        raise InputError(
+            f"a whole ESM-2 with its language-model head required, {path} lacks {missing[:3] or unexpected[:3]}"
+        )
     return model
 
 
@@ -223,7 +235,9 @@ def _from_folder(folder: Path) -> nn.Module:
         raise InputError(f"a folder with config.json and model.safetensors required, got {folder} ({error})") from None
     kind = config.get("model_type")
     if kind not in ("esm", "gpt2"):
-        raise InputError(f"an ESM-2 or GPT-2 required, got model_type {kind!r} in {folder}; use compress_model in Python")
+        raise InputError(
+            f"an ESM-2 or GPT-2 required, got model_type {kind!r} in {folder}; use compress_model in Python"
+        )
     named = (config.get("architectures") or [""])[0]
     name = named if named in CLASSES else {"esm": "EsmForMaskedLM", "gpt2": "GPT2LMHeadModel"}[kind]
     try:

@@ -75,7 +75,9 @@ def collect(
         for index, batch in enumerate(batches):
             kept = residue_mask(model, batch) if mask is None else mask(batch)
 
-            def see(site: Site, x: Tensor, y: Tensor, kept=kept, fold=index % folds) -> None:
+            def see(
+                site: Site, x: Tensor, y: Tensor, kept=kept, fold=index % folds, units=units, gathered=gathered
+            ) -> None:
                 read = x if units[site.name].side == "input" else y
                 update(gathered[site.name][fold], rows_of(read, calls[site.name].layout, kept), site.name)
 
@@ -84,7 +86,9 @@ def collect(
         for name, moments in gathered.items():
             seen = sum(m.count for m in moments)
             if seen < 2:
-                raise InputError(f"at least 2 calibration residues required, layer {name} saw {seen:.0f}; give proteins")
+                raise InputError(
+                    f"at least 2 calibration residues required, layer {name} saw {seen:.0f}; give proteins"
+                )
         yield {s.name: Statistics(unit.side, gathered[name]) for name, unit in units.items() for s in unit.sites}
 
 
@@ -92,7 +96,9 @@ def update(moments: Moments, rows: Tensor, name: str) -> None:
     try:
         moments.update(rows)
     except ValueError as error:
-        raise InputError(f"finite activations required, layer {name}: {error}; check the weights and the input") from None
+        raise InputError(
+            f"finite activations required, layer {name}: {error}; check the weights and the input"
+        ) from None
 
 
 def groups(

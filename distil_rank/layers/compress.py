@@ -11,8 +11,8 @@ A model (nano-64, esm2_t6_8M_UR50D, a fair-esm .pt, a Hugging Face ESM-2 or GPT-
     distil-rank compress nano-64 --calibration proteins.fasta --ratio 0.5 --out small/
     distil-rank compress gpt2_folder/ --calibration proteins.fasta --ratio 0.5 --sequential --recover 300 --merge --out small/
 
-The output folder has the weights (model.safetensors), certificate.json and a README that loads them; models also get report.json and
-report.png. `distil_rank.load("small/")` gives a torch module. Layers whose factors would not be smaller stay dense.
+The output folder has the weights (model.safetensors), certificate.json and a README that loads them; models also get
+report.json and report.png. `distil_rank.load("small/")` gives a torch module. Layers whose factors would not be smaller stay dense.
 """
 
 from dataclasses import dataclass
@@ -26,14 +26,20 @@ from distil_rank.errors import InputError
 
 @dataclass(frozen=True)
 class Config:
-    target: tyro.conf.Positional[str]  # state dict of a layer or head, or a model (name, .pt checkpoint, Hugging Face folder)
+    target: tyro.conf.Positional[
+        str
+    ]  # state dict of a layer or head, or a model (name, .pt checkpoint, Hugging Face folder)
     out: Path = Path("small")  # folder to write
 
     key: tuple[str, ...] = ()  # layer or layers: names in the state dict, in order, or one common prefix
-    activation: Literal["relu", "gelu", "tanh", "silu", "sigmoid", "identity"] | None = None  # between the layers of a head
+    activation: Literal["relu", "gelu", "tanh", "silu", "sigmoid", "identity"] | None = (
+        None  # between the layers of a head
+    )
     data: Path | None = None  # inputs of the layer or head: .pt, .npy, .npz (key X), .safetensors
     val: Path | None = None  # held-out inputs; without them a share of the data is held out
-    labels: Path | None = None  # one label a row of data: .npy, .npz (key y), .pt, .csv; gives AUROC, accuracy or Spearman
+    labels: Path | None = (
+        None  # one label a row of data: .npy, .npz (key y), .pt, .csv; gives AUROC, accuracy or Spearman
+    )
     val_labels: Path | None = None  # one label a row of --val
     rank: int | None = None  # rank of every layer
     fvu: float | None = None  # or: largest fraction of variance unexplained of every layer
@@ -43,7 +49,9 @@ class Config:
     onnx: bool = False  # also write model.onnx (layer or head)
 
     calibration: Path | None = None  # FASTA to fit a model on
-    evaluation: Path | None = None  # FASTA to measure a model on; without it a share of the calibration proteins is held out
+    evaluation: Path | None = (
+        None  # FASTA to measure a model on; without it a share of the calibration proteins is held out
+    )
     ratio: float | None = None  # parameters of the chosen layers after / before
     method: Literal["budget", "energy", "uniform"] = "budget"  # how ranks are shared out among the layers
     unit: Literal["parameters", "flops"] = "parameters"  # what --ratio counts
@@ -66,7 +74,10 @@ class Config:
 def run(config: Config) -> None:
     """Validate the request, then compress a head (--data) or a model (--calibration)."""
     if (config.data is None) == (config.calibration is None):
-        raise InputError("--data (a layer or head) or --calibration (a model) required, got " + ("both" if config.data else "neither"))
+        raise InputError(
+            "--data (a layer or head) or --calibration (a model) required, got "
+            + ("both" if config.data else "neither")
+        )
     if not 0 < config.held_out < 1:
         raise InputError(f"--held-out must be between 0 and 1, got {config.held_out}")
     if config.data is not None:
@@ -98,5 +109,3 @@ def unused(config: Config, names: tuple[str, ...], instead: str) -> None:
     given = [f"--{name.replace('_', '-')}" for name, default in defaults.items() if getattr(config, name) != default]
     if given:
         raise InputError(f"{', '.join(given)} cannot be used {instead}; leave out")
-
-

@@ -46,7 +46,9 @@ def run_head(config: Config) -> None:
     else:
         count = round(config.held_out * len(data))
         if min(count, len(data) - count) < 2:
-            raise InputError(f"at least 2 rows to fit and 2 to hold out required, got {len(data)} in all; give more data")
+            raise InputError(
+                f"at least 2 rows to fit and 2 to hold out required, got {len(data)} in all; give more data"
+            )
         order = torch.randperm(len(data), generator=generator(config.seed, "held-out rows"))
         train, held_out = data[order[count:]], data[order[:count]]
         labels = None if labels is None else labels[order[:count].numpy()]
@@ -76,7 +78,12 @@ def run_head(config: Config) -> None:
     certificate |= {
         "latency": latency(head, small, held_out.to(first.weight)),
         "config": config_record(config),
-        "data": {"source": shown_path(config.data), "sha256": sha256(config.data), "n_train": len(train), "n_val": len(held_out)},
+        "data": {
+            "source": shown_path(config.data),
+            "sha256": sha256(config.data),
+            "n_train": len(train),
+            "n_val": len(held_out),
+        },
         "teacher": {"source": shown_path(config.target), "sha256": sha256(config.target)},
         "seeds": [config.seed],
         "environment": environment(),
@@ -94,16 +101,22 @@ def load_head(path: Path, keys: tuple[str, ...], activation: str | None) -> nn.L
     names = [name.removesuffix("weight").rstrip(".") for name in tensors if name.split(".")[-1] == "weight"]
     matrices = [name for name in names if tensors[_weight(name)].ndim == 2]
     if not matrices:
-        raise InputError(f"at least one linear layer (a 2-D weight) required in {path}, got {', '.join(tensors) or 'nothing'}")
+        raise InputError(
+            f"at least one linear layer (a 2-D weight) required in {path}, got {', '.join(tensors) or 'nothing'}"
+        )
     chosen: list[str] = []
     for key in keys or ("",):
         key = key.removesuffix(".weight")
         under = [key] if key in matrices else [n for n in names if not key or n.startswith(f"{key}.")]
         if not under:
-            raise InputError(f"key {key!r} required in {path}, which has layers {', '.join(matrices)}; choose one with --key")
+            raise InputError(
+                f"key {key!r} required in {path}, which has layers {', '.join(matrices)}; choose one with --key"
+            )
         odd = [n for n in under if n not in matrices]
         if odd:
-            raise InputError(f"linear layers only required, {odd[0]} in {path} is none; name layers with --key, or use Python")
+            raise InputError(
+                f"linear layers only required, {odd[0]} in {path} is none; name layers with --key, or use Python"
+            )
         chosen += sorted(under, key=_natural)
     layers = [_layer(tensors, name, path) for name in chosen]
     for (a, first), (b, second) in zip(zip(chosen, layers), list(zip(chosen, layers))[1:]):
@@ -115,7 +128,9 @@ def load_head(path: Path, keys: tuple[str, ...], activation: str | None) -> nn.L
     if len(layers) == 1:
         return layers[0]
     if activation is None:
-        raise InputError(f"an activation between the {len(layers)} layers {', '.join(chosen)} required; say --activation relu")
+        raise InputError(
+            f"an activation between the {len(layers)} layers {', '.join(chosen)} required; say --activation relu"
+        )
     parts: list[nn.Module] = [layers[0]]
     for layer in layers[1:]:
         parts += [ACTIVATIONS[activation](), layer]
@@ -172,21 +187,30 @@ def export_onnx(module: nn.Module, x: Tensor, path: Path) -> None:
             warnings.simplefilter("ignore")
             rows = torch.export.Dim("rows", min=1)
             program = torch.onnx.export(
-                module.eval(), (x,), dynamo=True, dynamic_shapes=({0: rows},), input_names=["x"], output_names=["y"], verbose=False
+                module.eval(),
+                (x,),
+                dynamo=True,
+                dynamic_shapes=({0: rows},),
+                input_names=["x"],
+                output_names=["y"],
+                verbose=False,
             )
         assert program is not None
         program.save(temporary, external_data=False)
         temporary.replace(path)
     except ImportError as error:
-        raise InputError(f"the packages onnx and onnxscript required for --onnx, got: {error}; pip install onnx onnxscript") from None
+        raise InputError(
+            f"the packages onnx and onnxscript required for --onnx, got: {error}; pip install onnx onnxscript"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def readme(config: Config, certificate: dict[str, Any]) -> str:
     held = certificate["output_fvu"]["held_out"]
-    return f"""Compressed from {shown_path(config.target)}{" " + " ".join(config.key) if config.key else ""} by Distil-Rank; FVU on \
-held-out rows {held["value"]:.3g} [{held["low"]:.3g}, {held["high"]:.3g}] (see certificate.json).
+    what = " ".join([shown_path(config.target), *config.key])
+    return f"""Compressed from {what} by Distil-Rank; FVU on held-out rows \
+{held["value"]:.3g} [{held["low"]:.3g}, {held["high"]:.3g}] (see certificate.json).
 ```python
 import distil_rank
 y = distil_rank.load("{config.out.name}")(x)  # x (n, {certificate["layers"][0]["d_in"]}) float tensor
@@ -206,7 +230,8 @@ def summary(certificate: dict[str, Any], out: Path) -> str:
                 f"(floor {layer['held_out_floor_fvu']:.4g})"
             )
     lines.append(
-        f"output FVU {held['value']:.4g} [{held['low']:.4g}, {held['high']:.4g}] on {certificate['held_out_rows']} held-out rows; "
+        f"output FVU {held['value']:.4g} [{held['low']:.4g}, {held['high']:.4g}] on "
+        f"{certificate['held_out_rows']} held-out rows; "
         f"FLOPs / {certificate['flops_ratio']:.3g}; bytes {certificate['bytes_before']} -> {certificate['bytes_after']}"
     )
     best = certificate["layers"][0].get("equal_bytes", {}).get("best")

@@ -35,7 +35,9 @@ def run_model(config: Config) -> None:
     if not 0 < config.ratio <= 1:
         raise InputError(f"--ratio must be above 0 and at most 1, got {config.ratio}")
     if config.recover < 0 or config.max_residues < 1:
-        raise InputError(f"--recover >= 0 and --max-residues >= 1 required, got {config.recover} and {config.max_residues}")
+        raise InputError(
+            f"--recover >= 0 and --max-residues >= 1 required, got {config.recover} and {config.max_residues}"
+        )
     dense, architecture = load_dense(config.target)
     if config.merge and architecture.kind != "transformers":
         raise InputError("--merge needs a Hugging Face model, got a fair-esm checkpoint; leave it out")
@@ -71,7 +73,9 @@ def run_model(config: Config) -> None:
     if config.recover:
         checkpoint = out.absolute().parent / f".{out.name}.recovery.safetensors"
         record["before_recovery"] = compare(architecture, dense, small, tests, seed=config.seed)
-        small, losses = recover(architecture, dense, small, batches, config.recover, seed=config.seed, checkpoint=checkpoint)
+        small, losses = recover(
+            architecture, dense, small, batches, config.recover, seed=config.seed, checkpoint=checkpoint
+        )
         record["recovery_loss"] = losses
     if config.int8:
         small, certificates = quantise_model(small, batches)
@@ -112,7 +116,9 @@ def proteins(config: Config) -> tuple[list[str], list[str]]:
         return sequences, read(config.evaluation, config.max_residues)
     count = round(config.held_out * len(sequences))
     if count < 1 or count == len(sequences):
-        raise InputError(f"at least one protein to fit and one to hold out required, got {len(sequences)} in all; give more")
+        raise InputError(
+            f"at least one protein to fit and one to hold out required, got {len(sequences)} in all; give more"
+        )
     order = torch.randperm(len(sequences), generator=generator(config.seed, "held-out proteins")).tolist()
     return [sequences[i] for i in sorted(order[count:])], [sequences[i] for i in sorted(order[:count])]
 
@@ -145,7 +151,7 @@ def readme(config: Config, architecture: Architecture, record: dict[str, Any]) -
     evaluation = record["evaluation"]
     what = evaluation.get("perplexity_ratio")
     loss = f"perplexity x {what['value']:.4g}" if what else f"hidden FVU {evaluation['hidden_fvu']['value']:.3g}"
-    return f"""{Path(config.target).name} with linear layers of {record["compression"]["parameters_after"]} parameters in all, by \
+    return f"""{Path(config.target).name} with {record["compression"]["parameters_after"]} parameters, compressed by \
 Distil-Rank; {loss} on {evaluation["proteins"]} held-out proteins (see report.json, report.png).
 ```python
 import distil_rank

@@ -1,8 +1,8 @@
 """A compressed model against its dense original on held-out proteins: likelihood, divergence, mutations, time, bytes.
 
 Pseudo-perplexity masks every residue exactly once, in `passes` forward passes (pass p masks residues p, p + passes, ...), so
-about 1 / passes of a protein is masked at a time; passes = 7 is close to the training rate of 15 %. Both models see the same masks, and
-intervals are paired bootstraps over proteins.
+about 1 / passes of a protein is masked at a time; passes = 7 is close to the training rate of 15 %. Both models see the
+same masks, and intervals are paired bootstraps over proteins.
 """
 
 from __future__ import annotations
@@ -32,7 +32,12 @@ DRAWS = 1000
 
 
 def compare(
-    architecture: Architecture, dense: nn.Module, small: nn.Module, batches: Sequence[Batch], passes: int = PASSES, seed: int = 0
+    architecture: Architecture,
+    dense: nn.Module,
+    small: nn.Module,
+    batches: Sequence[Batch],
+    passes: int = PASSES,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Perplexities before and after, their ratio, logits KL (nats per token) and FVU of the last hidden state, with intervals."""
     rows: list[Tensor] = []  # per protein: tokens, nll before, nll after, KL
@@ -62,7 +67,9 @@ def compare(
         record["tokens"] = int(table[:, 0].sum())
         record["perplexity_before"] = _metric(table, counts, lambda t: (t[..., 1] / t[..., 0]).exp(), False)
         record["perplexity_after"] = _metric(table, counts, lambda t: (t[..., 2] / t[..., 0]).exp(), False)
-        record["perplexity_ratio"] = _metric(table, counts, lambda t: ((t[..., 2] - t[..., 1]) / t[..., 0]).exp(), False)
+        record["perplexity_ratio"] = _metric(
+            table, counts, lambda t: ((t[..., 2] - t[..., 1]) / t[..., 0]).exp(), False
+        )
         record["logits_kl"] = _metric(table, counts, lambda t: t[..., 3] / t[..., 0], False)
         record["kind"] = "perplexity" if architecture.causal else f"masked pseudo-perplexity, {passes} passes"
     return record
@@ -77,7 +84,9 @@ def _likelihoods(architecture: Architecture, dense: nn.Module, small: nn.Module,
     tokens = tokens_of(batch)
     assert tokens is not None
     if architecture.causal:
-        return _scores(architecture, dense, small, batch, tokens[:, 1:], batch["attention_mask"][:, 1:].bool(), slice(-1))
+        return _scores(
+            architecture, dense, small, batch, tokens[:, 1:], batch["attention_mask"][:, 1:].bool(), slice(-1)
+        )
     residues = architecture.residues(dense, batch)
     position = residues.cumsum(1) - 1
     result = torch.zeros(len(tokens), 4, dtype=torch.float64)
@@ -88,7 +97,13 @@ def _likelihoods(architecture: Architecture, dense: nn.Module, small: nn.Module,
 
 
 def _scores(
-    architecture: Architecture, dense: nn.Module, small: nn.Module, batch: Batch, targets: Tensor, where: Tensor, cut: slice
+    architecture: Architecture,
+    dense: nn.Module,
+    small: nn.Module,
+    batch: Batch,
+    targets: Tensor,
+    where: Tensor,
+    cut: slice,
 ) -> Tensor:
     before, after = (architecture.logits(m, batch)[:, cut].log_softmax(-1).double() for m in (dense, small))
     picked = [-logs.gather(-1, targets[..., None])[..., 0] for logs in (before, after)]
@@ -100,7 +115,10 @@ def _scores(
 def perplexity(architecture: Architecture, model: nn.Module, batches: Sequence[Batch], passes: int = PASSES) -> float:
     """Perplexity (causal) or masked pseudo-perplexity of one model."""
     with evaluating(model), torch.no_grad():
-        table = sum((_likelihoods(architecture, model, model, batch, passes).sum(0) for batch in batches), torch.zeros(4).double())
+        table = sum(
+            (_likelihoods(architecture, model, model, batch, passes).sum(0) for batch in batches),
+            torch.zeros(4).double(),
+        )
     return math.exp(float(table[1] / table[0]))
 
 
@@ -127,7 +145,7 @@ def mutation_scores(architecture: Architecture, model: nn.Module, sequence: str)
 
 
 def read_assays(folder: str | Path) -> dict[str, tuple[str, list[tuple[int, str]], np.ndarray]]:
-    """Assays of a folder, NAME.csv (mutant, score) beside NAME.fasta (wild type): name -> (sequence, (position, letter), scores)."""
+    """NAME.csv (mutant, score) beside NAME.fasta (wild type) in a folder: name -> (sequence, (position, letter), scores)."""
     folder = Path(folder)
     assays = {}
     for table in sorted(folder.glob("*.csv")):
@@ -168,7 +186,9 @@ def mutation_effects(architecture: Architecture, models: dict[str, nn.Module], f
     return result
 
 
-def cost(architecture: Architecture, dense: nn.Module, small: nn.Module, batch: Batch, rounds: int = 10) -> dict[str, Any]:
+def cost(
+    architecture: Architecture, dense: nn.Module, small: nn.Module, batch: Batch, rounds: int = 10
+) -> dict[str, Any]:
     """Bytes in memory and milliseconds per forward pass, timed in turn; the time depends on the machine."""
     run = architecture.logits if architecture.has_logits else architecture.hidden
     samples = []
@@ -191,5 +211,10 @@ def cost(architecture: Architecture, dense: nn.Module, small: nn.Module, batch: 
         "rounds": rounds,
         "before_ms": float(np.median(times[:, 0])),
         "after_ms": float(np.median(times[:, 1])),
-        "speedup": {"median": float(ratios[1]), "q25": float(ratios[0]), "q75": float(ratios[2]), "higher_is_better": True},
+        "speedup": {
+            "median": float(ratios[1]),
+            "q25": float(ratios[0]),
+            "q75": float(ratios[2]),
+            "higher_is_better": True,
+        },
     }

@@ -172,7 +172,9 @@ def _choose(
             table.append(_table_row(i, layer, spectra[i], (1 + 4 / shape, size) if int8 else (size, size)))
         least = fixed + sum(min(t.rank_cost, t.dense_cost) for t in table)
         if request.bytes < least:
-            raise InputError(f"at least {least:.0f} bytes required (rank 1 everywhere), got {request.bytes}; ask for more")
+            raise InputError(
+                f"at least {least:.0f} bytes required (rank 1 everywhere), got {request.bytes}; ask for more"
+            )
         found = allocate(table, request.bytes - fixed)
     return {int(name): rank for name, rank in found.ranks.items()}
 
@@ -204,7 +206,12 @@ def _fit(
             rank = chosen[i]
             drift = _drift(part, inputs[i], state if changed else None)
             held = None if dense_held is None else _drift(part, dense_held, small_held if changed else None)
-            record: dict[str, Any] = {"name": str(i), "d_in": part.in_features, "d_out": part.out_features, "rank": rank}
+            record: dict[str, Any] = {
+                "name": str(i),
+                "d_in": part.in_features,
+                "d_out": part.out_features,
+                "rank": rank,
+            }
             if rank is None:
                 record["note"] = "stays dense: factors would not be smaller"
             else:

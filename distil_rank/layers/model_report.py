@@ -88,7 +88,9 @@ def fidelity(axes: Axes, record: dict[str, Any], colours: dict[str, str]) -> Non
         if layer["held_out_fvu"] is None:
             continue
         colour = colours[kind_of(layer["name"])]
-        axes.plot([i, i], [max(layer["held_out_floor_fvu"], 1e-9), max(layer["held_out_fvu"], 1e-9)], color=colour, lw=1.5)
+        axes.plot(
+            [i, i], [max(layer["held_out_floor_fvu"], 1e-9), max(layer["held_out_fvu"], 1e-9)], color=colour, lw=1.5
+        )
         axes.plot(i, max(layer["held_out_fvu"], 1e-9), "o", color=colour, ms=6)
         axes.plot(i, max(layer["held_out_floor_fvu"], 1e-9), "_", color=INK, ms=9, mew=1.6)
     axes.set_yscale("log")
@@ -136,7 +138,9 @@ def quality(axes: Axes, record: dict[str, Any]) -> None:
         colour = QUIET if old else INK
         axes.plot([metric["low"], metric["high"]], [i, i], color=colour, lw=3, solid_capstyle="butt")
         axes.plot(metric["value"], i, "o", color=colour, ms=7)
-        axes.annotate(f"{metric['value']:.3g}", (metric["value"], i), (0, 9), textcoords="offset points", ha="center", size=9)
+        axes.annotate(
+            f"{metric['value']:.3g}", (metric["value"], i), (0, 9), textcoords="offset points", ha="center", size=9
+        )
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
     axes.set_ylim(len(rows) - 0.4, -0.7)
     axes.set_xscale("log")
@@ -172,7 +176,10 @@ def recovery(axes: Axes, record: dict[str, Any]) -> None:
     """Loss of the recovery, smoothed over ten steps."""
     losses = record["recovery_loss"]
     width = min(10, len(losses))
-    smooth = [sum(losses[max(0, i - width + 1) : i + 1]) / len(losses[max(0, i - width + 1) : i + 1]) for i in range(len(losses))]
+    smooth = [
+        sum(losses[max(0, i - width + 1) : i + 1]) / len(losses[max(0, i - width + 1) : i + 1])
+        for i in range(len(losses))
+    ]
     axes.plot(range(1, len(losses) + 1), losses, color=QUIET, lw=0.6)
     axes.plot(range(1, len(losses) + 1), smooth, color=PALETTE[2], lw=1.8)
     axes.set_yscale("log")

@@ -118,7 +118,9 @@ def compress_model(
                 continue
             known = prior.get(site.name) if prior else None
             if prior and (known is None or known[0] != statistics.side):
-                raise InputError(f"prior moments of layer {site.name} required, the prior has none; make it with this model")
+                raise InputError(
+                    f"prior moments of layer {site.name} required, the prior has none; make it with this model"
+                )
             if known is None:
                 spectra[site.name] = spectrum(site, statistics.side, statistics.moments, limit)
             else:
@@ -132,7 +134,9 @@ def compress_model(
 
         small = sequential_students(model, batches, called, calls, chosen, spectra, mask)
     else:
-        small = replaced(model, {s.name: student_of(s, spectra[s.name], chosen[s.name]) for s in called if chosen[s.name]})
+        small = replaced(
+            model, {s.name: student_of(s, spectra[s.name], chosen[s.name]) for s in called if chosen[s.name]}
+        )
     found: dict[str, Fidelity] = {}
     if held_out is not None:
         modules = dict(small.named_modules())

@@ -115,7 +115,7 @@ def blended_spectrum(
 def save_prior(path: str | Path, statistics: Mapping[str, tuple[str, Moments]], **provenance: object) -> None:
     """Write the moments of many layers, name -> (side, moments), as one safetensors file; atomic."""
     tensors, written = {}, {}
-    for name, (side, moments) in statistics.items():
+    for name, (_, moments) in statistics.items():
         if id(moments) not in written:  # query, key and value share one
             written[id(moments)] = name
             tensors |= {f"{name}/{key}": value.contiguous() for key, value in moments.state().items()}

@@ -1,7 +1,7 @@
 """Low-rank factors in eight bits: one symmetric scale per row, the second factor refitted to the rounded first.
 
-A is rounded row by row; the best B for the rounded A is again in closed form (regression of y on z = A_q x), so part of A's rounding
-error is taken back before B is rounded. Columns of B are balanced by sqrt(lambda_i) first, since a row of B shares one
+A is rounded row by row; the best B for the rounded A is again in closed form (regression of y on z = A_q x), so part of
+A's rounding error is taken back before B is rounded. Columns of B are balanced by sqrt(lambda_i) first, since a row of B shares one
 scale and an error in column i costs lambda_i. The bias is refitted last and stays in floating point.
 
 Weights are eight bits in memory and on disk; products run in the input's dtype (weight-only quantisation), on any device.

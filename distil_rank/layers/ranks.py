@@ -1,7 +1,7 @@
 """Ranks for many layers under one budget, with a Lagrange certificate of how good the choice is.
 
-Layer l at rank r loses importance_l * sum_{i>r} lambda_{l,i} and costs r (d_in + d_out) parameters; left dense it loses nothing and
-costs d_in d_out. `budget` minimises the total loss: it walks the lower convex hulls of all layers' (cost, loss) points by
+Layer l at rank r loses importance_l * sum_{i>r} lambda_{l,i} and costs r (d_in + d_out) parameters; left dense it loses
+nothing and costs d_in d_out. `budget` minimises the total loss: it walks the lower convex hulls of all layers' (cost, loss) points by
 falling gain per parameter. For every multiplier mu >= 0
 
     min_ranks loss(ranks)  >=  sum_l min_r [ loss_l(r) + mu cost_l(r) ] - mu budget        (weak duality)
@@ -32,7 +32,10 @@ class Layer:
     tails: np.ndarray  # sum_{i>r} lambda_i for r = 0 ... k (k + 1,): the loss at each rank
     importance: float | None = None  # weight of its loss; None: 1 / variance, so that the sum is a sum of FVUs
     rows: float = 1.0  # rows seen per token: scales the cost when the budget counts FLOPs
-    bytes: tuple[float, float] = (1.0, 1.0)  # of a number in the factors and in the dense layer, when the budget counts bytes
+    bytes: tuple[float, float] = (
+        1.0,
+        1.0,
+    )  # of a number in the factors and in the dense layer, when the budget counts bytes
 
     @property
     def rank_cost(self) -> float:
@@ -95,12 +98,16 @@ def allocate(layers: Sequence[Layer], budget: float, method: str = "budget") -> 
         raise InputError(f"a method out of {', '.join(METHODS)} required, got {method!r}")
     floor = sum(min(layer.rank_cost, layer.dense_cost) for layer in layers)
     if budget < floor:
-        raise InputError(f"a budget of at least {floor:.0f} (rank 1 everywhere) required, got {budget:.0f}; ask for less")
+        raise InputError(
+            f"a budget of at least {floor:.0f} (rank 1 everywhere) required, got {budget:.0f}; ask for less"
+        )
     chosen = {"uniform": _uniform, "energy": _energy, "budget": _budget}[method](layers, budget)
     cost = sum(layer.cost(r) for layer, r in zip(layers, chosen))
     loss = sum(layer.loss(r) for layer, r in zip(layers, chosen))
     bound, multiplier = dual_bound(layers, budget)
-    return Allocation(method, {x.name: r for x, r in zip(layers, chosen)}, budget, cost, loss, min(bound, loss), multiplier)
+    return Allocation(
+        method, {x.name: r for x, r in zip(layers, chosen)}, budget, cost, loss, min(bound, loss), multiplier
+    )
 
 
 def _uniform(layers: Sequence[Layer], budget: float) -> list[int | None]:
@@ -110,7 +117,9 @@ def _uniform(layers: Sequence[Layer], budget: float) -> list[int | None]:
         return [None] * len(layers)
 
     def ranks(fraction: float) -> list[int | None]:
-        return [_usable(layer, int(fraction * layer.d_in * layer.d_out / (layer.d_in + layer.d_out))) for layer in layers]
+        return [
+            _usable(layer, int(fraction * layer.d_in * layer.d_out / (layer.d_in + layer.d_out))) for layer in layers
+        ]
 
     return _largest(ranks, layers, budget)
 
@@ -146,7 +155,9 @@ def hull(layer: Layer) -> tuple[np.ndarray, np.ndarray, list[int | None]]:
         return np.array([dense]), np.array([0.0]), [None]
     ranks = np.arange(1, layer.limit + 1)
     costs, losses = ranks * layer.rank_cost, layer.losses[1 : layer.limit + 1]
-    slopes = losses / (dense - costs)  # of the step to dense; the curve is convex, so the hull leaves it where this is least
+    slopes = losses / (
+        dense - costs
+    )  # of the step to dense; the curve is convex, so the hull leaves it where this is least
     last = int(np.argmin(slopes))
     costs, losses = np.append(costs[: last + 1], dense), np.append(losses[: last + 1], 0.0)
     return costs, losses, [*map(int, ranks[: last + 1]), None]
@@ -171,7 +182,9 @@ def _budget(layers: Sequence[Layer], budget: float) -> list[int | None]:
         position[index] = step + 1
         left -= price
     chosen = [ranks[p] for (_, _, ranks), p in zip(hulls, position)]
-    for index in sorted(blocked, key=lambda i: -layers[i].loss(chosen[i])):  # single ranks below an unaffordable dense step
+    for index in sorted(
+        blocked, key=lambda i: -layers[i].loss(chosen[i])
+    ):  # single ranks below an unaffordable dense step
         rank = chosen[index]
         if rank is not None:
             extra = min(int(left // layers[index].rank_cost), layers[index].limit - rank)

@@ -95,11 +95,18 @@ def _relative(x: Tensor, target: Tensor) -> Tensor:
     return (x - target).square().sum(-1).mean() / (target - target.mean(0)).square().sum(-1).mean().clamp_min(1e-12)
 
 
-def _save(path: Path, setting: str, parameters: list[Tensor], optimiser: torch.optim.Optimizer, losses: list[float]) -> None:
+def _save(
+    path: Path, setting: str, parameters: list[Tensor], optimiser: torch.optim.Optimizer, losses: list[float]
+) -> None:
     tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
     for i, p in enumerate(parameters):
         state = optimiser.state[p]
-        tensors |= {f"{i}.p": p.detach(), f"{i}.m": state["exp_avg"], f"{i}.v": state["exp_avg_sq"], f"{i}.t": state["step"]}
+        tensors |= {
+            f"{i}.p": p.detach(),
+            f"{i}.m": state["exp_avg"],
+            f"{i}.v": state["exp_avg_sq"],
+            f"{i}.t": state["step"],
+        }
     temporary = Path(f"{path}.tmp{os.getpid()}")
     try:
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"setting": setting})
@@ -114,7 +121,9 @@ def _resume(path: Path | None, setting: str, parameters: list[Tensor], optimiser
         return []
     with safe_open(path, framework="pt") as file:
         if (file.metadata() or {}).get("setting") != setting:
-            raise InputError(f"a checkpoint of this very recovery required, {path} is of another; remove it to start anew")
+            raise InputError(
+                f"a checkpoint of this very recovery required, {path} is of another; remove it to start anew"
+            )
         losses = file.get_tensor("losses").tolist()
         for i, p in enumerate(parameters):
             with torch.no_grad():

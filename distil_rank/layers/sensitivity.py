@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distil_rank.errors import InputError
-from distil_rank.layers.sites import Batch, Call, Site, call, evaluating, residue_mask, rows_of, watching
+from distil_rank.layers.sites import Batch, Call, Site, evaluating, residue_mask, rows_of, watching
 
 
 def layer_importance(

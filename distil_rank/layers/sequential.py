@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -95,8 +96,6 @@ def _run(
             raise _Reached
 
     with evaluating(model), watching(block, see), torch.no_grad():
-        try:
+        with suppress(_Reached):
             call(model, batch)
-        except _Reached:
-            pass
     return rows

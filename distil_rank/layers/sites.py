@@ -72,7 +72,9 @@ def find_sites(model: nn.Module, include: Sequence[str] = ("*",), exclude: Seque
         and uses[id(module.weight)] == 1
     ]
     if not chosen:
-        raise InputError(f"a pattern that matches a linear layer required, got {include}; layers are {', '.join(linear)}")
+        raise InputError(
+            f"a pattern that matches a linear layer required, got {include}; layers are {', '.join(linear)}"
+        )
     return chosen
 
 

@@ -77,7 +77,9 @@ def replace_folder(new: Path, folder: Path) -> None:
     if not folder.exists():
         new.rename(folder)
         return
-    for file in sorted(new.iterdir(), key=lambda f: f.name == DESCRIPTION):  # the description last: it makes the rest valid
+    for file in sorted(
+        new.iterdir(), key=lambda f: f.name == DESCRIPTION
+    ):  # the description last: it makes the rest valid
         os.replace(file, folder / file.name)
 
 
@@ -99,7 +101,12 @@ def _head_part(part: nn.Module) -> dict[str, Any]:
     for name, cls in ACTIVATIONS.items():
         if type(part) is cls:
             if isinstance(part, nn.LayerNorm):
-                return {"type": name, "shape": list(part.normalized_shape), "eps": part.eps, "bias": part.bias is not None}
+                return {
+                    "type": name,
+                    "shape": list(part.normalized_shape),
+                    "eps": part.eps,
+                    "bias": part.bias is not None,
+                }
             if isinstance(part, nn.GELU):
                 return {"type": name, "approximate": part.approximate}
             return {"type": name, "p": part.p} if isinstance(part, nn.Dropout) else {"type": name}
@@ -161,7 +168,9 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     try:
         module.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:
-        raise InputError(f"weights of this {kind} required in {folder}, got others: {str(error).splitlines()[-1]}") from None
+        raise InputError(
+            f"weights of this {kind} required in {folder}, got others: {str(error).splitlines()[-1]}"
+        ) from None
     if hasattr(module, "tie_weights"):
         module.tie_weights()
     for alias, name in description["tied"].items():
@@ -201,7 +210,7 @@ def _build_head(description: Mapping[str, Any]) -> nn.Module:
 
 
 def merged(module: nn.Module, dense: nn.Module) -> nn.Module:
-    """A copy of the dense model that holds W = B A and the students' biases: the compressed function, dense and anywhere runnable."""
+    """A copy of the dense model that holds W = B A and the students' biases: the compressed function in dense form."""
     small = dict(module.named_modules())
     result = copy.deepcopy(dense)
     layers = dict(result.named_modules())
@@ -214,7 +223,9 @@ def merged(module: nn.Module, dense: nn.Module) -> nn.Module:
         assert is_linear(layer)
         weight, bias = dense_weight(part)
         if layer.bias is None:
-            raise InputError(f"a layer with bias required for a dense export, {name} has none; keep the factors instead")
+            raise InputError(
+                f"a layer with bias required for a dense export, {name} has none; keep the factors instead"
+            )
         with torch.no_grad():
             layer.weight.copy_(weight if isinstance(layer, nn.Linear) else weight.T)
             layer.bias.copy_(bias if bias is not None else torch.zeros_like(layer.bias))
@@ -233,7 +244,9 @@ def dense_weight(part: nn.Module) -> tuple[Tensor, Tensor | None]:
 def save_merged(module: nn.Module, architecture: Architecture, folder: str | Path) -> None:
     """Write a dense-compatible Hugging Face checkpoint of a compressed transformers model; anyone can load it."""
     if architecture.kind != "transformers":
-        raise InputError("a Hugging Face model required for a dense export, got fair-esm's ESM2; load the folder instead")
+        raise InputError(
+            "a Hugging Face model required for a dense export, got fair-esm's ESM2; load the folder instead"
+        )
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
     try:

@@ -53,7 +53,9 @@ def load_labels(path: str | Path, rows: int) -> NDArray[np.float64]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"readable labels, one number a row, required in {path}, got: {reason}") from None
     if labels.shape != (rows,) or not np.isfinite(labels).all():
-        raise InputError(f"{rows} finite labels, one for each row of data, required in {path}, got shape {labels.shape}")
+        raise InputError(
+            f"{rows} finite labels, one for each row of data, required in {path}, got shape {labels.shape}"
+        )
     return labels
 
 

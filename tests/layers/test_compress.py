@@ -37,8 +37,25 @@ def files(tmp_path):
 
 def test_a_head_with_labels_and_onnx(files, capsys):
     folder, head, x = files
-    arguments = [str(folder / "head.safetensors"), "--key", "head", "--activation", "gelu", "--data", str(folder / "x.pt")]
-    arguments += ["--labels", str(folder / "y.npy"), "--speedup", "2", "--metric", "--onnx", "--out", str(folder / "small")]
+    arguments = [
+        str(folder / "head.safetensors"),
+        "--key",
+        "head",
+        "--activation",
+        "gelu",
+        "--data",
+        str(folder / "x.pt"),
+    ]
+    arguments += [
+        "--labels",
+        str(folder / "y.npy"),
+        "--speedup",
+        "2",
+        "--metric",
+        "--onnx",
+        "--out",
+        str(folder / "small"),
+    ]
     main(["compress", *arguments])
     text = capsys.readouterr().out
     assert "Spearman" in text and "held-out FVU" in text
@@ -56,9 +73,11 @@ def test_a_head_with_labels_and_onnx(files, capsys):
     assert (folder / "small" / "model.safetensors").read_bytes() == again
 
 
-@pytest.mark.parametrize("request_", [["--rank", "6"], ["--fvu", "0.05"], ["--bytes", "2k"], ["--bytes", "2k", "--int8"]])
+@pytest.mark.parametrize(
+    "request_", [["--rank", "6"], ["--fvu", "0.05"], ["--bytes", "2k"], ["--bytes", "2k", "--int8"]]
+)
 def test_a_layer_by_key(files, request_):
-    folder, head, x = files
+    folder, _, x = files
     out = folder / "small"
     target = [str(folder / "head.safetensors"), "--key", "head.0", "--data", str(folder / "x.pt"), "--out", str(out)]
     main(["compress", *target, *request_])
@@ -83,7 +102,15 @@ def test_a_model_with_everything(files, capsys):
     dms.mkdir()
     (dms / "a.fasta").write_text(">w\nMKTAYIAKQR\n")
     (dms / "a.csv").write_text("mutant,score\nM1A,1\nK2A,2\nT3A,0\nA4C,3\n")
-    arguments = [str(folder / "nano.pt"), "--calibration", str(folder / "proteins.fasta"), "--ratio", "0.5", "--out", str(out)]
+    arguments = [
+        str(folder / "nano.pt"),
+        "--calibration",
+        str(folder / "proteins.fasta"),
+        "--ratio",
+        "0.5",
+        "--out",
+        str(out),
+    ]
     arguments += ["--sensitivity", "--sequential", "--recover", "4", "--int8", "--dms", str(dms)]
     arguments += ["--moments-out", str(folder / "moments.safetensors")]
     main(["compress", *arguments])
@@ -107,7 +134,19 @@ def test_a_hugging_face_model_is_exported_dense(files):
     folder, _, _ = files
     small_model("EsmForMaskedLM").save_pretrained(folder / "hf")
     out = folder / "small"
-    main(["compress", str(folder / "hf"), "--calibration", str(folder / "proteins.fasta"), "--ratio", "0.5", "--merge", "--out", str(out)])
+    main(
+        [
+            "compress",
+            str(folder / "hf"),
+            "--calibration",
+            str(folder / "proteins.fasta"),
+            "--ratio",
+            "0.5",
+            "--merge",
+            "--out",
+            str(out),
+        ]
+    )
     plain = transformers.EsmForMaskedLM.from_pretrained(out / "merged").eval()
     tokens = torch.tensor([[0, 5, 6, 7, 2]])
     with torch.no_grad():

@@ -51,7 +51,9 @@ def test_pseudo_perplexity_masks_every_residue_once():
     assert record["tokens"] == record["residues"] == count
     assert record["perplexity_after"]["value"] == pytest.approx(math.exp(total / count), rel=1e-4)
     assert record["logits_kl"]["value"] == pytest.approx(divergence / count, rel=1e-3)
-    assert perplexity(architecture, small, batches, passes) == pytest.approx(record["perplexity_after"]["value"], rel=1e-6)
+    assert perplexity(architecture, small, batches, passes) == pytest.approx(
+        record["perplexity_after"]["value"], rel=1e-6
+    )
     ratio = record["perplexity_ratio"]
     assert ratio["low"] <= ratio["value"] <= ratio["high"]
     assert ratio["value"] == pytest.approx(record["perplexity_after"]["value"] / record["perplexity_before"]["value"])
@@ -77,7 +79,8 @@ def test_hidden_fvu_is_over_residues(kind):
     architecture, model, small, batches = pair(kind)
     with torch.no_grad():
         before, after = (
-            torch.cat([architecture.hidden(m, b)[architecture.residues(m, b)] for b in batches]).double() for m in (model, small)
+            torch.cat([architecture.hidden(m, b)[architecture.residues(m, b)] for b in batches]).double()
+            for m in (model, small)
         )
     fvu = float((after - before).square().sum() / (before - before.mean(0)).square().sum())
     assert compare(architecture, model, small, batches)["hidden_fvu"]["value"] == pytest.approx(fvu, rel=1e-6)
@@ -90,7 +93,9 @@ def test_recovery_lowers_the_loss_and_touches_factors_only(kind):
     better, losses = recovery.recover(architecture, model, small, batches, steps=80)
     assert len(losses) == 80
     assert compare(architecture, model, better, batches)["hidden_fvu"]["value"] < before
-    changed = {k for (k, a), b in zip(small.state_dict().items(), better.state_dict().values()) if not torch.equal(a, b)}
+    changed = {
+        k for (k, a), b in zip(small.state_dict().items(), better.state_dict().values()) if not torch.equal(a, b)
+    }
     assert changed and all(".A.weight" in k or ".B." in k for k in changed)
 
 

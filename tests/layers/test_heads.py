@@ -43,7 +43,9 @@ def test_certificate_is_what_the_stored_factors_do():
             assert low <= fvu * 1.001 and fvu * 0.999 <= high
         state, compressed = dense_out, small_out
     final = certificate["output_fvu"]["held_out"]["value"]
-    assert final == pytest.approx(float((state - compressed).double().square().sum() / (state - state.mean(0)).double().square().sum()), rel=1e-4)
+    assert final == pytest.approx(
+        float((state - compressed).double().square().sum() / (state - state.mean(0)).double().square().sum()), rel=1e-4
+    )
 
 
 def test_rank_curve_is_the_loss_of_each_rank():
@@ -63,7 +65,7 @@ def test_rank_curve_is_the_loss_of_each_rank():
 def test_each_layer_corrects_the_one_before():
     """Layers fitted on the activations that really reach them lose less than layers fitted on the teacher's."""
     head, x, held = mlp(), rows(2000), rows(500, seed=5)
-    small, certificate = compress_head(head, x, held, rank=8)
+    small, _ = compress_head(head, x, held, rank=8)
     apart = [compress_head(head[0], x, rank=8)[0], compress_head(head[2], head[:2](x).detach(), rank=8)[0]]
     with torch.no_grad():
         y = head(held)
@@ -75,7 +77,8 @@ def test_each_layer_corrects_the_one_before():
 def test_the_next_layers_metric_lowers_the_loss_of_the_output():
     head, x, held = mlp(), rows(2000), rows(500, seed=5)
     losses = [
-        compress_head(head, x, held, rank=4, metric=metric)[1]["output_fvu"]["held_out"]["value"] for metric in (False, True)
+        compress_head(head, x, held, rank=4, metric=metric)[1]["output_fvu"]["held_out"]["value"]
+        for metric in (False, True)
     ]
     assert losses[1] < losses[0]
 
@@ -157,7 +160,9 @@ def test_metrics_equal_the_obvious_ones():
     assert accuracy(np.eye(3)[[0, 1, 2, 2]], np.array([0, 1, 2, 1])) == 0.75
     values = source.normal(size=80)
     name, metric = choose_metric(1, values)
-    assert name == "Spearman" and metric(score, values) == pytest.approx(scipy.stats.spearmanr(score[:, 0], values).statistic)
+    assert name == "Spearman" and metric(score, values) == pytest.approx(
+        scipy.stats.spearmanr(score[:, 0], values).statistic
+    )
     assert choose_metric(1, labels)[0] == "AUROC" and choose_metric(4, np.array([0, 1, 2, 3.0]))[0] == "accuracy"
     with pytest.raises(InputError, match="fit a head of 4"):
         choose_metric(4, values)

@@ -7,7 +7,15 @@ from torch import Tensor, nn
 from distil_rank.errors import InputError
 from distil_rank.layers.lowrank import LowRankLinear
 from distil_rank.layers.models import compress_model
-from distil_rank.layers.quantise import Int8LowRank, certify_int8, imitated, module_bytes, quantise, quantise_model, rounded
+from distil_rank.layers.quantise import (
+    Int8LowRank,
+    certify_int8,
+    imitated,
+    module_bytes,
+    quantise,
+    quantise_model,
+    rounded,
+)
 from distil_rank.layers.solutions import Drift, spectrum_from_inputs
 from distil_rank.statistics.moments import Moments
 from tests.layers.small_models import output, small_model, token_batches
@@ -49,7 +57,9 @@ def test_refitting_beats_rounding_the_factors_as_they_are():
     W, c, x = case()
     drift = Drift.none(W, c, Moments.of(x))
     student = spectrum_from_inputs(W, Moments.of(x)).student(W, c, 20)
-    naive = Int8LowRank(*rounded(student.A.weight.detach()), *rounded(student.B.weight.detach()), student.B.bias.detach())
+    naive = Int8LowRank(
+        *rounded(student.A.weight.detach()), *rounded(student.B.weight.detach()), student.B.bias.detach()
+    )
     refitted = quantise(student, imitated(student, drift))
     assert certify_int8(student, refitted, drift).quantisation < 0.95 * certify_int8(student, naive, drift).quantisation
 

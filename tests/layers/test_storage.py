@@ -60,7 +60,7 @@ def test_dense_export_runs_without_this_package(kind, tmp_path):
     plain = getattr(transformers, kind).from_pretrained(tmp_path / "merged", **options).eval()
     torch.testing.assert_close(output(plain, batches[0]), output(small, batches[0]), rtol=1e-5, atol=2e-5)
     again, architecture = load_dense(str(tmp_path / "merged"))
-    assert architecture.class_name == kind and same(plain, again) or kind == "EsmModel"
+    assert (architecture.class_name == kind and same(plain, again)) or kind == "EsmModel"
 
 
 def test_fair_esm_has_no_dense_export(tmp_path):
@@ -70,7 +70,9 @@ def test_fair_esm_has_no_dense_export(tmp_path):
         storage.save_merged(small, describe(model), tmp_path / "merged")
 
 
-HEAD = nn.Sequential(nn.Linear(40, 48), nn.GELU(), nn.LayerNorm(48), nn.Dropout(0.3), nn.Linear(48, 40), nn.Tanh(), nn.Linear(40, 3))
+HEAD = nn.Sequential(
+    nn.Linear(40, 48), nn.GELU(), nn.LayerNorm(48), nn.Dropout(0.3), nn.Linear(48, 40), nn.Tanh(), nn.Linear(40, 3)
+)
 
 
 @pytest.mark.parametrize("int8", [False, True])
