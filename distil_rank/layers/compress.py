@@ -12,7 +12,8 @@ A model (nano-64, esm2_t6_8M_UR50D, a fair-esm .pt, a Hugging Face ESM-2 or GPT-
     distil-rank compress gpt2_folder/ --calibration proteins.fasta --ratio 0.5 --sequential --recover 300 --merge --out small/
 
 The output folder has the weights (model.safetensors), certificate.json and a README that loads them; models also get
-report.json and report.png. `distil_rank.load("small/")` gives a torch module. Layers whose factors would not be smaller stay dense.
+report.json and report.png. `distil_rank.load("small/")` gives a torch module. Layers whose factors would not be smaller stay
+dense.
 """
 
 from dataclasses import dataclass

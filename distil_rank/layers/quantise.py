@@ -1,8 +1,9 @@
-"""Low-rank factors in eight bits: one symmetric scale per row, the second factor refitted to the rounded first.
+"""Low-rank factors in eight bits: one symmetric scale per row, rounding errors passed on, B refitted to the rounded A.
 
-A is rounded row by row; the best B for the rounded A is again in closed form (regression of y on z = A_q x), so part of
-A's rounding error is taken back before B is rounded. Columns of B are balanced by sqrt(lambda_i) first, since a row of B shares one
-scale and an error in column i costs lambda_i. The bias is refitted last and stays in floating point.
+Columns are rounded one after the other and each error is made good by the columns not yet rounded, as far as the inputs'
+second moments allow (Frantar et al., GPTQ, ICLR 2023). A random rotation of the r inner features, free because it is absorbed in
+both factors, first spreads the eigenvalues over them: without it the inner features are uncorrelated and nothing could be
+passed on (Chee et al., QuIP, NeurIPS 2023). The bias is refitted last and stays in floating point.
 
 Weights are eight bits in memory and on disk; products run in the input's dtype (weight-only quantisation), on any device.
 """
@@ -22,8 +23,10 @@ from distil_rank.layers.calibration import MEMORY, Mask, collect
 from distil_rank.layers.lowrank import LowRankLinear
 from distil_rank.layers.sites import Batch, Site, evaluating, trace
 from distil_rank.layers.solutions import Drift
+from distil_rank.randomness import generator
 
 LEVELS = 127
+DAMPING = 1e-6  # of the mean second moment, added to all: keeps the Cholesky factor finite
 
 
 class Int8LowRank(nn.Module):
@@ -65,11 +68,33 @@ class Int8LowRank(nn.Module):
         return LowRankLinear(*self.factors())
 
 
-def rounded(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Int8 rows and their scales: matrix (m, n) ~ rows * scale[:, None], |error| <= scale / 2 in every entry."""
-    scale = matrix.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / LEVELS
-    scale = scale.float()
-    return (matrix / scale.to(matrix)[:, None]).round().clamp(-LEVELS, LEVELS).to(torch.int8), scale
+def rounded(matrix: Tensor, moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Int8 rows and their scales: matrix (m, n) ~ rows * scale[:, None].
+
+    Without moments every entry goes to the nearest step. With the second moments (n, n) of what the matrix is multiplied with,
+    E|(matrix - rounded) z|^2 is made small: columns are rounded in order of falling variance, errors passed on.
+    """
+    scale = (matrix.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / LEVELS).float()
+    steps = scale.to(matrix)[:, None]
+    if moments is None:
+        return _nearest(matrix / steps).to(torch.int8), scale
+    order = moments.diagonal().argsort(descending=True, stable=True)
+    H = moments[order][:, order]
+    H = H + DAMPING * H.diagonal().mean().clamp_min(1e-300) * torch.eye(len(H)).to(H)
+    passed = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+    work = (matrix / steps)[:, order]
+    for j in range(len(order)):
+        column = _nearest(work[:, j])
+        error = (work[:, j] - column) / passed[j, j]
+        work[:, j:] -= torch.outer(error, passed[j, j:])
+        work[:, j] = column
+    integers = torch.empty_like(work)
+    integers[:, order] = work
+    return integers.to(torch.int8), scale
+
+
+def _nearest(x: Tensor) -> Tensor:
+    return x.round().clamp(-LEVELS, LEVELS)
 
 
 def imitated(student: LowRankLinear, drift: Drift) -> Drift:
@@ -86,16 +111,16 @@ def quantise(student: LowRankLinear, drift: Drift) -> Int8LowRank:
     """Eight-bit version of a student that matches the outputs behind `drift` best (see `imitated`)."""
     S = drift.inputs
     A, B = student.A.weight.detach().to(S), student.B.weight.detach().to(S)
-    spread = ((A @ S) * A).sum(1).clamp_min(0).sqrt()
-    spread = spread.clamp_min(spread.max() * 1e-6).clamp_min(1e-300)
-    A_int, A_scale = rounded(A / spread[:, None])
+    turn = torch.linalg.qr(
+        torch.randn(len(A), len(A), generator=generator(0, "int8 rotation"), dtype=torch.float64)
+    ).Q.to(S)
+    A_int, A_scale = rounded(turn.T @ A, S)
     A_q = A_int.to(S) * A_scale.to(S)[:, None]
-    # best B for the rounded A, drawn to the given one in directions without variance
     Z = A_q @ S @ A_q.T
     Z = Z + 1e-9 * Z.trace().clamp_min(1e-300) / len(Z) * torch.eye(len(Z)).to(S)
-    target = B * spread
+    target = B @ turn  # the best B for the rounded A, drawn to this one in directions without variance
     fitted = target + torch.linalg.solve(Z, ((drift.cross - target @ (A_q @ S)) @ A_q.T).T).T
-    B_int, B_scale = rounded(fitted)
+    B_int, B_scale = rounded(fitted, Z)
     B_q = B_int.to(S) * B_scale.to(S)[:, None]
     bias = drift.output_mean - B_q @ (A_q @ drift.input_mean)
     dtype = student.A.weight.dtype if student.A.weight.dtype != torch.float64 else torch.float32

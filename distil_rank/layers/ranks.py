@@ -1,8 +1,8 @@
 """Ranks for many layers under one budget, with a Lagrange certificate of how good the choice is.
 
 Layer l at rank r loses importance_l * sum_{i>r} lambda_{l,i} and costs r (d_in + d_out) parameters; left dense it loses
-nothing and costs d_in d_out. `budget` minimises the total loss: it walks the lower convex hulls of all layers' (cost, loss) points by
-falling gain per parameter. For every multiplier mu >= 0
+nothing and costs d_in d_out. `budget` minimises the total loss: it walks the lower convex hulls of all layers' (cost, loss)
+points by falling gain per parameter. For every multiplier mu >= 0
 
     min_ranks loss(ranks)  >=  sum_l min_r [ loss_l(r) + mu cost_l(r) ] - mu budget        (weak duality)
 

@@ -95,7 +95,6 @@ def _run(
         if len(rows) == len(block):
             raise _Reached
 
-    with evaluating(model), watching(block, see), torch.no_grad():
-        with suppress(_Reached):
-            call(model, batch)
+    with evaluating(model), watching(block, see), torch.no_grad(), suppress(_Reached):
+        call(model, batch)
     return rows

@@ -53,7 +53,7 @@ def test_error_is_what_the_integers_do_and_splits_in_two(rank):
     assert found.quantisation < 1e-3
 
 
-def test_refitting_beats_rounding_the_factors_as_they_are():
+def test_passing_errors_on_beats_rounding_to_the_nearest():
     W, c, x = case()
     drift = Drift.none(W, c, Moments.of(x))
     student = spectrum_from_inputs(W, Moments.of(x)).student(W, c, 20)
@@ -61,7 +61,7 @@ def test_refitting_beats_rounding_the_factors_as_they_are():
         *rounded(student.A.weight.detach()), *rounded(student.B.weight.detach()), student.B.bias.detach()
     )
     refitted = quantise(student, imitated(student, drift))
-    assert certify_int8(student, refitted, drift).quantisation < 0.95 * certify_int8(student, naive, drift).quantisation
+    assert certify_int8(student, refitted, drift).quantisation < 0.5 * certify_int8(student, naive, drift).quantisation
 
 
 def test_forward_is_the_dequantised_layer():
