@@ -19,6 +19,7 @@ REPORTS = {"distil_rank_summary.json": "distil_rank.layers.report"}
 # `<!-- begin NAME FILE -->` ... `<!-- end -->` in a document is replaced by BLOCKS[NAME](FILE)
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "summary": lambda path: tables.documentation(read_json(path, tables.SCHEMA)),
+    "lowrank": lambda path: tables.bars(read_json(path, tables.BARS_SCHEMA)),
 }
 BLOCK = re.compile(r"(<!-- begin (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
