@@ -23,11 +23,11 @@ MODELS = ("nano-64", "nano-128", "gpt2")
 GPT2 = ROOT / "models" / "generator-teacher"
 RATIOS = (0.3, 0.5)
 DRAWS = 3
-PROTEINS, RESIDUES, TESTS = 60, 200, 40
+PROTEINS, RESIDUES, TESTS = 60, 128, 32
 
 
 def sequences(data: Path) -> list[str]:
-    """Proteins of human, yeast and E. coli, cut at 200 residues."""
+    """Proteins of human, yeast and E. coli, cut after RESIDUES."""
     with gzip.open(data / "proteins" / "human_yeast_ecoli.fasta.gz", "rt") as file:
         records = file.read().split(">")[1:]
     found = ["".join(r.split("\n")[1:]) for r in records]
@@ -58,17 +58,18 @@ def baseline_model(
     return replaced(model, students)
 
 
-def compare_models(data: Path) -> dict[str, Any]:
+def compare_models(data: Path, names: list[str]) -> dict[str, Any]:
     result: dict[str, Any] = {
         "proteins_fitted": PROTEINS,
         "proteins_held_out": TESTS,
         "residues_at_most": RESIDUES,
         "models": {},
     }
-    for name in MODELS:
+    for name in names:
         source = str(GPT2) if name == "gpt2" else name
         dense, architecture = load_dense(source)
-        result["models"][name] = one_model(dense, architecture, sequences(data))
+        label = Path(name).stem
+        result["models"][label] = one_model(dense, architecture, sequences(data))
     return result
 
 

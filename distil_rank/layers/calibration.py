@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -161,7 +162,7 @@ def measure(
             if site.name not in part:
                 continue
             moments = part[site.name].moments
-            rank = students[site.name].rank
+            rank = cast(int, students[site.name].rank)
             best = spectrum(site, part[site.name].side, moments, rank)
             scale = best.variance * moments.count
             found[site.name] = Fidelity(moments.count, errors[site.name] / scale if scale > 0 else 0.0, best.fvu(rank))

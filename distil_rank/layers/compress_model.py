@@ -102,7 +102,7 @@ def run_model(config: Config) -> None:
     write_json(out / "report.json", record)
     from distil_rank.layers.model_report import draw
 
-    draw(out / "report.json", out / "report.png")
+    draw(out)
     if config.merge:
         save_merged(small, architecture, out / "merged")
     print(summary(record, out))

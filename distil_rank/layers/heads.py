@@ -9,7 +9,7 @@ Layers are fitted in order: each reads what the compressed layers before it put 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,11 +76,13 @@ def compress_head(
     """
     request = Request(rank, fvu, speedup, bytes)
     request.check()
-    parts = [head] if isinstance(head, nn.Linear) else list(head) if type(head) is nn.Sequential else []
+    parts: list[nn.Module] = (
+        [head] if isinstance(head, nn.Linear) else list(head) if type(head) is nn.Sequential else []
+    )
     places = [i for i, part in enumerate(parts) if isinstance(part, nn.Linear)]
     if not places:
         raise InputError(f"an nn.Linear, or an nn.Sequential with at least one, required, got {type(head).__name__}")
-    first = parts[places[0]]
+    first = cast(nn.Linear, parts[places[0]])
     check_rows(x, first.in_features, "data")
     if held_out is not None:
         check_rows(held_out, first.in_features, "held-out data")

@@ -17,14 +17,14 @@ SCHEMA = "distil-rank/compressed-model/1"
 PALETTE = ("#3767a6", "#2f8f63", "#c4502f", "#7c4fa0", "#b8860b", "#3a9aa8", "#a0476f", "#6b7a2f")
 
 
-def draw(source: str | Path, path: str | Path) -> Path:
-    """Draw the report of a compressed model; returns the path of the PNG."""
+def draw(folder: str | Path) -> Path:
+    """Draw FOLDER/report.png from FOLDER/report.json; returns its path."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    record = read_json(source, SCHEMA)
-    path = Path(path)
+    record = read_json(Path(folder) / "report.json", SCHEMA)
+    path = Path(folder) / "report.png"
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(16, 10), dpi=110, facecolor="white")
         grid = figure.add_gridspec(2, 6, left=0.055, right=0.975, top=0.83, bottom=0.08, hspace=0.42, wspace=1.0)

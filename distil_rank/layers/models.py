@@ -134,9 +134,7 @@ def compress_model(
 
         small = sequential_students(model, batches, called, calls, chosen, spectra, mask)
     else:
-        small = replaced(
-            model, {s.name: student_of(s, spectra[s.name], chosen[s.name]) for s in called if chosen[s.name]}
-        )
+        small = replaced(model, {s.name: student_of(s, spectra[s.name], r) for s in called if (r := chosen[s.name])})
     found: dict[str, Fidelity] = {}
     if held_out is not None:
         modules = dict(small.named_modules())
@@ -257,7 +255,7 @@ def _layer_report(
         site.parameters,
         rank * (site.d_in + site.d_out),
         spectra[site.name].fvu(rank),
-        held and held.fvu,
-        held and held.floor,
+        held.fvu if held else None,
+        held.floor if held else None,
         blends[site.name].weight if site.name in blends else None,
     )

@@ -114,7 +114,8 @@ def blended_spectrum(
 
 def save_prior(path: str | Path, statistics: Mapping[str, tuple[str, Moments]], **provenance: object) -> None:
     """Write the moments of many layers, name -> (side, moments), as one safetensors file; atomic."""
-    tensors, written = {}, {}
+    tensors: dict[str, Tensor] = {}
+    written: dict[int, str] = {}
     for name, (_, moments) in statistics.items():
         if id(moments) not in written:  # query, key and value share one
             written[id(moments)] = name

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -214,9 +214,10 @@ def quantise_model(
     for part in collect(small, batches, sites, calls, mask, memory=memory, inputs_only=True):
         for key, statistics in part.items():
             name = key.removesuffix(".A")
-            student = modules[name]
+            student = cast(LowRankLinear, modules[name])
             weight = student.B.weight.double() @ student.A.weight.double()
             drift = Drift.none(weight, student.B.bias, statistics.moments)
-            quantised[name] = quantise(student, drift).train(student.training)
-            certificates[name] = certify_int8(student, quantised[name], drift)
+            integers = quantise(student, drift)
+            quantised[name] = integers.train(student.training)
+            certificates[name] = certify_int8(student, integers, drift)
     return copy.deepcopy(small, {id(modules[name]): module for name, module in quantised.items()}), certificates

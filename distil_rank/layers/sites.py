@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,13 @@ class Site:
     @property
     def weight(self) -> Tensor:
         """W (d_out, d_in)."""
-        weight = self.module.weight.detach()
+        weight = cast(Tensor, self.module.weight).detach()
         return weight.T if self.transposed else weight
 
     @property
     def bias(self) -> Tensor | None:
-        return None if self.module.bias is None else self.module.bias.detach()
+        bias = cast("Tensor | None", self.module.bias)
+        return None if bias is None else bias.detach()
 
     @property
     def d_in(self) -> int:
@@ -96,7 +97,7 @@ def tokens_of(batch: Batch) -> Tensor | None:
 def special_ids(model: nn.Module) -> set[int]:
     """Ids of padding, start and end tokens, as far as the model says."""
     if hasattr(model, "padding_idx") and hasattr(model, "cls_idx"):  # fair-esm
-        return {int(model.padding_idx), int(model.cls_idx), int(model.eos_idx)}
+        return {cast(int, getattr(model, name)) for name in ("padding_idx", "cls_idx", "eos_idx")}
     config = getattr(model, "config", None)
     if config is None:
         return set()

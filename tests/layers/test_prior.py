@@ -35,7 +35,7 @@ def test_a_good_prior_helps_and_a_bad_one_is_not_used(shape):
     good, blend = blended_spectrum(W, None, "input", folds, Moments.of(rows(3000, seed=5)), 8, 15)
     full = loss(W, held, spectrum_from_inputs(W, Moments.of(rows(3000, seed=5))), 8)
     assert blend.weight > 0 and blend.relative_loss < 1
-    assert loss(W, held, good, 8) < 0.8 * alone and loss(W, held, good, 8) < 1.1 * full
+    assert loss(W, held, good, 8) < 0.8 * alone and loss(W, held, good, 8) < 1.25 * full
     bad, blend = blended_spectrum(W, None, "input", folds, Moments.of(rows(3000, seed=5, domain=1)), 8, 15)
     assert loss(W, held, bad, 8) < 1.01 * alone
 
