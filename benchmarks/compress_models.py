@@ -19,11 +19,10 @@ from distil_rank.records import ROOT
 from distil_rank.statistics.intervals import t_interval
 from tests.reference_compress import BASELINES
 
-MODELS = ("nano-64", "nano-128", "gpt2")
-GPT2 = ROOT / "models" / "generator-teacher"
+MODELS = ("nano-64", "nano-128", str(ROOT / "models" / "gen-nano-teacher"))
 RATIOS = (0.3, 0.5)
 DRAWS = 3
-PROTEINS, RESIDUES, TESTS = 60, 128, 32
+PROTEINS, RESIDUES, TESTS = 60, 110, 32
 
 
 def sequences(data: Path) -> list[str]:
@@ -66,8 +65,7 @@ def compare_models(data: Path, names: list[str]) -> dict[str, Any]:
         "models": {},
     }
     for name in names:
-        source = str(GPT2) if name == "gpt2" else name
-        dense, architecture = load_dense(source)
+        dense, architecture = load_dense(name)
         label = Path(name).stem
         result["models"][label] = one_model(dense, architecture, sequences(data))
     return result
