@@ -198,10 +198,11 @@ def head() -> dict[str, Any]:
             loss.backward()
             optimiser.step()
         mlp.eval().requires_grad_(False)
-        for metric in (False, True):
-            small, certificate = compress_head(mlp, x, held, speedup=10, metric=metric, seed=seed)
+        bytes = 4 * sum(p.numel() for p in mlp.parameters()) // 10
+        for metric, eight in (("own", False), ("next", False), ("output", False), ("own", True), ("output", True)):
+            small, certificate = compress_head(mlp, x, held, bytes=bytes, metric=metric, int8=eight, seed=seed)
             change = task_change(mlp(held), small(held), y_held, seed)
-            record = {"seed": seed, "metric_of_next_layer": metric, "flops_ratio": certificate["flops_ratio"]}
+            record = {"seed": seed, "metric": metric, "int8": eight, "flops_ratio": certificate["flops_ratio"]}
             record |= {"bytes_ratio": certificate["bytes_before"] / certificate["bytes_after"], "task": change}
             record |= {
                 "output_fvu": certificate["output_fvu"]["held_out"],
@@ -285,7 +286,7 @@ def main(names: list[str]) -> None:
         write_json(RESULT, record)
         print(f"{name}: {record[name]['part_seconds']:.0f} s")
         for key, value in found.items():
-            if key not in ("records", "same_rank", "equal_bytes"):
+            if key not in ("records", "same_rank", "equal_bytes", "models"):
                 print(f"  {key}: {value}")
 
 

@@ -20,7 +20,7 @@ from distil_rank.statistics.intervals import t_interval
 from tests.reference_compress import BASELINES
 
 MODELS = ("nano-64", "nano-128", str(ROOT / "models" / "gen-nano-teacher"))
-RATIOS = (0.3, 0.5)
+RATIOS = (0.1, 0.3, 0.5)
 DRAWS = 3
 PROTEINS, RESIDUES, TESTS = 60, 110, 32
 

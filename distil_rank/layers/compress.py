@@ -46,7 +46,9 @@ class Config:
     fvu: float | None = None  # or: largest fraction of variance unexplained of every layer
     speedup: float | None = None  # or: FLOPs before / after
     bytes: str | None = None  # or: bytes of all weights after, such as 400k or 2M
-    metric: bool = False  # fit each layer for what the next linear layer reads, not for its own output
+    metric: Literal["own", "next", "output"] = (
+        "own"  # fit each layer for its own output, the next linear layer's or the head's
+    )
     onnx: bool = False  # also write model.onnx (layer or head)
 
     calibration: Path | None = None  # FASTA to fit a model on

@@ -46,11 +46,12 @@ def bars(record: dict[str, Any]) -> str:
         rows.append(["float32 FVU / int8 FVU at equal bytes, median (range)", text, "above 1"])
     if found := record.get("head"):
         for r in found["records"]:
-            metric = ", next layer's metric" if r["metric_of_next_layer"] else ""
+            metric = {"own": "", "next": ", next layer's metric", "output": ", head's metric"}[r["metric"]]
+            metric += ", int8" if r["int8"] else ""
             change = r["task"]["change"]
             text = f"{change['value']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}]"
             rows.append(
-                [f"GB1 head, {r['flops_ratio']:.1f} x smaller, seed {r['seed']}{metric}: Spearman", text, "-0.01"]
+                [f"GB1 head, {r['bytes_ratio']:.1f} x fewer bytes, seed {r['seed']}{metric}: Spearman", text, "-0.01"]
             )
     if found := record.get("large"):
         rows.append(["650M shape: compression", f"{found['seconds'] / 60:.1f} min", ""])

@@ -3,12 +3,13 @@
     student, certificate = compress_head(nn.Sequential(nn.Linear(1280, 512), nn.GELU(), nn.Linear(512, 10)), x, speedup=5)
 
 Layers are fitted in order: each reads what the compressed layers before it put out and imitates the teacher's own output there
-(`solutions.drifted_student`), on request in the metric of the next linear layer.
+(`solutions.drifted_student`), on request in the metric of what the next linear layer, or the whole rest of the head, makes of it.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -20,14 +21,15 @@ from distil_rank.layers.prior import FOLDS, Blend, blended_spectrum
 from distil_rank.layers.quantise import Int8LowRank, certify_int8, equal_bytes_curve, imitated, module_bytes, quantise
 from distil_rank.layers.ranks import Layer, allocate
 from distil_rank.layers.sites import evaluating
-from distil_rank.layers.solutions import Drift, Spectrum, drifted_student, spectrum_from_inputs
+from distil_rank.layers.solutions import Drift, Spectrum, drifted_student, metric_root, spectrum_from_inputs
 from distil_rank.randomness import generator
 from distil_rank.records import interval
 from distil_rank.statistics.intervals import bootstrap_counts, percentile_interval
 from distil_rank.statistics.moments import Moments
 
 DRAWS = 1000
-PROBES = 8  # random directions a row for the metric of the next layer
+PROBES = 8  # random directions a row for the metric
+METRICS = ("own", "next", "output")
 CURVE_POINTS = 40
 
 
@@ -63,19 +65,22 @@ def compress_head(
     fvu: float | None = None,
     speedup: float | None = None,
     bytes: int | None = None,
-    metric: bool = False,
+    metric: str = "own",
     prior: Moments | None = None,
     int8: bool = False,
     seed: int = 0,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Compressed copy of an `nn.Linear` or `nn.Sequential` and its certificate (a JSON record).
 
-    x (n, d_in): rows to fit on; held_out: rows to measure on. metric: fit every layer for what the next linear layer reads.
+    x (n, d_in): rows to fit on; held_out: rows to measure on. metric: fit every layer for its
+    "own" output, for that of the "next" linear layer, or for the "output" of the head (which then also shares out the ranks).
     prior: moments of x from other proteins, blended in for the first layer (see `prior`). Layers that factors would not make
     smaller stay dense.
     """
     request = Request(rank, fvu, speedup, bytes)
     request.check()
+    if metric not in METRICS:
+        raise InputError(f"a metric out of {', '.join(METRICS)} required, got {metric!r}")
     parts: list[nn.Module] = (
         [head] if isinstance(head, nn.Linear) else list(head) if type(head) is nn.Sequential else []
     )
@@ -90,8 +95,10 @@ def compress_head(
     with evaluating(head), torch.no_grad():
         inputs = _inputs(parts, x)
         spectra, blend = _spectra(parts, places, inputs, prior, min(rank or 64, first.in_features))
-        chosen = _choose(parts, places, spectra, request, int8)
-        small, layers = _fit(parts, places, inputs, spectra, chosen, held_out, metric, int8, prior is not None, seed)
+        metrics = {} if metric == "own" else _metrics(parts, places, inputs, metric, seed)
+        tails = _tails(parts, spectra, inputs, metrics if metric == "output" else {})
+        chosen = _choose(parts, places, spectra, tails, request, int8)
+        small, layers = _fit(parts, places, inputs, spectra, chosen, held_out, metrics, int8, prior is not None, seed)
         module: nn.Module = small[0] if isinstance(head, nn.Linear) else nn.Sequential(*small)
         module.train(head.training)
         certificate = {
@@ -152,7 +159,12 @@ def _limit(layer: nn.Linear) -> int:
 
 
 def _choose(
-    parts: list[nn.Module], places: list[int], spectra: dict[int, Spectrum], request: Request, int8: bool
+    parts: list[nn.Module],
+    places: list[int],
+    spectra: dict[int, Spectrum],
+    tails: dict[int, tuple[Tensor, float | None]],
+    request: Request,
+    int8: bool,
 ) -> dict[int, int | None]:
     """Rank of every linear part, None where it stays dense."""
     layers = {i: part for i, part in enumerate(parts) if i in places and isinstance(part, nn.Linear)}
@@ -162,7 +174,7 @@ def _choose(
         ranks = {i: smallest_rank(s.tails / max(s.variance, 1e-300), request.fvu) for i, s in spectra.items()}
         return {i: ranks[i] if ranks[i] <= _limit(layer) else None for i, layer in layers.items()}
     if request.speedup is not None:
-        table = [_table_row(i, layer, spectra[i], (1, 1)) for i, layer in layers.items()]
+        table = [_table_row(i, layer, tails[i], (1, 1)) for i, layer in layers.items()]
         found = allocate(table, sum(t.dense_cost for t in table) / request.speedup)
     else:
         assert request.bytes is not None
@@ -171,7 +183,7 @@ def _choose(
         for i, layer in layers.items():
             size, shape = layer.weight.element_size(), layer.in_features + layer.out_features
             fixed += layer.out_features * (4 + 4 if int8 else size)  # the bias, and the scales of B's rows
-            table.append(_table_row(i, layer, spectra[i], (1 + 4 / shape, size) if int8 else (size, size)))
+            table.append(_table_row(i, layer, tails[i], (1 + 4 / shape, size) if int8 else (size, size)))
         least = fixed + sum(min(t.rank_cost, t.dense_cost) for t in table)
         if request.bytes < least:
             raise InputError(
@@ -181,8 +193,35 @@ def _choose(
     return {int(name): rank for name, rank in found.ranks.items()}
 
 
-def _table_row(place: int, layer: nn.Linear, spectrum: Spectrum, bytes: tuple[float, float]) -> Layer:
-    return Layer(str(place), layer.in_features, layer.out_features, spectrum.tails.numpy(), bytes=bytes)
+def _table_row(place: int, layer: nn.Linear, tails: tuple[Tensor, float | None], bytes: tuple[float, float]) -> Layer:
+    return Layer(str(place), layer.in_features, layer.out_features, tails[0].numpy(), tails[1], bytes=bytes)
+
+
+def _metrics(
+    parts: list[nn.Module], places: list[int], inputs: list[Tensor], metric: str, seed: int
+) -> dict[int, Tensor]:
+    """G of every linear part but the last."""
+    found = {}
+    for i, following in pairwise(places):
+        rest = parts[i + 1 : following + 1] if metric == "next" else parts[i + 1 :]
+        found[i] = squared_jacobian(rest, inputs[i + 1], generator(seed, "metric", i))
+    return found
+
+
+def _tails(
+    parts: list[nn.Module], spectra: dict[int, Spectrum], inputs: list[Tensor], metrics: dict[int, Tensor]
+) -> dict[int, tuple[Tensor, float | None]]:
+    """Loss at rank 0, 1, ... of every linear part and its weight: own FVUs, or with metrics the head's squared error."""
+    found: dict[int, tuple[Tensor, float | None]] = {}
+    for i, spectrum in spectra.items():
+        if not metrics:
+            found[i] = spectrum.tails, None
+        elif i not in metrics:  # the last layer: its own squared error is the head's
+            found[i] = spectrum.tails, 1.0
+        else:
+            root, layer = metric_root(metrics[i]), cast(nn.Linear, parts[i])
+            found[i] = spectrum_from_inputs(root @ layer.weight.double(), Moments.of(inputs[i])).tails, 1.0
+    return found
 
 
 def _fit(
@@ -192,7 +231,7 @@ def _fit(
     spectra: dict[int, Spectrum],
     chosen: dict[int, int | None],
     held_out: Tensor | None,
-    metric: bool,
+    metrics: dict[int, Tensor],
     int8: bool,
     has_prior: bool,
     seed: int,
@@ -217,10 +256,7 @@ def _fit(
             if rank is None:
                 record["note"] = "stays dense: factors would not be smaller"
             else:
-                following = next((j for j in places if j > i), None)
-                G = None
-                if metric and following is not None:
-                    G = next_layer_metric(parts[i + 1 : following + 1], inputs[i + 1], generator(seed, "metric", i))
+                G = metrics.get(i)
                 if not changed and (G is None or has_prior):
                     student = spectra[i].student(part.weight.double(), part.bias, rank)
                 else:
@@ -254,15 +290,14 @@ def _drift(layer: nn.Linear, x: Tensor, changed: Tensor | None) -> Drift:
     return Drift.of(Moments.of(torch.cat([changed, layer(x)], 1)), layer.in_features)
 
 
-def next_layer_metric(parts: list[nn.Module], y: Tensor, source: torch.Generator) -> Tensor:
-    """G = E[J^T J] (d, d), J the derivative of the next linear layer's output by this layer's output y (n, d).
+def squared_jacobian(parts: list[nn.Module], y: Tensor, source: torch.Generator) -> Tensor:
+    """G = E[J^T J] (d, d), J the derivative of what the parts make of y (n, d).
 
-    By random probes: J^T v with v standard normal has J^T J as its second moment. Without a nonlinearity between, G = H^T H.
+    By random signs: J^T v with independent signs v has J^T J as its second moment, exactly so for one output. A single linear
+    part gives G = H^T H.
     """
-    following = parts[-1]
-    assert isinstance(following, nn.Linear)
-    if len(parts) == 1:
-        H = following.weight.detach().double()
+    if len(parts) == 1 and isinstance(parts[0], nn.Linear):
+        H = parts[0].weight.detach().double()
         return H.T @ H
     total = torch.zeros(y.shape[1], y.shape[1], dtype=torch.float64)
     for _ in range(PROBES):
@@ -271,7 +306,7 @@ def next_layer_metric(parts: list[nn.Module], y: Tensor, source: torch.Generator
             output = leaf
             for part in parts:
                 output = part(output)
-            v = torch.randn(output.shape, generator=source).to(output)
+            v = torch.randint(2, output.shape, generator=source).to(output) * 2 - 1
             (gradient,) = torch.autograd.grad((output * v).sum(), leaf)
         gradient = gradient.double()
         total += gradient.T @ gradient

@@ -28,17 +28,16 @@ def layer_importance(
     rows = {s.name: 0 for s in sites}
     for batch in batches:
         kept = residue_mask(model, batch) if mask is None else mask(batch)
-        outputs: dict[str, Tensor] = {}
+        probes: dict[str, Tensor] = {}
 
-        def see(site: Site, x: Tensor, y: Tensor, outputs=outputs) -> None:
-            if not y.requires_grad:
-                y.requires_grad_()
-            outputs[site.name] = y
+        def add_probe(site: Site, x: Tensor, y: Tensor, probes=probes) -> Tensor:
+            probes[site.name] = torch.zeros_like(y, requires_grad=True)
+            return y + probes[site.name]  # not a leaf: models may scale it in place
 
-        with evaluating(model), watching(sites, see), torch.enable_grad():
+        with evaluating(model), watching(sites, add_probe), torch.enable_grad():
             value = loss(model, batch)
-            gradients = torch.autograd.grad(value, list(outputs.values()), allow_unused=True)
-        for name, gradient in zip(outputs, gradients):
+            gradients = torch.autograd.grad(value, list(probes.values()), allow_unused=True)
+        for name, gradient in zip(probes, gradients):
             if gradient is None:
                 continue
             found = rows_of(gradient, calls[name].layout, kept)

@@ -175,8 +175,8 @@ def _without_last_row(batch: Batch, rows: int) -> Batch:
 
 
 @contextmanager
-def watching(sites: Iterable[Site], see: Callable[[Site, Tensor, Tensor], None]) -> Iterator[None]:
-    """Call see(site, input, output) whenever a site runs; hooks are removed whatever happens."""
+def watching(sites: Iterable[Site], see: Callable[[Site, Tensor, Tensor], Tensor | None]) -> Iterator[None]:
+    """Call see(site, input, output) whenever a site runs; what it returns replaces the output. Hooks never stay."""
     handles = []
 
     def hook_for(site: Site) -> Callable:

@@ -130,7 +130,7 @@ def drifted_student(
     if ridge < math.inf:
         S = S + ridge * S.trace().clamp_min(1e-300) / d_in * torch.eye(d_in).to(W)
         full = W + torch.linalg.solve(S, (drift.cross - W @ drift.inputs).T).T
-    root, inverse = _roots(metric, d_out, W)
+    root, inverse = (None, None) if metric is None else _decomposed(metric.to(W))
     left = full if root is None else root @ full
     covariance, lift = output_covariance(left, S)
     U = leading_eigenpairs(covariance, rank)[1]
@@ -140,11 +140,12 @@ def drifted_student(
     return LowRankLinear(A, B, drift.output_mean - B @ (A @ drift.input_mean))
 
 
-def _roots(metric: Tensor | None, d_out: int, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """G^{1/2} and G^{-1/2} of a positive semi-definite G, lifted by a small multiple of the identity."""
-    if metric is None:
-        return None, None
-    G = metric.to(like)
+def metric_root(metric: Tensor) -> Tensor:
+    """G^{1/2} of a positive semi-definite G, lifted as in `drifted_student`."""
+    return _decomposed(metric)[0]
+
+
+def _decomposed(G: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh((G + G.T) / 2)
-    values = values.clamp_min(0) + METRIC_FLOOR * G.trace().clamp_min(1e-300) / d_out
+    values = values.clamp_min(0) + METRIC_FLOOR * G.trace().clamp_min(1e-300) / len(G)
     return (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T

@@ -52,6 +52,7 @@ def test_a_head_with_labels_and_onnx(files, capsys):
         "--speedup",
         "2",
         "--metric",
+        "output",
         "--onnx",
         "--out",
         str(folder / "small"),

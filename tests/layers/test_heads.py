@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from distil_rank.errors import InputError
-from distil_rank.layers.heads import compress_head, next_layer_metric
+from distil_rank.layers.heads import compress_head, squared_jacobian
 from distil_rank.layers.lowrank import LowRankLinear
 from distil_rank.layers.tasks import accuracy, auroc, choose_metric, load_labels, task_change
 from distil_rank.statistics.moments import Moments
@@ -78,16 +78,16 @@ def test_the_next_layers_metric_lowers_the_loss_of_the_output():
     head, x, held = mlp(), rows(2000), rows(500, seed=5)
     losses = [
         compress_head(head, x, held, rank=4, metric=metric)[1]["output_fvu"]["held_out"]["value"]
-        for metric in (False, True)
+        for metric in ("own", "next", "output")
     ]
-    assert losses[1] < losses[0]
+    assert losses[2] < losses[1] < losses[0]
 
 
 def test_metric_by_probes_is_the_mean_of_squared_jacobians():
     parts, y = [nn.Tanh(), nn.Linear(5, 3)], torch.randn(4000, 5)
     J = parts[1].weight[None] * (1 - y.tanh().square())[:, None, :]
     exact = torch.einsum("nij,nik->jk", J, J).double() / len(y)
-    found = next_layer_metric(parts, y, torch.Generator().manual_seed(0))
+    found = squared_jacobian(parts, y, torch.Generator().manual_seed(0))
     torch.testing.assert_close(found, exact.detach(), rtol=0.1, atol=0.02)
 
 
@@ -135,6 +135,7 @@ def test_bad_heads():
         ({"speedup": 0.5}, "speedup must be"),
         ({"speedup": 1e5}, "budget"),
         ({"bytes": 10}, "bytes required"),
+        ({"rank": 4, "metric": "best"}, "metric"),
     ):
         with pytest.raises(InputError, match=message):
             compress_head(mlp(), x, **arguments)

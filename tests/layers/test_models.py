@@ -128,7 +128,7 @@ def test_importance_is_the_mean_squared_gradient():
     for batch in batches:
         kept = []
         layer = model.layers[1].fc2
-        handle = layer.register_forward_hook(lambda m, i, o, kept=kept: kept.append(o.requires_grad_()) or o)
+        handle = layer.register_forward_hook(lambda m, i, o, kept=kept: kept.append(o.requires_grad_()) or 1 * o)
         with torch.enable_grad():
             value = architecture.loss(model, batch)
         (gradient,) = torch.autograd.grad(value, kept[-1:])

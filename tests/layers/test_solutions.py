@@ -77,7 +77,7 @@ def test_metric_is_best_for_the_next_layer():
         student = drifted_student(W, drift, rank, ridge=float("inf"), metric=H.T @ H)
         plain = drifted_student(W, drift, rank, ridge=float("inf"))
         y = (x @ W.T + c) @ H.T
-        losses = [float((s(x) @ H.T - y).square().sum()) for s in (student, plain)]
+        losses = [float((s(x) @ H.T - y).square().sum().detach()) for s in (student, plain)]
         composed = optimum(H @ W, H @ c, moments)
         best = float(composed.fvu[rank]) * float((y - y.mean(0)).square().sum())
         assert losses[0] <= losses[1]
