@@ -74,13 +74,15 @@ def compare_models(data: Path, names: list[str]) -> dict[str, Any]:
 def one_model(dense: nn.Module, architecture: Architecture, proteins: list[str]) -> dict[str, Any]:
     order = torch.randperm(len(proteins), generator=generator(0, "proteins")).tolist()
     tests = architecture.batches([proteins[i] for i in order[:TESTS]])
+    shown = architecture.calibration(dense, tests)
     sites = find_sites(dense)
     calls = trace(dense, tests[0], sites)
     called = [s for s in sites if s.name in calls]
     records = []
     for draw in range(DRAWS):
         chosen = order[TESTS + draw * PROTEINS : TESTS + (draw + 1) * PROTEINS]
-        batches = architecture.batches([proteins[i] for i in chosen])
+        raw = architecture.batches([proteins[i] for i in chosen])
+        batches = architecture.calibration(dense, raw)
         for ratio in RATIOS:
             ours = {
                 "uniform": {"method": "uniform"},
@@ -92,7 +94,9 @@ def one_model(dense: nn.Module, architecture: Architecture, proteins: list[str])
             }
             for label, options in ours.items():
                 small, report = compress_model(dense, batches, ratio, **options)
-                records.append(measured(architecture, dense, small, tests, called, calls, report.parameters_after))
+                records.append(
+                    measured(architecture, dense, small, tests, shown, called, calls, report.parameters_after)
+                )
                 records[-1] |= {"draw": draw, "ratio": ratio, "method": label}
                 if label == "uniform":
                     ranks = {x.name: x.rank for x in report.layers}
@@ -113,13 +117,14 @@ def measured(
     dense: nn.Module,
     small: nn.Module,
     tests: list[Batch],
+    shown: list[Batch],
     sites: list[Site],
     calls: dict,
     size: int,
 ) -> dict[str, Any]:
     modules = dict(small.named_modules())
     students = {s.name: modules[s.name] for s in sites if isinstance(modules[s.name], LowRankLinear)}
-    found: dict[str, Fidelity] = measure(dense, students, tests, sites, calls)
+    found: dict[str, Fidelity] = measure(dense, students, shown, sites, calls)
     mean = sum(f.fvu for f in found.values()) / len(sites)
     return {"parameters": size, "mean_layer_fvu": mean, "perplexity": perplexity(architecture, small, tests)}
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from distil_rank.errors import InputError
 from distil_rank.layers.sites import Batch, call, residue_mask, tokens_of
+from distil_rank.randomness import generator
 
 CLASSES = ("EsmModel", "EsmForMaskedLM", "GPT2Model", "GPT2LMHeadModel")
 AMINO_ACIDS = {letter: 4 + i for i, letter in enumerate("LAGVSERTIDPKQNFYMHWC")}  # ids in ESM-2's alphabet
@@ -135,6 +136,16 @@ class Architecture:
         assert tokens is not None
         return self.batch(tokens.masked_fill(where, MASK))
 
+    def calibration(self, model: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
+        """Batches as the model will be used: of a masked language model a seventh of the residues masked, as in its training.
+
+        Moments of unmasked proteins alone know nothing of what happens at a mask, where all predictions are made.
+        """
+        if self.causal or not self.has_logits:
+            return list(batches)
+        chosen = [self.residues(model, batch).cumsum(1) % 7 == i % 7 for i, batch in enumerate(batches)]
+        return [self.masked(b, c & self.residues(model, b)) for b, c in zip(batches, chosen)]
+
     def loss(self, model: nn.Module, batch: Batch, where: Tensor | None = None) -> Tensor:
         """Negative log-likelihood summed over the predicted tokens: masked ones at `where` (every seventh residue by default),
         or all next tokens of a causal model."""
@@ -145,6 +156,15 @@ class Architecture:
             return nn.functional.cross_entropy(
                 self.logits(model, batch)[:, :-1][real], tokens[:, 1:][real], reduction="sum"
             )
+        hidden = tokens == MASK
+        if where is None and bool(
+            hidden.any()
+        ):  # targets unknown: drawn from the model itself, which gives its Fisher matrix
+            logs = self.logits(model, batch)[hidden].log_softmax(-1)
+            draws = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator(0, "sampled targets")).to(
+                logs.device
+            )
+            return -logs.gather(-1, draws).sum()
         if where is None:
             residues = self.residues(model, batch)
             where = residues & (residues.cumsum(1) % 7 == 3)

@@ -48,7 +48,8 @@ def run_model(config: Config) -> None:
             raise InputError(f"--dms needs a masked language model, got {architecture.class_name}; leave it out")
         read_assays(config.dms)
     fitted, held_out = proteins(config)
-    batches, tests = architecture.batches(fitted), architecture.batches(held_out)
+    raw, tests = architecture.batches(fitted), architecture.batches(held_out)
+    batches = architecture.calibration(dense, raw)
     prior = None if config.prior is None else load_prior(config.prior)
     out = config.out
     require_writable(out.absolute().parent)
@@ -64,7 +65,7 @@ def run_model(config: Config) -> None:
         unit=config.unit,
         include=config.include,
         exclude=config.exclude,
-        held_out=tests,
+        held_out=architecture.calibration(dense, tests),
         loss=architecture.loss if config.sensitivity else None,
         sequential=config.sequential,
         prior=prior,
@@ -74,7 +75,7 @@ def run_model(config: Config) -> None:
         checkpoint = out.absolute().parent / f".{out.name}.recovery.safetensors"
         record["before_recovery"] = compare(architecture, dense, small, tests, seed=config.seed)
         small, losses = recover(
-            architecture, dense, small, batches, config.recover, seed=config.seed, checkpoint=checkpoint
+            architecture, dense, small, raw, config.recover, seed=config.seed, checkpoint=checkpoint
         )
         record["recovery_loss"] = losses
     if config.int8:

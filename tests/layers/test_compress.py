@@ -124,7 +124,7 @@ def test_a_model_with_everything(files, capsys):
     assert (out / "report.png").read_bytes()[:4] == b"\x89PNG"
     assert not [f for f in folder.iterdir() if "tmp" in f.name or "recovery" in f.name]
     prior = ["--prior", str(folder / "moments.safetensors")]
-    main(["compress", *arguments[:5], "0.5", "--out", str(folder / "second"), *prior])
+    main(["compress", *arguments[:5], "--out", str(folder / "second"), *prior])
     layers = json.loads((folder / "second" / "report.json").read_text())["compression"]["layers"]
     assert any(x["prior_weight"] is not None for x in layers)
 
