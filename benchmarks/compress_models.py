@@ -20,7 +20,7 @@ from distil_rank.statistics.intervals import t_interval
 from tests.reference_compress import BASELINES
 
 MODELS = ("nano-64", "nano-128", str(ROOT / "models" / "gen-nano-teacher"))
-RATIOS = (0.1, 0.3, 0.5)
+RATIOS = {False: (0.1, 0.3, 0.5), True: (0.03, 0.1, 0.3)}  # by whether the model is causal
 DRAWS = 3
 PROTEINS, RESIDUES, TESTS = 60, 110, 32
 
@@ -83,7 +83,7 @@ def one_model(dense: nn.Module, architecture: Architecture, proteins: list[str])
         chosen = order[TESTS + draw * PROTEINS : TESTS + (draw + 1) * PROTEINS]
         raw = architecture.batches([proteins[i] for i in chosen])
         batches = architecture.calibration(dense, raw)
-        for ratio in RATIOS:
+        for ratio in RATIOS[architecture.causal]:
             ours = {
                 "uniform": {"method": "uniform"},
                 "energy": {"method": "energy"},
@@ -104,7 +104,14 @@ def one_model(dense: nn.Module, architecture: Architecture, proteins: list[str])
                 small = baseline_model(label, dense, batches, called, calls, ranks)
                 records.append(
                     measured(
-                        architecture, dense, small, tests, called, calls, sum(p.numel() for p in small.parameters())
+                        architecture,
+                        dense,
+                        small,
+                        tests,
+                        shown,
+                        called,
+                        calls,
+                        sum(p.numel() for p in small.parameters()),
                     )
                 )
                 records[-1] |= {"draw": draw, "ratio": ratio, "method": label}
