@@ -41,7 +41,7 @@ def draw(folder: str | Path) -> Path:
         x = 0.012
         for kind, colour in colours.items():
             figure.text(x, 0.885, f"● {kind}", size=11.5, color=colour, weight="bold")
-            x += 0.0078 * (len(kind) + 5)
+            x += 0.0066 * len(kind) + 0.03
         temporary = Path(f"{path}.tmp{os.getpid()}")
         try:
             FigureCanvasAgg(figure).print_png(temporary, metadata={"Software": None})
@@ -96,7 +96,7 @@ def fidelity(axes: Axes, record: dict[str, Any], colours: dict[str, str]) -> Non
     axes.set_yscale("log")
     axes.set_title("Loss of each layer on held-out proteins   (● student, — floor: no student of its rank is below)")
     axes.set_ylabel("FVU of the layer's output (log)")
-    axes.set_xlabel("layer, in running order")
+    axes.set_xlabel("layer, in the model's order")
     axes.set_xlim(-1, len(layers))
 
 
@@ -114,7 +114,7 @@ def ranks(axes: Axes, record: dict[str, Any], colours: dict[str, str]) -> None:
         axes.axhline(record["compression"]["ratio"], color=INK, lw=1, ls="--")
     axes.set_title("Parameters kept by each layer, rank above   (-- the budget, grey: dense)")
     axes.set_ylabel("share of the layer's parameters")
-    axes.set_xlabel("layer, in running order")
+    axes.set_xlabel("layer, in the model's order")
     axes.set_ylim(0, 1.16)
     axes.set_xlim(-1, len(layers))
 
