@@ -45,7 +45,7 @@ FAMILIES: dict[str, dict[str, Member]] = {
         "15B": Member("esm2_t48_15B_UR50D", 5120, 48),
     },
     "nano": {
-        "64": Member("nano-64", 64, 6),
+        "64": Member("nano-64", 64, 4),
         "128": Member("nano-128", 128, 6),
         "256": Member("nano-256", 256, 6),
     },

@@ -116,8 +116,6 @@ def _check(config: Config) -> None:
     if config.split is not None and (config.pool == "residues" or len(config.layers) > 1 or not 0 < config.split < 1):
         got = f"split {config.split}, pool {config.pool}, {len(config.layers)} layers"
         raise InputError(f"a split between 0 and 1 of one vector per protein, from one layer, required, got {got}")
-    if not config.layers or len(set(config.layers)) < len(config.layers):
-        raise InputError(f"one or more distinct layers required, got {config.layers}")
 
 
 def _shards(config: Config, warn: Callable[[str], None]) -> Iterator[list[Protein]]:
@@ -172,12 +170,15 @@ def _plan_split(config: Config) -> Split:
 
 def _provenance(config: Config, loaded: Loaded, survey: _Survey) -> dict[str, Any]:
     """What decides the bytes of the store, and nothing that depends on the machine."""
+    layers = loaded.model.depths(config.layers)
+    if not layers or len(set(layers)) < len(layers):
+        raise InputError(f"one or more distinct layers required, got {config.layers}, which are layers {layers}")
     return {
         "schema": SCHEMA,
         "model": loaded.name,
         "weights_sha256": loaded.sha256,
         "pool": config.pool,
-        "layers": loaded.model.depths(config.layers),
+        "layers": layers,
         "dim": loaded.model.width,
         "dtype": config.dtype,
         "compute": config.compute,
@@ -202,18 +203,23 @@ def _open_store(folder: Path, provenance: dict[str, Any], group: Group) -> None:
         if different:
             described = ", ".join(f"{key} {provenance[key]} (the store has {found.get(key)})" for key in different)
             raise InputError(f"the same settings as in {folder} required, got {described}; choose another --out")
-    elif folder.is_dir() and any(".tmp" not in path.suffix for path in folder.iterdir()):
+    elif folder.is_dir() and not all(_left_over(path) for path in folder.iterdir()):
         raise InputError(
             f"a new or empty folder or a store required, got {folder} with other files; choose another --out"
         )
     require_writable(folder)
     group.barrier()
     if group.rank == 0:
-        for path in folder.glob("*.tmp*"):
-            path.unlink()  # left by a killed run
+        for path in filter(_left_over, folder.iterdir()):
+            path.unlink()
         if not (folder / PROVENANCE).exists():
             write_json(folder / PROVENANCE, provenance)
     group.barrier()
+
+
+def _left_over(path: Path) -> bool:
+    """Whether this is an unfinished file (or the probe of `require_writable`) that a killed run left behind."""
+    return path.suffix.startswith(".tmp") or path.name.startswith(".write-test-")
 
 
 def _fill(config: Config, model: ESM2, provenance: dict[str, Any], group: Group) -> None:

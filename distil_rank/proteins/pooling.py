@@ -28,7 +28,7 @@ def embed(
     items = [window for i, sequence in enumerate(sequences) for window in windows(i, len(sequence), max_length)]
     partial: dict[int, Tensor] = {}
     for batch in batches(items, batch_tokens):
-        for window, vectors in zip(batch, _forward(model, sequences, batch, pool, layers)):
+        for window, vectors in zip(batch, embed_batch(model, sequences, batch, pool, layers)):
             if window.blend is not None:
                 length = len(sequences[window.protein])
                 vectors = _blend(partial.pop(window.protein, None), vectors, window, pool, length)
@@ -39,7 +39,7 @@ def embed(
 
 
 @torch.no_grad()
-def _forward(
+def embed_batch(
     model: ESM2, sequences: Sequence[str], batch: list[Window], pool: str, layers: Sequence[int]
 ) -> list[Tensor]:
     """Vectors (layers, rows, d) of each window. Pooling reads residues by their index: no special token, no padding."""

@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ _CLASSES = ("LM", "IV", "KR", "EQ", "AST", "ND", "FY", "C", "G", "H", "P", "W")
 _PATTERNS = ("1101100111", "111010010011")  # which of the letters at these offsets make the word
 _HIT_WINDOW = 8  # two words count as one diagonal if their diagonals differ by at most this many residues (small gaps)
 _BUCKET = 400  # a word is paired with at most this many later occurrences of itself (repeats, giant families)
+_RESIDUES_PER_HIT = 300  # chance alone gives long pairs more shared words, so they need one more per so many residues
 _HITS_AT_ONCE = 40_000_000  # memory: 8 bytes each, a few times
 
 
@@ -68,18 +70,32 @@ def cluster(sequences: Sequence[str], identity: float = 0.3, candidates: str = "
 
 def related(a: str, b: str, identity: float = 0.3) -> bool:
     """Whether two cleaned sequences are near relatives, as defined above."""
+    return aligned_identity(a, b) >= identity
+
+
+def aligned_identity(a: str, b: str) -> float:
+    """Equal residues per column of the best local alignment; 0 where it scores too little or spans too little."""
     import parasail
 
     if not a or not b or a == b:
-        return a == b
+        return float(a == b)
     if len(a) > len(b):
         a, b = b, a
     blosum = parasail.blosum62
-    least = min(60, sum(int(blosum.matrix[k, k]) for k in blosum.mapper[np.frombuffer(a.encode(), np.uint8)]) / 2)
+    least = min(60.0, sum(map(_self_scores().__getitem__, a[:40])) / 2)
     if parasail.sw_striped_sat(a, b, 11, 1, blosum).score < least:
-        return False
+        return 0.0
     best = parasail.sw_stats_striped_sat(a, b, 11, 1, blosum)
-    return best.matches >= identity * best.length and 2 * best.length >= len(a)
+    return best.matches / best.length if 2 * best.length >= len(a) else 0.0
+
+
+@cache
+def _self_scores() -> dict[str, int]:
+    """What a letter scores against itself; the package's own table is slow to index."""
+    import parasail
+
+    table = parasail.blosum62.matrix.copy()
+    return {chr(code): int(table[row, row]) for code, row in enumerate(parasail.blosum62.mapper) if code < 128}
 
 
 def split(labels: NDArray[np.int64], fractions: Sequence[float], seed: int = 0) -> list[NDArray[np.int64]]:
@@ -113,8 +129,9 @@ def split(labels: NDArray[np.int64], fractions: Sequence[float], seed: int = 0) 
 
 def _by_words(sequences: Sequence[str]) -> Iterator[NDArray[np.int64]]:
     """Candidate pairs (m, 2) that share two words on one diagonal, those with most shared words first in each batch."""
-    starts = np.concatenate([[0], np.cumsum([len(sequence) for sequence in sequences])])
-    owner = np.repeat(np.arange(len(sequences)), np.diff(starts))
+    lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    owner = np.repeat(np.arange(len(sequences)), lengths)
     tables = [_word_table("".join(sequences), starts, pattern) for pattern in _PATTERNS]
     hits = np.zeros(len(sequences), dtype=np.int64)  # pairs of words to come, by the sequence of the first
     for words, positions in tables:
@@ -126,13 +143,13 @@ def _by_words(sequences: Sequence[str]) -> Iterator[NDArray[np.int64]]:
         keys.sort()
         same = (keys[1:] >> 20 == keys[:-1] >> 20) & (keys[1:] - keys[:-1] <= _HIT_WINDOW)
         pairs, count = np.unique(keys[1:][same] >> 20, return_counts=True)
-        pairs, count = pairs[count >= 2], count[count >= 2]
-        pairs = pairs[np.argsort(-count, kind="stable")]
-        yield np.stack([pairs // len(sequences), pairs % len(sequences)], axis=1)
+        pairs = np.stack([pairs // len(sequences), pairs % len(sequences)], axis=1)[np.argsort(-count, kind="stable")]
+        expected = lengths[pairs].min(axis=1) // _RESIDUES_PER_HIT
+        yield pairs[np.sort(count)[::-1] > expected]
 
 
 def _word_table(letters: str, starts: NDArray[np.int64], pattern: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Sorted words and the position of each, without words of other letters, of one or two classes, or across two sequences."""
+    """Sorted words and their positions, without words of other letters, of one or two classes, or across sequences."""
     code = np.full(256, -1, dtype=np.int64)
     for number, members in enumerate(_CLASSES):
         code[[ord(letter) for letter in members]] = number
@@ -153,9 +170,9 @@ def _word_table(letters: str, starts: NDArray[np.int64], pattern: str) -> tuple[
 
 
 def _word_pairs(
-    table: tuple[NDArray, NDArray], starts: NDArray[np.int64], owner, low: int, high: int
+    table: tuple[NDArray, NDArray], starts: NDArray[np.int64], owner: NDArray[np.int64], low: int, high: int
 ) -> NDArray[np.int64]:
-    """(first sequence, second sequence, diagonal) packed into integers, for each pair of equal words whose first is in [low, high)."""
+    """(first sequence, second, diagonal) packed into integers, for each pair of equal words with the first in [low, high)."""
     words, positions = table
     n = len(starts) - 1
     alive = np.flatnonzero((positions >= starts[low]) & (positions < starts[high]))
@@ -177,7 +194,8 @@ def _by_search(sequences: Sequence[str]) -> Iterator[NDArray[np.int64]]:
     with tempfile.TemporaryDirectory() as folder:
         fasta, hits = Path(folder, "all.fasta"), Path(folder, "hits.tsv")
         write_fasta(fasta, (Protein(str(i), str(i), sequence) for i, sequence in enumerate(sequences)))
-        command = ["mmseqs", "easy-search", fasta, fasta, hits, Path(folder, "work"), "-s", "7.5", "-e", "10"]
+        files = [str(fasta), str(fasta), str(hits), str(Path(folder, "work"))]
+        command = ["mmseqs", "easy-search", *files, "-s", "7.5", "-e", "10"]
         done = subprocess.run(
             [*command, "--format-output", "query,target"], capture_output=True, text=True, check=False
         )

@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 
 import pytest
@@ -9,16 +8,6 @@ from tests.proteins import reference
 
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """Folder of real data beside the checkout ($DISTIL_RANK_DATA or ../shared/data)."""
-    folder = Path(os.environ.get("DISTIL_RANK_DATA", ROOT.parent / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"needs real data in {folder}")
-    return folder
 
 
 @pytest.fixture(scope="session")

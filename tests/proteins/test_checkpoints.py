@@ -33,6 +33,15 @@ def test_the_table_names_the_esm2_models_of_fair_esm():
         assert f"_t{member.layers}_{size}_" in member.name
 
 
+@pytest.mark.parametrize("size", FAMILIES["nano"])
+def test_the_table_describes_the_nano_models(size):
+    member = FAMILIES["nano"][size]
+    if not (checkpoints.MODELS / f"{member.name}.pt").is_file():
+        pytest.skip(f"{member.name} has not been trained")
+    loaded = load_model(member.name)
+    assert (loaded.name, loaded.model.width, len(loaded.model.layers)) == (member.name, member.width, member.layers)
+
+
 def test_fair_esm_checkpoint_gives_what_fair_esm_reads_from_it(checkpoint):
     import esm
 

@@ -2,6 +2,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from distil_rank.errors import InputError
-from distil_rank.proteins import embeddings
+from distil_rank.proteins import embeddings, moments
 from distil_rank.proteins.batching import windows
 from distil_rank.proteins.embedding_files import load_matrix, provenance
 from distil_rank.proteins.embeddings import Config, run
@@ -20,8 +21,8 @@ from distil_rank.proteins.fasta import Protein, write_fasta
 from distil_rank.proteins.pooling import embed
 from distil_rank.proteins.store import EmbeddingStore
 from distil_rank.statistics.moments import Moments
+from tests.conftest import ROOT
 from tests.proteins import reference
-from tests.proteins.conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("untouched_global_state")
 
@@ -194,6 +195,13 @@ def test_killed_before_a_file_is_complete_then_resumed(config, whole, processes,
     assert contents(config.out) == contents(whole)
 
 
+def test_what_a_run_killed_at_its_very_start_left_is_no_obstacle(config, whole, tmp_path):
+    for name in (".write-test-123", "store.json.tmp123"):
+        (tmp_path / name).write_text("")
+    run(replace(config, out=tmp_path))
+    assert contents(tmp_path) == contents(whole)
+
+
 def _kill_at_random_points(config, whole, processes, folder, points):
     """Kill after a random share of the time that a whole run takes, and resume."""
     started = time.perf_counter()
@@ -267,32 +275,57 @@ def command(*arguments, launcher=("-m", "distil_rank")):
     )
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "distil_rank")
+def _rank(rank: int, world: int, port: int, jobs) -> None:
+    """One rank as torchrun starts it (in a process of its own), on one thread."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    for function, config in jobs:
+        function(config)
 
 
-def test_two_ranks_write_the_store_and_the_moments_of_one(config, tmp_path):
-    flags = [config.fasta, "--model", config.model, "--long", "window", "--max-length", 100, "--shard-residues", 400]
-    for name, launcher in [("one", ("-m", "distil_rank")), ("two", TORCHRUN)]:
-        done = command("embed", *flags, "--layers", -1, 0, "--out", tmp_path / name, launcher=launcher)
-        assert done.returncode == 0, done.stderr
-        done = command("moments", tmp_path / name, "--out", tmp_path / f"{name}.safetensors", launcher=launcher)
-        assert done.returncode == 0, done.stderr
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    one, two = (Moments.load(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
-    rows = torch.cat(list(EmbeddingStore(tmp_path / "one").batches())).double()
+def check_equal_stores_and_moments(folder):
+    assert contents(folder / "one") == contents(folder / "two")
+    one, two = (Moments.load(folder / f"{name}.safetensors") for name in ("one", "two"))
+    rows = torch.cat(list(EmbeddingStore(folder / "one").batches())).double()
     assert one.count == two.count == len(rows) == 60
     torch.testing.assert_close(one.mean, rows.mean(0), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(two.mean, one.mean, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(two.covariance, one.covariance, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(one.covariance, torch.cov(rows.T, correction=0), rtol=1e-10, atol=1e-12)
+
+
+def test_two_ranks_write_the_store_and_the_moments_of_one(config, processes, tmp_path):
+    for name, world in [("one", 1), ("two", 2)]:
+        store, out = tmp_path / name, tmp_path / f"{name}.safetensors"
+        jobs = [(run, replace(config, out=store, layers=(-1, 0))), (moments.run, moments.Config(store, out))]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ranks = [processes.Process(target=_rank, args=(rank, world, port, jobs)) for rank in range(world)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+        assert [rank.exitcode for rank in ranks] == [0] * world
+    check_equal_stores_and_moments(tmp_path)
+
+
+@pytest.mark.slow
+def test_torchrun_writes_the_store_and_the_moments_of_one_process(config, tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "distil_rank")
+    flags = [config.fasta, "--model", config.model, "--long", "window", "--max-length", 100, "--shard-residues", 400]
+    for name, launcher in [("one", ("-m", "distil_rank")), ("two", torchrun)]:
+        done = command("embed", *flags, "--layers", -1, 0, "--out", tmp_path / name, launcher=launcher)
+        assert done.returncode == 0, done.stderr
+        done = command("moments", tmp_path / name, "--out", tmp_path / f"{name}.safetensors", launcher=launcher)
+        assert done.returncode == 0, done.stderr
+    check_equal_stores_and_moments(tmp_path)
 
 
 def test_bad_input_is_one_line_and_status_2(config, tmp_path):
     done = command("embed", tmp_path / "none.fasta", "--model", config.model, "--out", tmp_path / "out")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("distil-rank embed: error: required a FASTA file") and done.stderr.count("\n") == 1
-    done = command("moments", tmp_path, "--out", tmp_path / "m.safetensors")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -320,7 +353,7 @@ def test_bad_settings_are_refused_before_anything_is_written(config, tmp_path):
         ),
         ({"model": "esm3"}, "required a model name"),
         ({"layers": (4,)}, "layers between -4 and 3"),
-        ({"layers": (1, 1)}, "distinct layers"),
+        ({"layers": (3, -1)}, "distinct layers"),
         ({"layers": ()}, "distinct layers"),
         ({"max_length": 2}, "max_length"),
         ({"batch_tokens": 0}, "batch_tokens"),
@@ -350,3 +383,24 @@ def test_changes_to_sequences_are_counted_aloud(config, tmp_path, capsys):
 def test_progress_is_silent_in_a_pipe(config, tmp_path, capsys):
     run(replace(config, out=tmp_path / "out"))
     assert "%" not in capsys.readouterr().err and embeddings.__doc__
+
+
+def _peak(config: Config, queue) -> None:
+    run(config)
+    status = Path("/proc/self/status").read_text().splitlines()
+    queue.put(next(int(line.split()[1]) for line in status if line.startswith("VmHWM")))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads peak memory from /proc")
+def test_peak_memory_does_not_grow_with_the_number_of_proteins(config, processes, tmp_path):
+    peak = {}
+    for count in (100, 3000):
+        reference.random_fasta(tmp_path / f"{count}.fasta", count, longest=100)
+        small = replace(config, fasta=tmp_path / f"{count}.fasta", out=tmp_path / str(count), shard_residues=4000)
+        queue = processes.Queue()
+        process = processes.Process(target=_peak, args=(small, queue))
+        process.start()
+        peak[count] = queue.get(timeout=600)
+        process.join()
+    assert peak[3000] < 1.05 * peak[100]
