@@ -11,8 +11,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compress": ("distil_rank.layers.compress", "make a layer, a head or a whole model smaller, with a certificate"),
     "embed": ("distil_rank.proteins.embeddings", "embed the proteins of a FASTA with an ESM-2 model"),
     "moments": ("distil_rank.proteins.moments", "count, mean and covariance of embeddings"),
-    "embed": ("distil_rank.proteins.embeddings", "embed the proteins of a FASTA with an ESM-2 model"),
-    "moments": ("distil_rank.proteins.moments", "count, mean and covariance of embeddings"),
     "pretrain": ("distil_rank.proteins.pretrain", "train a small protein language model of the ESM-2 architecture"),
     "report": ("distil_rank.redraw", "redraw the figures and tables of results/ from their JSON"),
 }

@@ -217,6 +217,14 @@ def load_dense(name: str) -> tuple[nn.Module, Architecture]:
     return model.eval().requires_grad_(False), architecture
 
 
+def weights_file(name: str) -> Path:
+    """The file, or first shard, that `load_dense` reads for this name."""
+    from distil_rank.proteins.checkpoints import locate
+
+    path = Path(name) if (Path(name) / "config.json").is_file() else locate(name)
+    return sorted(path.glob("model*.safetensors"))[0] if path.is_dir() else path
+
+
 def _from_fair_esm(path: Path) -> nn.Module:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -247,8 +255,12 @@ def _from_fair_esm(path: Path) -> nn.Module:
 
 
 def _from_folder(folder: Path) -> nn.Module:
-    import transformers
-
+    try:
+        import transformers
+    except ImportError:
+        raise InputError(
+            "the package transformers required for this model; pip install 'distil-rank[transformers]'"
+        ) from None
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from distil_rank.errors import InputError
-from distil_rank.layers.architectures import Architecture, load_dense
+from distil_rank.layers.architectures import Architecture, load_dense, weights_file
 from distil_rank.layers.calibration import collect
 from distil_rank.layers.compress import Config, unused
 from distil_rank.layers.evaluate import compare, cost, mutation_effects, read_assays
@@ -86,6 +86,7 @@ def run_model(config: Config) -> None:
     if config.dms is not None:
         record["mutations"] = mutation_effects(architecture, {"before": dense, "after": small}, config.dms)
     assert config.calibration is not None
+    source = weights_file(config.target)
     record |= {
         "seconds": time.perf_counter() - started,
         "config": config_record(config),
@@ -95,6 +96,7 @@ def run_model(config: Config) -> None:
             "n_train": len(fitted),
             "n_val": len(held_out),
         },
+        "teacher": {"source": shown_path(source), "sha256": sha256(source)},
         "seeds": [config.seed],
         "environment": environment(),
         "machine_dependent": ["cost", "seconds", "environment"],
