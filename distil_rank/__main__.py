@@ -10,6 +10,7 @@ from distil_rank.errors import one_line_errors
 # command -> module with a frozen dataclass `Config` (its fields are the flags) and `run(config)`; and one line of help.
 # A module is imported only when its command is called, so `--help` answers at once.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "generator train": ("distil_rank.generators.train", "distil a generator into a smaller GPT-2"),
     "generator pretrain": ("distil_rank.generators.pretrain", "train a small teacher on proteins"),
 }
 

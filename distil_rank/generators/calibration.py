@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
+from scipy.stats import norm, t
 
 from distil_rank.errors import InputError
 from distil_rank.records import interval
@@ -46,17 +46,16 @@ def calibration(
     deviation = (share * np.abs(draws)).sum(1) - (share * folded_mean(kept, error)).sum()
     low, high = np.quantile(deviation, [0.025, 0.975])
     used = error > 0
-    signed, signed_error = ratio_of_sums(confidence - correct, np.ones_like(confidence), protein)
-    mean_brier, brier_error = ratio_of_sums(np.asarray(brier, float), np.ones_like(confidence), protein)
+    ones = np.ones_like(confidence)
     return {
         "tokens": len(confidence),
         "ece": ece,
         "noise_floor": float((share * error).sum() * np.sqrt(2 / np.pi)),
         "ece_debiased": interval(debiased, debiased - float(high), debiased - float(low), False),
-        "signed_gap": interval(signed, signed - 1.96 * signed_error, signed + 1.96 * signed_error, False, target=0.0),
+        "signed_gap": ratio_interval(confidence - correct, ones, protein, target=0.0),
         "mce": float(np.abs(gap).max()),
         "mce_in_standard_errors": float(np.abs(gap[used] / error[used]).max()) if used.any() else 0.0,
-        "brier": interval(mean_brier, mean_brier - 1.96 * brier_error, mean_brier + 1.96 * brier_error, False),
+        "brier": ratio_interval(np.asarray(brier, float), ones, protein),
         "accuracy": float(correct.mean()),
         "mean_confidence": float(confidence.mean()),
         "bins": {name: [float(v) for v in values] for name, values in table.items()},
@@ -93,16 +92,22 @@ def folded_mean(mean: Array, deviation: Array) -> Array:
     return np.where(deviation > 0, found, np.abs(mean))
 
 
-def ratio_of_sums(values: Array, sizes: Array, cluster: NDArray[np.int64]) -> tuple[float, float]:
-    """sum(values) / sum(sizes) and its standard error when clusters (proteins), not entries, are independent."""
+def ratio_of_sums(values: Array, sizes: Array, cluster: NDArray[np.int64]) -> tuple[float, float, float]:
+    """sum(values) / sum(sizes) with its 95 % interval when clusters (proteins), not entries, are independent."""
     _, label = np.unique(cluster, return_inverse=True)
     numerator, denominator = np.bincount(label, values), np.bincount(label, sizes)
-    ratio = numerator.sum() / denominator.sum()
-    n = len(numerator)
+    ratio, n = float(numerator.sum() / denominator.sum()), len(numerator)
     if n < 2:
-        return float(ratio), float("inf")
+        raise InputError("at least two proteins required for an interval, got one; give more")
     residual = numerator - ratio * denominator
-    return float(ratio), float(np.sqrt((residual**2).sum() * n / (n - 1)) / denominator.sum())
+    error = np.sqrt((residual**2).sum() * n / (n - 1)) / denominator.sum()
+    half = float(t.ppf(0.975, n - 1) * error)
+    return ratio, ratio - half, ratio + half
+
+
+def ratio_interval(values: Array, sizes: Array, cluster: NDArray[np.int64], **more: Any) -> dict[str, Any]:
+    """`ratio_of_sums` as records hold it, for a loss."""
+    return interval(*ratio_of_sums(values, sizes, cluster), higher_is_better=False, **more)
 
 
 def best_temperature(grid: Array, nll: Array) -> float:
