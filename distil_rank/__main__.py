@@ -11,6 +11,9 @@ from distil_rank.errors import one_line_errors
 # A module is imported only when its command is called, so `--help` answers at once.
 COMMANDS: dict[str, tuple[str, str]] = {
     "generator train": ("distil_rank.generators.train", "distil a generator into a smaller GPT-2"),
+    "generator evaluate": ("distil_rank.generators.evaluate", "held-out likelihood, calibration, writing and speed"),
+    "generator generate": ("distil_rank.generators.generate", "write new proteins as FASTA"),
+    "generator finetune": ("distil_rank.generators.finetune", "continue training on a family"),
     "generator pretrain": ("distil_rank.generators.pretrain", "train a small teacher on proteins"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ RATIO_THRESHOLDS = {"tiny": 3.0, "small": 2.5, "medium": 2.0}  # student perplex
 def load(name: str) -> tuple[Any, Any]:
     """Model (eval mode, float32) and tokenizer from a folder or the Hugging Face hub. InputError when there is none."""
     from transformers import AutoTokenizer, GPT2LMHeadModel
+    from transformers.utils import logging
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     if os.path.sep in name and not Path(name).exists() and name.count("/") != 1:
         raise InputError(f"a model folder required, got {name}, which does not exist; check the path")
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():

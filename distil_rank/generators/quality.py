@@ -105,7 +105,8 @@ def mean(values: Sequence[float] | Array, higher_is_better: bool) -> dict[str, A
     """A mean with its normal 95 % interval."""
     array = np.asarray(values, dtype=float)
     half = 1.96 * float(array.std(ddof=1)) / len(array) ** 0.5 if len(array) > 1 else 0.0
-    return interval(float(array.mean()), float(array.mean()) - half, float(array.mean()) + half, higher_is_better, n=len(array))
+    centre = float(array.mean())
+    return interval(centre, centre - half, centre + half, higher_is_better, n=len(array))
 
 
 def describe(
@@ -118,6 +119,7 @@ def describe(
     valid = [s for s in generated if s and not set(s) - set(AMINO_ACIDS)]
     lengths = np.array([len(s) for s in generated])
     natural_lengths = np.array([len(s) for s in natural])
+    matched = length_matched(lengths.tolist(), natural, np.random.default_rng([seed, 21]))
     found: dict[str, Any] = {
         "n": n,
         "validity": share(len(valid), n, True),
@@ -129,12 +131,13 @@ def describe(
             "kolmogorov_smirnov": float(ks_2samp(lengths, natural_lengths).statistic),
         },
         "repeated_words": mean([repeated(s) for s in generated], False),
-        "repeated_words_natural": mean([repeated(s) for s in length_matched(lengths.tolist(), natural, np.random.default_rng(seed))], False),
+        "repeated_words_natural": mean([repeated(s) for s in matched], False),
         "long_runs": share(sum(longest_run(s) >= 6 for s in generated), n, False),
     }
     if valid:
         found["amino_acid_kl"] = amino_acid_divergence(valid, natural, seed)
-        found["novelty"] = mean(novelty(valid, training), True)
-        found["exact_copies"] = len(set(valid) & set(training))
+        if training:
+            found["novelty"] = mean(novelty(valid, training), True) | {"nearest_of": len(training)}
+            found["exact_copies"] = len(set(valid) & set(training))
         found["diversity"] = diversity(valid)
     return found
