@@ -79,14 +79,14 @@ class Splits:
 def prepare(
     sequences: Sequence[str],
     proportion: float = 1.0,
-    held_out: Sequence[float] = (0.05, 0.05),
+    held_out: float = 0.05,
     seed: int = 0,
     max_residues: int | None = None,
     identity: float = 0.3,
 ) -> Splits:
     """Training, validation and test proteins, without exact duplicates and without those above `max_residues`.
 
-    `held_out` are the shares of validation and test; clusters of relatives are never cut. The split is made before the share is taken, so validation and test are the same for every `proportion`.
+    `held_out` is the share of validation, and of test; clusters of relatives are never cut. The split is made before the share is taken, so validation and test are the same for every `proportion`.
     """
     from distil_rank.proteins.splits import cluster, split
 
@@ -96,7 +96,7 @@ def prepare(
     kept = [s for s in distinct if max_residues is None or len(s) <= max_residues]
     if not kept:
         raise InputError(f"proteins of at most {max_residues} residues required, got none; raise --max-residues")
-    parts = [[kept[i] for i in part] for part in split(cluster(kept, identity), held_out, seed)]
+    parts = [[kept[i] for i in part] for part in split(cluster(kept, identity), (held_out, held_out), seed)]
     order = torch.randperm(len(parts[0]), generator=generator(seed, "train-size-prop")).tolist()
     share = sorted(order[: max(1, round(proportion * len(order)))])
     counts = {

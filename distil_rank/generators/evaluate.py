@@ -36,6 +36,7 @@ class Config:
     out: Path  # JSON to write
     part: Literal["all", "test"] = "all"  # every protein of the file, or the test part of the training split
     training: Path | None = None  # proteins that novelty is measured against; default: a sample of the training split, or none
+    held_out: float = 0.05  # share of the test part
     max_residues: int | None = None  # leave longer proteins out
     generate: int = 200  # proteins written by either model
     max_length: int = 0  # tokens per written protein; 0: the model's context
@@ -57,7 +58,7 @@ def run(config: Config) -> None:
     require_same_vocabulary(teacher_tokenizer, tokenizer)
     sequences = read_sequences(config.data)
     if config.part == "test":
-        splits = prepare(sequences, seed=config.seed, max_residues=config.max_residues)
+        splits = prepare(sequences, 1.0, config.held_out, config.seed, config.max_residues)
         natural, training, counts = splits.test, splits.train, dict(splits.counts)
     else:
         natural = [s for s in dict.fromkeys(sequences) if config.max_residues is None or len(s) <= config.max_residues]

@@ -19,6 +19,7 @@ from distil_rank.generators.training import TrainingFlags, choose_device, claim_
 class Config(TrainingFlags):
     model: str  # folder or hub name of the generator to start from
     identity: float = 0.3  # relatives above this identity never straddle training and validation
+    held_out: float = 0.1  # share of the proteins for validation, and as many for test
     learning_rate: float = 3e-4  # peak
 
 
@@ -29,7 +30,7 @@ def run(config: Config) -> None:
     if not 0 < config.identity <= 1:
         raise InputError(f"identity must be above 0 and at most 1, got {config.identity}; 0.9 suits a close family")
     model, tokenizer = load(config.model)
-    splits = load_splits(config, config.identity, (0.1, 0.1))
+    splits = load_splits(config, config.identity)
     folder = claim_folder(config)
     join_processes(choose_device(config.device))
     start = weights_sha256(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ class TrainingFlags:
     data: Path  # proteins: FASTA (plain or gzip), or CSV, TSV or parquet with a column `sequence`
     out: Path  # folder of the model; a run that was interrupted here goes on
     train_size_prop: float = 1.0  # share of the training proteins that is used
+    held_out: float = 0.05  # share of the proteins for validation, and as many for test
     max_residues: int | None = None  # leave longer proteins out (counted); without it they are an error
     epochs: float = 1.0  # passes over the training proteins
     steps: int | None = None  # steps instead of epochs
@@ -65,6 +66,8 @@ class TrainingFlags:
         """Everything that can be known before a protein is read."""
         if not 0 < self.train_size_prop <= 1:
             raise InputError(f"train-size-prop must be above 0 and at most 1, got {self.train_size_prop}; 0.1 is a tenth")
+        if not 0 < self.held_out < 0.5:
+            raise InputError(f"held-out must be above 0 and below 0.5, got {self.held_out}; 0.05 is usual")
         if not self.epochs > 0 or (self.steps is not None and self.steps < 1):
             raise InputError(f"epochs above 0 (or steps of at least 1) required, got {self.epochs} and {self.steps}")
         self.schedule(1).check()
@@ -114,8 +117,9 @@ def claim_folder(flags: TrainingFlags) -> Path:
     return folder
 
 
-def load_splits(flags: TrainingFlags, identity: float = 0.3, held_out: Sequence[float] = (0.05, 0.05)) -> Splits:
-    return prepare(read_sequences(flags.data), flags.train_size_prop, held_out, flags.seed, flags.max_residues, identity)
+def load_splits(flags: TrainingFlags, identity: float = 0.3) -> Splits:
+    sequences = read_sequences(flags.data)
+    return prepare(sequences, flags.train_size_prop, flags.held_out, flags.seed, flags.max_residues, identity)
 
 
 def run_training(
