@@ -186,6 +186,13 @@ class Encoded:
             mask[i, : len(row)] = True
         return torch.from_numpy(tokens), torch.from_numpy(mask)
 
+    def take(self, indices: Sequence[int] | NDArray[np.int64]) -> Encoded:
+        """Some of the proteins, in the order given."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        rows = [self.tokens[self.offsets[i] : self.offsets[i + 1]] for i in chosen]
+        offsets = np.concatenate([[0], self.lengths[chosen].cumsum()]).astype(np.int64)
+        return Encoded(np.concatenate(rows), offsets, self.residues[chosen], self.end)
+
     def in_order_of_length(self, batch_size: int) -> list[NDArray[np.int64]]:
         """All proteins in batches of similar length, for evaluation."""
         order = np.argsort(self.lengths, kind="stable")

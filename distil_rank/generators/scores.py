@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from distil_rank.generators.calibration import best_temperature, calibration, ratio_of_sums
 from distil_rank.generators.data import Encoded
 from distil_rank.generators.fit import Precision, Teacher, autocast
-from distil_rank.generators.loss import Objective, distillation_sums, predictions
+from distil_rank.generators.loss import Objective, TopTargets, distillation_sums, predictions
 from distil_rank.records import interval
 
 Array = NDArray[np.float64]
@@ -42,8 +43,9 @@ def score(
     temperature: float = 1.0,
     precision: Precision = "fp32",
     batch_size: int = 32,
+    scaling: bool = True,
 ) -> Scores:
-    """Scores of a model whose logits are divided by `temperature`."""
+    """Scores of a model whose logits are divided by `temperature`; without `scaling`, `scaled_nll` stays 0."""
     model.eval()
     device, n = next(model.parameters()).device, len(proteins)
     nll, kl, scaled = np.zeros(n), np.zeros(n), np.zeros((n, len(TEMPERATURES)))
@@ -60,7 +62,7 @@ def score(
             z, y = logits[row, :-1][here], tokens[row, 1:][here]
             log_q = torch.log_softmax(z, -1)
             nll[i] = -float(log_q.gather(1, y[:, None]).sum(dtype=torch.float64))
-            for j, tau in enumerate(TEMPERATURES):
+            for j, tau in enumerate(TEMPERATURES if scaling else ()):
                 scaled[i, j] = float(torch.nn.functional.cross_entropy(z / float(tau), y, reduction="sum"))
             top, guess = log_q.max(-1)
             q = log_q.exp()
@@ -69,8 +71,9 @@ def score(
             brier.append((q.square().sum(-1) - 2 * q.gather(1, y[:, None])[:, 0] + 1).double().cpu().numpy())
             protein.append(np.full(len(y), i))
             if targets is not None:
-                own = targets[row : row + 1] if isinstance(targets, torch.Tensor) else type(targets)(*(t[row : row + 1] for t in targets))
-                sums = distillation_sums(logits[row : row + 1], own, tokens[row : row + 1], mask[row : row + 1], Objective(1.0, 0.0))
+                one = slice(row, row + 1)
+                own = targets[one] if isinstance(targets, Tensor) else TopTargets(*(t[one] for t in targets))
+                sums = distillation_sums(logits[one], own, tokens[one], mask[one], Objective(1.0, 0.0))
                 kl[i] = float(sums.soft)
     return Scores(
         nll,
@@ -112,14 +115,7 @@ def calibration_with_control(model: Any, proteins: Encoded, scores: Scores, seed
     """Calibration as it is, and after temperature scaling fitted on one half of the proteins and measured on the other."""
     even = np.arange(len(proteins)) % 2 == 0
     temperature = best_temperature(TEMPERATURES, scores.scaled_nll[even].sum(0))
-    odd = np.flatnonzero(~even)
-    half = Encoded(
-        np.concatenate([proteins.tokens[proteins.offsets[i] : proteins.offsets[i + 1]] for i in odd]),
-        np.concatenate([[0], proteins.lengths[odd].cumsum()]),
-        proteins.residues[odd],
-        proteins.end,
-    )
-    scaled = score(model, half, temperature=temperature, **how)
+    scaled = score(model, proteins.take(np.flatnonzero(~even)), temperature=temperature, **how)
     there = ~even[scores.protein]
     return {
         "as_is": calibration(scores.confidence, scores.correct, scores.brier, scores.protein, seed),

@@ -10,7 +10,7 @@ import torch
 from distil_rank.__main__ import main
 from distil_rank.errors import InputError
 from distil_rank.generators import evaluate, generate, scores, structure
-from distil_rank.generators.data import Encoded, amino_acid_tokenizer, bpe_tokenizer
+from distil_rank.generators.data import Encoded, amino_acid_tokenizer, bpe_tokenizer, encode
 from distil_rank.generators.evaluate import compare, verdict
 from distil_rank.generators.models import fresh, load, parameters, save, weights_sha256
 from distil_rank.generators.teachers import Live
@@ -60,23 +60,26 @@ def test_bits_per_residue_do_not_depend_on_the_tokenisation():
     assert a == pytest.approx(b, abs=1e-3) and a == pytest.approx(sum(single) / lengths.sum() / math.log(2))
 
 
-def test_temperature_scaling_control_repairs_a_model_whose_temperature_is_wrong(proteins):
-    torch.manual_seed(0)
+def test_temperature_scaling_control_repairs_a_model_whose_temperature_is_wrong(tokenizer):
+    frequencies = np.array([8, 4, 2, 1, 1]) / 16
+    rng = np.random.default_rng(0)
+    skewed = encode(["".join(rng.choice(list("ACDEF"), 40, p=frequencies)) for _ in range(80)], tokenizer, 64)
+    sharpened = np.full(27, -20.0)
+    predicted = np.bincount(np.delete(skewed.tokens, skewed.offsets[:-1]), minlength=27)
+    sharpened[predicted > 0] = 1.5 * np.log(predicted[predicted > 0] / predicted.sum())
 
     class Known(torch.nn.Module):
-        """Right frequencies, divided by a wrong temperature."""
+        """The right frequencies to the power 1.5: overconfident."""
 
         def __init__(self):
             super().__init__()
-            predicted = np.delete(proteins.tokens, proteins.offsets[:-1])
-            counts = np.bincount(predicted, minlength=27) + 0.01
-            self.logits = torch.nn.Parameter(torch.tensor(np.log(counts / counts.sum()) * 1.5, dtype=torch.float32))
+            self.logits = torch.nn.Parameter(torch.tensor(sharpened, dtype=torch.float32))
 
         def forward(self, input_ids, use_cache=False):
             return type("Out", (), {"logits": self.logits.expand(*input_ids.shape, 27)})
 
     model = Known()
-    found = scores.calibration_with_control(model, proteins, scores.score(model, proteins))
+    found = scores.calibration_with_control(model, skewed, scores.score(model, skewed))
     assert found["fitted_temperature"] == pytest.approx(1.5, rel=0.1)
     gaps = [abs(found[name]["signed_gap"]["value"]) for name in ("temperature_scaled", "as_is_other_half")]
     assert gaps[0] < 0.5 * gaps[1]
