@@ -14,6 +14,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generator evaluate": ("distil_rank.generators.evaluate", "held-out likelihood, calibration, writing and speed"),
     "generator generate": ("distil_rank.generators.generate", "write new proteins as FASTA"),
     "generator finetune": ("distil_rank.generators.finetune", "continue training on a family"),
+    "generator sweep": ("distil_rank.generators.sweep", "temperature, alpha and learning rate on a grid"),
+    "generator publish": ("distil_rank.generators.publish", "card, weights and evaluation to the Hugging Face hub"),
     "generator study": ("distil_rank.generators.study", "sweeps, the 2 x 2 ablation, final sizes: the whole paper"),
     "generator report": ("distil_rank.generators.report", "figures, tables and paper from the study's JSON"),
     "generator pretrain": ("distil_rank.generators.pretrain", "train a small teacher on proteins"),

@@ -1,16 +1,16 @@
 """Is a model's confidence its accuracy? ECE with a sign, a noise floor, a debiased value and an interval.
 
-A perfectly calibrated model has an expected calibration error above 0, because each bin's accuracy is a sample: .08 at 100
-tokens, .006 at 20,000 (10 bins). So the plain value is never shown alone:
+A perfectly calibrated model has an expected calibration error above 0, because each bin's accuracy is a sample: .08
+at 100 tokens, .006 at 20,000 (10 bins). So the plain value is never shown alone:
 
     gap_b    = mean confidence - accuracy in bin b (positive: overconfident), of standard error s_b
     ECE      = sum_b n_b / N |gap_b|                   signed gap = sum_b n_b / N gap_b
     floor    = what ECE would be on average were the model calibrated: sum_b n_b / N s_b sqrt(2 / pi)
     debiased = ECE - sum_b n_b / N (E |N(g_b, s_b)| - |g_b|),  g_b = gap_b where it is beyond 3 s_b, else 0
 
-Under calibration debiased = ECE - floor, which is 0 on average. s_b^2 = sum c (1 - c) / n_b^2 over the confidences in the bin:
-the errors of a calibrated autoregressive model are martingale differences, so tokens of one protein need no correction
-there. The signed gap makes no such assumption and takes its interval over proteins.
+Under calibration debiased = ECE - floor, which is 0 on average. s_b^2 = sum c (1 - c) / n_b^2 over the confidences in
+the bin: the errors of a calibrated autoregressive model are martingale differences, so tokens of one protein need no
+correction there. The signed gap makes no such assumption and takes its interval over proteins.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ Array = NDArray[np.float64]
 def calibration(
     confidence: Array, correct: Array, brier: Array, protein: NDArray[np.int64], seed: int = 0, bins: int = BINS
 ) -> dict[str, Any]:
-    """Calibration of the most probable token: confidence, correct (0 or 1), Brier score and protein of each token (n,)."""
+    """Calibration of the most probable token: confidence, correct (0 or 1), Brier score and protein of each token
+    (n,)."""
     confidence, correct = np.asarray(confidence, float), np.asarray(correct, float)
     if not len(confidence):
         raise InputError("at least one token required for calibration, got none; give proteins")
@@ -111,7 +112,8 @@ def ratio_interval(values: Array, sizes: Array, cluster: NDArray[np.int64], **mo
 
 
 def best_temperature(grid: Array, nll: Array) -> float:
-    """Temperature of least NLL from values on a grid: a parabola in log temperature through the best point and its neighbours."""
+    """Temperature of least NLL from values on a grid: a parabola in log temperature through the best point and its
+    neighbours."""
     at = int(np.clip(np.argmin(nll), 1, len(grid) - 2))
     x, y = np.log(grid[at - 1 : at + 2]), nll[at - 1 : at + 2]
     a, b, _ = np.polyfit(x, y, 2)

@@ -1,7 +1,8 @@
 """Proteins as text for a generator: reading, ProtGPT2's format, tokenisers, splits by relatives, and batches.
 
-The format is ProtGPT2's (Ferruz, Schmidt and Hoecker, 2022): the end token, a newline, the residues with a newline every 60,
-a newline, the end token. The first end token is read only; the last is predicted, so a model learns to stop.
+The format is ProtGPT2's (Ferruz, Schmidt and Hoecker, 2022): the end token, a newline, the residues with a newline
+every 60, a newline, the end token. The first end token is read only; the last is predicted, so a model learns to
+stop.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def prepare(
 ) -> Splits:
     """Training, validation and test proteins, without exact duplicates and without those above `max_residues`.
 
-    `held_out` is the share of validation, and of test; clusters of relatives are never cut. The split is made before the share is taken, so validation and test are the same for every `proportion`.
+    `held_out` is the share of validation, and of test; clusters of relatives are never cut. The split is made before
+    the share is taken, so validation and test are the same for every `proportion`.
     """
     from distil_rank.proteins.splits import cluster, split
 
@@ -207,8 +209,10 @@ def encode(sequences: Sequence[str], tokenizer: Any, context: int) -> Encoded:
         worst = int(lengths.argmax())
         many = int((lengths > context).sum())
         raise InputError(
-            f"at most {context} tokens per protein required, got {many} longer (protein {worst + 1}: {lengths[worst]} tokens, "
-            f"{len(sequences[worst])} residues); leave them out with --max-residues or use a model with a longer context"
+            f"at most {context} tokens per protein required, got {many} longer (protein {worst + 1}: "
+            f"{lengths[worst]} tokens, "
+            f"{len(sequences[worst])} residues); leave them out with --max-residues or use a model with a "
+            f"longer context"
         )
     return Encoded(
         np.concatenate([np.asarray(row, dtype=np.int32) for row in ids]) if ids else np.empty(0, np.int32),

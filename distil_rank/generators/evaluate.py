@@ -4,8 +4,8 @@
     distil-rank generator evaluate --student models/nano-student --teacher models/nano-teacher \\
         --data proteins.fasta --part test --max-residues 248 --out nano.json
 
-`--part test` takes the test part of the split that training makes with the same data, seed and limits; `--part all` every protein
-of the file. Below 1,000 proteins the result says underpowered.
+`--part test` takes the test part of the split that training makes with the same data, seed and limits; `--part all`
+every protein of the file. Below 1,000 proteins the result says underpowered.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Config:
     data: Path  # held-out proteins: FASTA, CSV, TSV or parquet
     out: Path  # JSON to write
     part: Literal["all", "test"] = "all"  # every protein of the file, or the test part of the training split
-    training: Path | None = None  # proteins that novelty is measured against; default: a sample of the training split, or none
+    training: Path | None = (
+        None  # proteins that novelty is measured against; default: a sample of the training split, or none
+    )
     held_out: float = 0.05  # share of the test part
     max_residues: int | None = None  # leave longer proteins out
     generate: int = 200  # proteins written by either model
@@ -78,7 +80,12 @@ def run(config: Config) -> None:
         {
             "schema": SCHEMA,
             "config": config_record(config),
-            "data": {"source": shown_path(config.data), "sha256": sha256(config.data), **counts, "n_test": len(natural)},
+            "data": {
+                "source": shown_path(config.data),
+                "sha256": sha256(config.data),
+                **counts,
+                "n_test": len(natural),
+            },
             "seeds": [config.seed],
             **record,
             "environment": environment(device),
@@ -122,7 +129,9 @@ def compare(
         record[name] = {
             "weights_sha256": weights_sha256(model),
             "parameters": parameters(model),
-            "shape": {k: getattr(model.config, k) for k in ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")},
+            "shape": {
+                k: getattr(model.config, k) for k in ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")
+            },
             "perplexity": scores.perplexity(s),
             "bits_per_residue": scores.bits_per_residue(s),
             "calibration": scores.calibration_with_control(model, held_out, s, seed, precision=precision),
@@ -139,7 +148,9 @@ def compare(
         written = list(draw(model, tokenizer, range(generate), sampler, seed, dtype="float32"))
         texts = [d.sequence for d in written]
         record[name]["generation"] = quality.describe(texts, [d.ended for d in written], natural, sample, seed)
-        record[name]["generation"]["structure"] = fold(texts) if structures else {"skipped": "not asked for (--structures)"}
+        record[name]["generation"]["structure"] = (
+            fold(texts) if structures else {"skipped": "not asked for (--structures)"}
+        )
     if speed:
         say("measuring speed")
         record["speed"] = writing_speed(models)
@@ -147,7 +158,8 @@ def compare(
 
 
 def verdict(ratio: dict[str, Any], size: str | None = None) -> dict[str, Any]:
-    """Words computed from the ratio's value: excellent below 1.5, good below 2; and whether the size's threshold is met."""
+    """Words computed from the ratio's value: excellent below 1.5, good below 2; and whether the size's threshold is
+    met."""
     word = "excellent" if ratio["value"] < 1.5 else "good" if ratio["value"] < 2 else "poor"
     found: dict[str, Any] = {"word": word, "size": size, "threshold": RATIO_THRESHOLDS.get(size or "")}
     if found["threshold"] is not None:

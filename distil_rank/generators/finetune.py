@@ -2,8 +2,8 @@
 
     distil-rank generator finetune --model models/tiny --data family.fasta --out models/tiny-family --epochs 5
 
-The plain cross-entropy on the family; validation proteins have no near relative in training, so a family of close relatives
-needs a higher `--identity` (0.9), or every protein would be in one part.
+The plain cross-entropy on the family; validation proteins have no near relative in training, so a family of close
+relatives needs a higher `--identity` (0.9), or every protein would be in one part.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ from dataclasses import dataclass
 
 from distil_rank.errors import InputError
 from distil_rank.generators.loss import Objective
-from distil_rank.generators.training import TrainingFlags, choose_device, claim_folder, join_processes, load_splits, run_training
+from distil_rank.generators.training import (
+    TrainingFlags,
+    choose_device,
+    claim_folder,
+    join_processes,
+    load_splits,
+    run_training,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

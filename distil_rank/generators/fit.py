@@ -1,8 +1,10 @@
-"""The training loop: any number of micro-batches and processes, one gradient; resumes bit for bit; keeps the best weights.
+"""The training loop: any number of micro-batches and processes, one gradient; resumes bit for bit; keeps the best
+weights.
 
-Step s uses the same proteins in the same order whatever was interrupted before: batches are a function of (seed, epoch), and
-nothing else is random (no dropout). Under `torchrun` (or `accelerate launch`) each process takes its share of the
-micro-batches and gradients are summed; every gradient is divided by the number of predictions of the whole batch.
+Step s uses the same proteins in the same order whatever was interrupted before: batches are a function of (seed,
+epoch), and nothing else is random (no dropout). Under `torchrun` (or `accelerate launch`) each process takes its
+share of the micro-batches and gradients are summed; every gradient is divided by the number of predictions of the
+whole batch.
 """
 
 from __future__ import annotations
@@ -128,7 +130,9 @@ def fit(
                 logits = student(input_ids=tokens, use_cache=False).logits  # padding is on the right: causal is enough
             if schedule.published:
                 if not isinstance(targets, Tensor):
-                    raise InputError("the published formula needs the teacher's full logits; use no cache or the exact one")
+                    raise InputError(
+                        "the published formula needs the teacher's full logits; use no cache or the exact one"
+                    )
                 labels = tokens.masked_fill(tokens == train.end, -100)
                 loss = published_loss(logits, targets, labels, mask, objective) / len(pieces)
                 sums[0] += loss.detach().cpu()
@@ -144,7 +148,9 @@ def fit(
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if not torch.isfinite(sums[0]):
-            raise InputError(f"a finite loss required, got {sums[0]} at step {step + 1}; use a lower learning rate or bf16")
+            raise InputError(
+                f"a finite loss required, got {sums[0]} at step {step + 1}; use a lower learning rate or bf16"
+            )
         progress.step = step + 1
         progress.predictions_seen += total
         last = progress.step == schedule.steps
@@ -157,7 +163,9 @@ def fit(
             gradient_norm=float(norm),
         )
         stop = False
-        if validation is not None and (last or (schedule.evaluate_every and progress.step % schedule.evaluate_every == 0)):
+        if validation is not None and (
+            last or (schedule.evaluate_every and progress.step % schedule.evaluate_every == 0)
+        ):
             nll = mean_nll(student, validation, schedule.precision)
             student.train()
             progress.validations.append([progress.step, nll])
@@ -209,7 +217,9 @@ def _steps(lengths: NDArray[np.int64], schedule: Schedule, first: int) -> Iterat
     from tqdm import tqdm
 
     steps = range(first, schedule.steps)
-    for step in tqdm(steps, initial=first, total=schedule.steps, unit="step", disable=not sys.stderr.isatty(), leave=False):
+    for step in tqdm(
+        steps, initial=first, total=schedule.steps, unit="step", disable=not sys.stderr.isatty(), leave=False
+    ):
         if step // per_epoch != epoch:
             epoch = step // per_epoch
             batches = epoch_batches(lengths, schedule.batch_size, schedule.seed, epoch)

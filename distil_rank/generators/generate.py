@@ -2,8 +2,8 @@
 
     distil-rank generator generate --model models/nano-student -n 100 --max-length 200 --out new.fasta
 
-Protein i depends on the seed and i alone, so a run that was interrupted goes on with the next protein when the same command is
-given again, and the batch size changes nothing (in float64, the default).
+Protein i depends on the seed and i alone, so a run that was interrupted goes on with the next protein when the same
+command is given again, and the batch size changes nothing (in float64, the default).
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ def _resume(partial: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
             break
     if lines and lines[0] != head:
         raise InputError(
-            f"the settings and weights that {partial} was begun with required to go on, got others; repeat them or remove it"
+            f"the settings and weights that {partial} was begun with required to go on, got others; repeat them "
+            f"or remove it"
         )
     temporary = partial.with_name(f"{partial.name}.tmp{os.getpid()}")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))

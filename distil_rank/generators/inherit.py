@@ -1,10 +1,11 @@
 """Starting a student from its teacher's weights: a slice, or a projection onto the teacher's principal directions.
 
-`slice` keeps the first features, heads and neurons of evenly spaced layers. `low-rank` first rotates the residual stream:
-every matrix that reads or writes it is replaced by its projection onto the leading right singular vectors of all that is
-written (embeddings and output projections stacked), and the heads and neurons of largest weight are kept. LayerNorm's centring
-is respected by keeping the all-ones direction as it is, its gains are folded into the matrices that follow. At full size the
-projected student equals its teacher (up to the gain of the last LayerNorm, which the tied head forbids to fold).
+`slice` keeps the first features, heads and neurons of evenly spaced layers. `low-rank` first rotates the residual
+stream: every matrix that reads or writes it is replaced by its projection onto the leading right singular vectors of
+all that is written (embeddings and output projections stacked), and the heads and neurons of largest weight are kept.
+LayerNorm's centring is respected by keeping the all-ones direction as it is, its gains are folded into the matrices
+that follow. At full size the projected student equals its teacher (up to the gain of the last LayerNorm, which the
+tied head forbids to fold).
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ def initial_student(teacher: Any, layers: int, heads: int, width: int, init: str
         return student
     if layers > t.n_layer or width > t.n_embd or heads > t.n_head or width // heads > t.n_embd // t.n_head:
         raise InputError(
-            f"a student not larger than its teacher ({t.n_layer} layers, {t.n_head} heads of {t.n_embd // t.n_head}, width "
-            f"{t.n_embd}) required for --init {init}, got {layers}, {heads} of {width // heads}, {width}; use --init random"
+            f"a student not larger than its teacher ({t.n_layer} layers, {t.n_head} heads of "
+            f"{t.n_embd // t.n_head}, width "
+            f"{t.n_embd}) required for --init {init}, got {layers}, {heads} of {width // heads}, {width}; use "
+            f"--init random"
         )
     source = {k: v.detach().to("cpu", torch.float64) for k, v in teacher.transformer.state_dict().items()}
     state = student.transformer.state_dict()
@@ -45,7 +48,8 @@ def initial_student(teacher: Any, layers: int, heads: int, width: int, init: str
 
 
 def residual_basis(source: dict[str, Tensor], layers: int, width: int) -> Tensor:
-    """Orthonormal P (d, width): the all-ones direction onto itself, the others onto the leading directions of what is written."""
+    """Orthonormal P (d, width): the all-ones direction onto itself, the others onto the leading directions of what is
+    written."""
     written = [source["wte.weight"], source["wpe.weight"]]
     for j in range(layers):
         written += [source[f"h.{j}.attn.c_proj.weight"], source[f"h.{j}.mlp.c_proj.weight"]]
@@ -94,13 +98,17 @@ def _block(
             return {f"{part}.weight": torch.full((width,), scale), f"{part}.bias": torch.zeros(width)}
         return {f"{part}.{kind}": s[f"{name}{part}.{kind}"][:width] for kind in ("weight", "bias")}
 
-    return norm_of("ln_1") | norm_of("ln_2") | {
-        "attn.c_attn.weight": reads["attn.c_attn"][:, qkv],
-        "attn.c_attn.bias": read_bias["attn.c_attn"][qkv],
-        "attn.c_proj.weight": out[columns] @ P,
-        "attn.c_proj.bias": s[name + "attn.c_proj.bias"] @ P,
-        "mlp.c_fc.weight": reads["mlp.c_fc"][:, neuron],
-        "mlp.c_fc.bias": read_bias["mlp.c_fc"][neuron],
-        "mlp.c_proj.weight": down[neuron] @ P,
-        "mlp.c_proj.bias": s[name + "mlp.c_proj.bias"] @ P,
-    }
+    return (
+        norm_of("ln_1")
+        | norm_of("ln_2")
+        | {
+            "attn.c_attn.weight": reads["attn.c_attn"][:, qkv],
+            "attn.c_attn.bias": read_bias["attn.c_attn"][qkv],
+            "attn.c_proj.weight": out[columns] @ P,
+            "attn.c_proj.bias": s[name + "attn.c_proj.bias"] @ P,
+            "mlp.c_fc.weight": reads["mlp.c_fc"][:, neuron],
+            "mlp.c_fc.bias": read_bias["mlp.c_fc"][neuron],
+            "mlp.c_proj.weight": down[neuron] @ P,
+            "mlp.c_proj.bias": s[name + "mlp.c_proj.bias"] @ P,
+        }
+    )

@@ -4,8 +4,8 @@ Runs are paired: run i of all four cells shares its initial weights and its batc
 
     effects     y_u - y_0,  y_c - y_0,  y_uc - y_0          interaction     y_uc - y_u - y_c + y_0
 
-each averaged over runs with Student's t interval. Negative is better: an interaction below 0 is synergy. Effects are shown as
-relative change of perplexity, exp(y) - 1. The words come from the intervals alone.
+each averaged over runs with Student's t interval. Negative is better: an interaction below 0 is synergy. Effects are
+shown as relative change of perplexity, exp(y) - 1. The words come from the intervals alone.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def interaction_word(effect: Mapping[str, Any]) -> str:
 
 
 def claim_word(found: Mapping[str, Any]) -> str:
-    """The claim: each alone hurts, both together help. Reproduced when all three intervals say so, contradicted when one
+    """The claim: each alone hurts, both together help. Reproduced when all three intervals say so, contradicted when
+    one
     says the opposite, otherwise not reproduced."""
     words = [effect_word(found[cell]) for cell in CELLS[1:]]
     if words == ["hurts", "hurts", "helps"]:
@@ -74,7 +75,8 @@ def claim_word(found: Mapping[str, Any]) -> str:
 
 
 def detectable(deviation: float, runs: int, power: float = 0.8) -> float:
-    """Smallest interaction, as a relative change, that `runs` find with this power, given the runs' standard deviation."""
+    """Smallest interaction, as a relative change, that `runs` find with this power, given the runs' standard
+    deviation."""
     from scipy.optimize import brentq
     from scipy.stats import nct
 

@@ -1,7 +1,7 @@
 """Distilling a causal language model: the objective, its gradient in one pass, and the published variant.
 
-Teacher logits z_T, student z_S; position t predicts token t + 1, so l tokens give l - 1 predictions. With temperature tau,
-p = softmax(z_T / tau) and q = softmax(z_S / tau):
+Teacher logits z_T, student z_S; position t predicts token t + 1, so l tokens give l - 1 predictions. With temperature
+tau, p = softmax(z_T / tau) and q = softmax(z_S / tau):
 
     soft_t = sum_v p_v (log p_v - log q_v)                                   Hinton, Vinyals and Dean (2015)
     L = alpha mean_t CE(z_S, token) + (1 - alpha) tau^2 mean_t w_t soft_t    means over real predictions only
@@ -111,7 +111,8 @@ def entropy(logits: Tensor, rows: Tensor | None = None) -> Tensor:
 
 
 def position_weights(entropies: Tensor, counted: Tensor, normalise: bool = False) -> Tensor:
-    """w_t = 0.5 + 0.5 (H_t - min) / (max - min) per sequence (b, l); 0 where not counted; with `normalise`, of mean 1."""
+    """w_t = 0.5 + 0.5 (H_t - min) / (max - min) per sequence (b, l); 0 where not counted; with `normalise`, of mean
+    1."""
     low = entropies.masked_fill(~counted, float("inf")).amin(-1, keepdim=True)
     high = entropies.masked_fill(~counted, float("-inf")).amax(-1, keepdim=True)
     span = high - low
@@ -192,9 +193,7 @@ class _Distil(torch.autograd.Function):
         return gradient.mul_(outer[0].to(gradient.dtype)), None, None, None, None, None
 
 
-def _teacher_rows(
-    teacher: Tensor | TopTargets, rows: Tensor, q: Tensor, objective: Objective
-) -> tuple[Tensor, Tensor]:
+def _teacher_rows(teacher: Tensor | TopTargets, rows: Tensor, q: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
     """Teacher's p and log p (n, V) at temperature tau.
 
     Where only the top k are known, the tail takes the student's own shape with the teacher's mass: the divergence is
@@ -225,8 +224,8 @@ def published_loss(
     """The objective as published with the ProtGPT2 students (ewijaya/protein-lm-distill), term for term.
 
     It differs from `distillation_sums` in that: a prediction counts where its target is real, whatever is read; the
-    cross-entropy leaves out labels of -100, which removes real end tokens when padding and end are one token; log(p + 1e-10)
-    stands for log p; and the means are per call, so the split into micro-batches changes the result.
+    cross-entropy leaves out labels of -100, which removes real end tokens when padding and end are one token; log(p +
+    1e-10) stands for log p; and the means are per call, so the split into micro-batches changes the result.
     """
     z_student, z_teacher, targets = student[:, :-1], teacher[:, :-1], labels[:, 1:]
     p = torch.softmax(z_teacher / objective.temperature, dim=-1)

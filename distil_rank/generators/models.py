@@ -29,13 +29,17 @@ def load(name: str) -> tuple[Any, Any]:
     if os.path.sep in name and not Path(name).exists() and name.count("/") != 1:
         raise InputError(f"a model folder required, got {name}, which does not exist; check the path")
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise InputError(f"a model folder with config.json required, got {name}; give the folder a training finished in")
+        raise InputError(
+            f"a model folder with config.json required, got {name}; give the folder a training finished in"
+        )
     try:
         model = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"a GPT-2 model with safetensors and tokenizer required, got {name} ({reason}); check it") from None
+        raise InputError(
+            f"a GPT-2 model with safetensors and tokenizer required, got {name} ({reason}); check it"
+        ) from None
     if len(tokenizer) > model.config.vocab_size:
         raise InputError(
             f"a tokenizer of at most {model.config.vocab_size} tokens required for {name}, got {len(tokenizer)}"
@@ -49,7 +53,8 @@ def require_same_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any) -> N
     if a != b:
         differing = sum(a.get(token) != i for token, i in b.items()) + len(a.keys() - b.keys())
         raise InputError(
-            f"one vocabulary for teacher and student required, got {len(a)} and {len(b)} tokens of which {differing} differ; "
+            f"one vocabulary for teacher and student required, got {len(a)} and {len(b)} tokens of which "
+            f"{differing} differ; "
             "use a student that was made from this teacher"
         )
 
@@ -92,11 +97,14 @@ def parameters(model: nn.Module) -> dict[str, int]:
 
 
 def save(model: Any, tokenizer: Any, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write model and tokenizer into a folder; the weights come last and whole, so a folder with weights is complete."""
+    """Write model and tokenizer into a folder; the weights come last and whole, so a folder with weights is
+    complete."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
-    state = {k: v.detach().to(dtype or v.dtype).contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    state = {
+        k: v.detach().to(dtype or v.dtype).contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"
+    }
     model.config.to_json_file(folder / "config.json")
     write_safetensors(state, folder / "model.safetensors")
 

@@ -13,7 +13,14 @@ from typing import Literal
 
 from distil_rank.errors import InputError
 from distil_rank.generators.loss import Objective
-from distil_rank.generators.training import TrainingFlags, choose_device, claim_folder, join_processes, load_splits, run_training
+from distil_rank.generators.training import (
+    TrainingFlags,
+    choose_device,
+    claim_folder,
+    join_processes,
+    load_splits,
+    run_training,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +44,9 @@ def run(config: Config) -> None:
     splits = load_splits(config)
     folder = claim_folder(config)
     join_processes(choose_device(config.device))
-    tokenizer = amino_acid_tokenizer() if config.tokenizer == "amino-acids" else bpe_tokenizer(splits.train, config.vocabulary)
+    tokenizer = (
+        amino_acid_tokenizer() if config.tokenizer == "amino-acids" else bpe_tokenizer(splits.train, config.vocabulary)
+    )
     shape = (config.n_layer, config.n_head, config.n_embd)
     student = fresh(len(tokenizer), *shape, config.context, tokenizer.eos_token_id, config.seed)
     progress = run_training(

@@ -22,7 +22,8 @@ def composition(sequences: Sequence[str]) -> Array:
 
 
 def divergence(counts: Array, reference: Array) -> Array:
-    """KL of amino-acid frequencies in nats, with half a residue added to each count; (..., 20) and (..., 20) -> (...)."""
+    """KL of amino-acid frequencies in nats, with half a residue added to each count; (..., 20) and (..., 20) ->
+    (...)."""
     p = (counts + 0.5) / (counts + 0.5).sum(-1, keepdims=True)
     q = (reference + 0.5) / (reference + 0.5).sum(-1, keepdims=True)
     return (p * np.log(p / q)).sum(-1)
@@ -59,7 +60,8 @@ def amino_acid_divergence(generated: Sequence[str], natural: Sequence[str], seed
 
 
 def novelty(generated: Sequence[str], training: Sequence[str]) -> Array:
-    """1 - similarity to the nearest training protein, per protein (n,); similarity = 1 - edit distance / longer length."""
+    """1 - similarity to the nearest training protein, per protein (n,); similarity = 1 - edit distance / longer
+    length."""
     from rapidfuzz.distance import Levenshtein
     from rapidfuzz.process import cdist
 

@@ -191,4 +191,3 @@ def uncertainty_examples(bench: Bench, count: int = 6) -> list[dict[str, Any]]:
         {"entropy": entropies[i][counted[i]].tolist(), "weight": weights[i][counted[i]].tolist()}
         for i in range(len(middle))
     ]
-

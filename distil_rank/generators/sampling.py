@@ -1,8 +1,8 @@
 """Drawing proteins from a generator; protein i depends on (seed, i) alone, not on how many are drawn together.
 
-Every protein has its own stream of uniform numbers, and a token is the inverse of the cumulative distribution at the next of
-them. What is left of the batch is rounding in the logits, so the model runs in float64 unless told otherwise: float32 is faster,
-and two batch sizes then differ in about one token of a million.
+Every protein has its own stream of uniform numbers, and a token is the inverse of the cumulative distribution at the
+next of them. What is left of the batch is rounding in the logits, so the model runs in float64 unless told otherwise:
+float32 is faster, and two batch sizes then differ in about one token of a million.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ Dtype = Literal["float64", "float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a token is drawn. The defaults draw from the model as it is; ProtGPT2's authors use top_k 950, penalty 1.2."""
+    """How a token is drawn. The defaults draw from the model as it is; ProtGPT2's authors use top_k 950, penalty
+    1.2."""
 
     max_length: int = 200  # tokens, the start token counted
     temperature: float = 1.0  # below 1: safer, above 1: more varied
@@ -32,12 +33,15 @@ class Sampler:
 
     def check(self, context: int) -> None:
         if not 2 <= self.max_length <= context:
-            raise InputError(f"max-length must be between 2 and the model's context of {context}, got {self.max_length}")
+            raise InputError(
+                f"max-length must be between 2 and the model's context of {context}, got {self.max_length}"
+            )
         if not self.temperature > 0:
             raise InputError(f"temperature must be above 0, got {self.temperature}; 1 draws from the model as it is")
         if self.top_k < 0 or not self.repetition_penalty > 0:
             raise InputError(
-                f"top-k of at least 0 and repetition-penalty above 0 required, got {self.top_k} and {self.repetition_penalty}"
+                f"top-k of at least 0 and repetition-penalty above 0 required, got {self.top_k} and "
+                f"{self.repetition_penalty}"
             )
 
 

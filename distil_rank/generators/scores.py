@@ -111,8 +111,11 @@ def divergence_from_teacher(student: Scores) -> dict[str, Any]:
     return interval(*ratio_of_sums(student.kl, student.predictions, np.arange(len(student.kl))), False)
 
 
-def calibration_with_control(model: Any, proteins: Encoded, scores: Scores, seed: int = 0, **how: Any) -> dict[str, Any]:
-    """Calibration as it is, and after temperature scaling fitted on one half of the proteins and measured on the other."""
+def calibration_with_control(
+    model: Any, proteins: Encoded, scores: Scores, seed: int = 0, **how: Any
+) -> dict[str, Any]:
+    """Calibration as it is, and after temperature scaling fitted on one half of the proteins and measured on the
+    other."""
     even = np.arange(len(proteins)) % 2 == 0
     temperature = best_temperature(TEMPERATURES, scores.scaled_nll[even].sum(0))
     scaled = score(model, proteins.take(np.flatnonzero(~even)), temperature=temperature, **how)

@@ -10,7 +10,9 @@ import torch
 
 
 @torch.no_grad()
-def writing_speed(models: dict[str, Any], batch_sizes: tuple[int, ...] = (1, 8, 32), tokens: int = 64, repeats: int = 3) -> dict[str, Any]:
+def writing_speed(
+    models: dict[str, Any], batch_sizes: tuple[int, ...] = (1, 8, 32), tokens: int = 64, repeats: int = 3
+) -> dict[str, Any]:
     """Tokens and sequences (of `tokens` tokens) per second of greedy writing with a cache, models interleaved."""
     found: dict[str, Any] = {"tokens_per_sequence": tokens, "repeats": repeats, "models": {name: {} for name in models}}
     for size in batch_sizes:

@@ -24,7 +24,8 @@ def mean_plddt(plddt: Tensor, atom_exists: Tensor) -> Tensor:
 
 
 def fold(sequences: Sequence[str], longest: int = 400) -> dict[str, Any]:
-    """pLDDT (0 to 1) of the proteins up to `longest` residues. Needs the weights in the Hugging Face cache or the network."""
+    """pLDDT (0 to 1) of the proteins up to `longest` residues. Needs the weights in the Hugging Face cache or the
+    network."""
     chosen = [s for s in sequences if 0 < len(s) <= longest]
     if not chosen:
         return {"skipped": f"no generated protein of 1 to {longest} residues"}

@@ -1,11 +1,11 @@
 """The whole study: sweeps, the 2 x 2 ablation with its verdict, final sizes, comparison.
 
-    distil-rank generator study --preset nano --data proteins.fasta --out results/generators          # minutes, two cores
+    distil-rank generator study --preset nano --data proteins.fasta --out results/generators
     distil-rank generator study --preset protgpt2 --data uniref50.fasta --out results/generators --device cuda
 
-Every choice (temperature, alpha, learning rate of each cell and schedule) is made on validation proteins, every claim on test
-proteins. Runs are kept in `--work`, so an interrupted study goes on, and a second one only makes what is new. Draw the figures
-and fill the paper with `distil-rank generator report`.
+Every choice (temperature, alpha, learning rate of each cell and schedule) is made on validation proteins, every claim
+on test proteins. Runs are kept in `--work`, so an interrupted study goes on, and a second one only makes what is new.
+Draw the figures and fill the paper with `distil-rank generator report`.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ def run(config: Config) -> None:
         "seeds": list(range(preset.seeds)),
         "environment": environment(config.device),
     }
-    write_json(config.out / "study.json", {"schema": SCHEMA, **passport, **study, "machine_dependent": ["sizes.*.speed"]})
+    write_json(
+        config.out / "study.json", {"schema": SCHEMA, **passport, **study, "machine_dependent": ["sizes.*.speed"]}
+    )
     write_json(config.out / "curves.json", {"schema": CURVES, **passport, **curves, "machine_dependent": []})
     for name, part in study["ablation"]["schedules"].items():
         print(f"{name}: {part['contrasts']['words']}")
@@ -168,7 +170,9 @@ def _ablation(
             tried = [Run(shape, objective, replace(plain, learning_rate=rate)) for rate in preset.rates]
             nll = [o["validation_nll"] for o in outcomes(tried)]
             best = tried[int(np.argmin(nll))]
-            plan[name, cell] = [replace(best, schedule=replace(best.schedule, seed=seed)) for seed in range(preset.seeds)]
+            plan[name, cell] = [
+                replace(best, schedule=replace(best.schedule, seed=seed)) for seed in range(preset.seeds)
+            ]
     done = iter(outcomes([run for runs in plan.values() for run in runs]))
     results = {place: [next(done) for _ in runs] for place, runs in plan.items()}
     for name, _ in preset.warmups:

@@ -1,7 +1,8 @@
-"""Where the teacher's targets come from: the model itself, or what was kept of it so that repeated runs need no teacher.
+"""Where the teacher's targets come from: the model itself, or what was kept of it so that repeated runs need no
+teacher.
 
-The exact cache keeps all logits in float32 (4 V bytes a token: for small vocabularies); the top-k cache keeps the k most
-probable tokens at the training temperature, the mass of the rest and the entropy (6 k + 8 bytes a token).
+The exact cache keeps all logits in float32 (4 V bytes a token: for small vocabularies); the top-k cache keeps the k
+most probable tokens at the training temperature, the mass of the rest and the entropy (6 k + 8 bytes a token).
 """
 
 from __future__ import annotations
@@ -66,7 +67,10 @@ class Cache:
                     self.logits[place] = own.cpu()
                 else:
                     kept = top_targets(own, top, temperature)
-                    self.ids[place], self.probabilities[place] = kept.ids.to("cpu", self.ids.dtype), kept.probabilities.cpu()
+                    self.ids[place], self.probabilities[place] = (
+                        kept.ids.to("cpu", self.ids.dtype),
+                        kept.probabilities.cpu(),
+                    )
                     self.tail[place], self.entropy[place] = kept.tail.cpu(), kept.entropy.cpu()
 
     def targets(self, indices: NDArray[np.int64], tokens: Tensor, mask: Tensor) -> Tensor | TopTargets:
@@ -82,6 +86,4 @@ class Cache:
 
         if len(self.logits):
             return padded(self.logits)
-        return TopTargets(
-            padded(self.ids).long(), padded(self.probabilities), padded(self.tail), padded(self.entropy)
-        )
+        return TopTargets(padded(self.ids).long(), padded(self.probabilities), padded(self.tail), padded(self.entropy))

@@ -5,8 +5,8 @@
     distil-rank generator train ... --uncertainty --calibration --smoothing 0.1 --normalise-weights
     torchrun --nproc-per-node 8 -m distil_rank generator train ...
 
-An interrupted run goes on where its last checkpoint stands when the same command is given again. Sizes: tiny 4 layers, 4 heads,
-512 wide; small 6, 8, 768; medium 12, 16, 1024; micro 4, 4, 256 for sweeps.
+An interrupted run goes on where its last checkpoint stands when the same command is given again. Sizes: tiny 4
+layers, 4 heads, 512 wide; small 6, 8, 768; medium 12, 16, 1024; micro 4, 4, 256 for sweeps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from typing import Any, Literal
 from distil_rank.errors import InputError
 from distil_rank.generators.fit import Teacher
 from distil_rank.generators.loss import Objective
-from distil_rank.generators.training import TrainingFlags, choose_device, claim_folder, join_processes, load_splits, run_training
+from distil_rank.generators.training import (
+    TrainingFlags,
+    choose_device,
+    claim_folder,
+    join_processes,
+    load_splits,
+    run_training,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +60,9 @@ def run(config: Config) -> None:
     config.objective.check()
     check_shape(config.n_layer, config.n_head, config.n_embd)
     if config.compat == "published" and (config.teacher_cache == "top" or config.normalise_weights):
-        raise InputError("--compat published needs all logits and its own weights; drop --teacher-cache top and --normalise-weights")
+        raise InputError(
+            "--compat published needs all logits and its own weights; drop --teacher-cache top and --normalise-weights"
+        )
     device = choose_device(config.device)
     teacher, tokenizer = load(config.teacher)
     splits = load_splits(config)

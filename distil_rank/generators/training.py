@@ -65,7 +65,9 @@ class TrainingFlags:
     def check(self) -> None:
         """Everything that can be known before a protein is read."""
         if not 0 < self.train_size_prop <= 1:
-            raise InputError(f"train-size-prop must be above 0 and at most 1, got {self.train_size_prop}; 0.1 is a tenth")
+            raise InputError(
+                f"train-size-prop must be above 0 and at most 1, got {self.train_size_prop}; 0.1 is a tenth"
+            )
         if not 0 < self.held_out < 0.5:
             raise InputError(f"held-out must be above 0 and below 0.5, got {self.held_out}; 0.05 is usual")
         if not self.epochs > 0 or (self.steps is not None and self.steps < 1):
@@ -184,7 +186,9 @@ def run_training(
     return progress
 
 
-def _tracker(name: str, folder: Path, config: dict[str, Any]) -> tuple[Callable[[dict[str, Any]], None] | None, Callable[[], None]]:
+def _tracker(
+    name: str, folder: Path, config: dict[str, Any]
+) -> tuple[Callable[[dict[str, Any]], None] | None, Callable[[], None]]:
     """Report to an experiment tracker, only when asked for."""
     if not name or int(os.environ.get("RANK", "0")) != 0:
         return None, lambda: None

@@ -1,4 +1,5 @@
-"""Proteins as text: nothing lost on the way to tokens and back, no relatives across splits, no token dropped from batches."""
+"""Proteins as text: nothing lost on the way to tokens and back, no relatives across splits, no token dropped from
+batches."""
 
 import gzip
 
@@ -66,7 +67,9 @@ def test_every_kind_of_file_gives_the_same_sequences(tmp_path):
     sequences = toy_sequences(6)
     (tmp_path / "a.fasta").write_text("".join(f">p{i} x\n{s.lower()}\n" for i, s in enumerate(sequences)))
     (tmp_path / "a.csv").write_text("name,sequence\n" + "".join(f"p,{s}\n" for s in sequences))
-    (tmp_path / "a.tsv.gz").write_bytes(gzip.compress(("sequence\tfamily\n" + "".join(f"{s}\tPF1\n" for s in sequences)).encode()))
+    (tmp_path / "a.tsv.gz").write_bytes(
+        gzip.compress(("sequence\tfamily\n" + "".join(f"{s}\tPF1\n" for s in sequences)).encode())
+    )
     pyarrow.parquet.write_table(pyarrow.table({"sequence": sequences}), tmp_path / "a.parquet")
     for name in ("a.fasta", "a.csv", "a.tsv.gz", "a.parquet"):
         assert read_sequences(tmp_path / name) == sequences

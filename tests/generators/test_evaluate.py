@@ -1,7 +1,9 @@
-"""Evaluation: sums equal the explicit ones, bits per residue do not know the tokenisation, commands refuse bad input."""
+"""Evaluation: sums equal the explicit ones, bits per residue do not know the tokenisation, commands refuse bad
+input."""
 
 import json
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -38,7 +40,7 @@ def test_bits_per_residue_do_not_depend_on_the_tokenisation():
     rng = np.random.default_rng(0)
     chain = rng.dirichlet(np.ones(20), 20)
     sequences = [rng.integers(20, size=2 * rng.integers(10, 40)) for _ in range(50)]
-    single = [-math.log(1 / 20) - sum(math.log(chain[a, b]) for a, b in zip(s, s[1:])) for s in sequences]
+    single = [-math.log(1 / 20) - sum(math.log(chain[a, b]) for a, b in pairwise(s)) for s in sequences]
 
     def pair_nll(s):  # P(pair | previous pair) = P(a | last) P(b | a)
         total, last = 0.0, None
@@ -119,7 +121,9 @@ def test_models_come_back_as_saved(folders, teacher):
 def test_evaluate_writes_a_whole_record_and_calls_few_proteins_underpowered(folders):
     data = write_toy_fasta(folders / "toy.fasta", 30)
     evaluate.run(
-        evaluate.Config(str(folders / "student"), str(folders / "teacher"), data, folders / "e.json", generate=6, max_length=30)
+        evaluate.Config(
+            str(folders / "student"), str(folders / "teacher"), data, folders / "e.json", generate=6, max_length=30
+        )
     )
     record = json.loads((folders / "e.json").read_text())
     assert record["underpowered"] and record["proteins"] == 30
@@ -162,7 +166,9 @@ def test_generate_resumes_and_its_batch_size_changes_nothing(folders, monkeypatc
     generate.run(config("torn.fasta", batch_size=2))
     assert (folders / "torn.fasta").read_bytes() == (folders / "whole.fasta").read_bytes() and not partial.exists()
     records = list(read_fasta(folders / "whole.fasta"))
-    assert len(records) == 9 and all("perplexity=" in r.header and f"length={len(r.sequence)}" in r.header for r in records)
+    assert len(records) == 9 and all(
+        "perplexity=" in r.header and f"length={len(r.sequence)}" in r.header for r in records
+    )
 
 
 def test_bad_input_of_the_commands_is_one_line_and_status_2(folders, capsys):
@@ -170,7 +176,16 @@ def test_bad_input_of_the_commands_is_one_line_and_status_2(folders, capsys):
     save(fresh(60, 1, 1, 8, 64, 0, 0), bpe_tokenizer(toy_sequences(20), 60), folders / "other")
     student, out = str(folders / "student"), str(folders / "x.json")
     given = ["generator", "evaluate", "--data", str(data), "--out", out]
-    train = ["generator", "train", "--teacher", str(folders / "teacher"), "--data", str(data), "--out", str(folders / "m")]
+    train = [
+        "generator",
+        "train",
+        "--teacher",
+        str(folders / "teacher"),
+        "--data",
+        str(data),
+        "--out",
+        str(folders / "m"),
+    ]
     for arguments, message in [
         ([*given, "--student", student, "--teacher", str(folders / "other")], "one vocabulary"),
         ([*given, "--student", str(folders / "none"), "--teacher", student], "none"),
@@ -212,9 +227,23 @@ def test_fine_tuning_on_a_toy_family_learns_to_end(tmp_path):
     save(fresh(27, 2, 2, 32, 64, 0, 0), tokenizer, tmp_path / "start")
     main(
         ["generator", "finetune", "--model", str(tmp_path / "start"), "--data", str(tmp_path / "family.fasta"),
-         "--out", str(tmp_path / "tuned"), "--identity", "1.0", "--steps", "120", "--learning-rate", "1e-2", "--batch-size", "16"]
+         "--out", str(tmp_path / "tuned"), "--identity", "1.0", "--steps", "120", "--learning-rate", "1e-2",
+         "--batch-size", "16"]
     )  # fmt: skip
-    main(["generator", "generate", "--model", str(tmp_path / "tuned"), "-n", "60", "--max-length", "64", "--out", str(tmp_path / "new.fasta")])
+    main(
+        [
+            "generator",
+            "generate",
+            "--model",
+            str(tmp_path / "tuned"),
+            "-n",
+            "60",
+            "--max-length",
+            "64",
+            "--out",
+            str(tmp_path / "new.fasta"),
+        ]
+    )
     headers = [p.header for p in read_fasta(tmp_path / "new.fasta")]
     assert sum("ended=yes" in h for h in headers) >= 0.95 * 60
 

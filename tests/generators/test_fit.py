@@ -1,4 +1,5 @@
-"""Training: same gradient for every split into micro-batches and processes, exact resumption, caches that change nothing."""
+"""Training: same gradient for every split into micro-batches and processes, exact resumption, caches that change
+nothing."""
 
 import json
 import os
@@ -35,7 +36,16 @@ def state(model):
 def trained(proteins, teacher, schedule=SCHEDULE, objective=None, **more):
     model = student()
     losses = []
-    fit(model, proteins, None, teacher, objective or Objective(), schedule, report=lambda v: losses.append(v["loss"]), **more)
+    fit(
+        model,
+        proteins,
+        None,
+        teacher,
+        objective or Objective(),
+        schedule,
+        report=lambda v: losses.append(v["loss"]),
+        **more,
+    )
     return state(model), losses
 
 
@@ -98,9 +108,7 @@ def test_half_precision_follows_full_precision(proteins, teacher, precision):
     np.testing.assert_allclose(half, losses, rtol=0.02)
 
 
-@pytest.mark.parametrize(
-    "bad", [{"learning_rate": 0.0}, {"steps": 0}, {"accumulation": 0}, {"warmup": 1.5}]
-)
+@pytest.mark.parametrize("bad", [{"learning_rate": 0.0}, {"steps": 0}, {"accumulation": 0}, {"warmup": 1.5}])
 def test_bad_schedules_are_refused(proteins, bad):
     with pytest.raises(InputError, match=next(iter(bad)).replace("_", "[-_]")):
         fit(student(), proteins, None, None, Objective(), replace(SCHEDULE, **bad))
@@ -168,7 +176,8 @@ def test_an_output_folder_is_never_taken_over_or_emptied(tmp_path):
 def command(data, out, steps=60):
     return [
         sys.executable, "-m", "distil_rank", "generator", "pretrain", "--data", str(data), "--out", str(out),
-        "--n-layer", "2", "--n-head", "2", "--n-embd", "16", "--context", "96", "--steps", str(steps), "--batch-size", "4",
+        "--n-layer", "2", "--n-head", "2", "--n-embd", "16", "--context", "96", "--steps", str(steps),
+        "--batch-size", "4",
         "--evaluate-every", "10", "--checkpoint-every", "7", "--learning-rate", "3e-3",
     ]  # fmt: skip
 
@@ -200,7 +209,8 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run(torchrun + command(data, tmp_path / "two", 8)[1:], check=True, capture_output=True, env=environment)
     one, two = (
-        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two")
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
     )
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-4)

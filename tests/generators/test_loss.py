@@ -1,4 +1,5 @@
-"""The distillation objective: equal to hand-written references, blind to padding and to the split into micro-batches."""
+"""The distillation objective: equal to hand-written references, blind to padding and to the split into
+micro-batches."""
 
 import itertools
 
@@ -25,14 +26,14 @@ VARIANTS = [
 ]
 
 
-def batch(seed=0, b=4, l=9, v=13, dtype=torch.float64):
+def batch(seed=0, b=4, length=9, v=13, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
-    student = torch.randn(b, l, v, generator=g, dtype=dtype).requires_grad_()
-    teacher = 2 * torch.randn(b, l, v, generator=g, dtype=dtype)
-    tokens = torch.randint(v, (b, l), generator=g)
-    mask = torch.ones(b, l, dtype=torch.long)
+    student = torch.randn(b, length, v, generator=g, dtype=dtype).requires_grad_()
+    teacher = 2 * torch.randn(b, length, v, generator=g, dtype=dtype)
+    tokens = torch.randint(v, (b, length), generator=g)
+    mask = torch.ones(b, length, dtype=torch.long)
     for row in range(1, b):
-        mask[row, l - row :] = 0
+        mask[row, length - row :] = 0
     return student, teacher, tokens, mask
 
 
@@ -69,7 +70,8 @@ def test_the_plain_case_equals_torch_kl_div():
 
 
 def test_the_plain_case_equals_forward_kl_as_trl_defines_it():
-    """TRL's generalized_jsd_loss with beta = 0: forward KL of softened distributions, summed over tokens over the mask."""
+    """TRL's generalized_jsd_loss with beta = 0: forward KL of softened distributions, summed over tokens over the
+    mask."""
     student, teacher, tokens, mask = batch()
     counted = predictions(mask)
     log_p, log_q = (F.log_softmax(z[:, :-1] / 3, dim=-1) for z in (teacher, student))
@@ -79,7 +81,7 @@ def test_the_plain_case_equals_forward_kl_as_trl_defines_it():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_eight_by_one_equals_two_by_four(variant):
-    student, teacher, tokens, mask = batch(b=8, l=12)
+    student, teacher, tokens, mask = batch(b=8, length=12)
     objective = Objective(**variant)
     total = int(predictions(mask).sum())
     gradients = []
@@ -101,15 +103,13 @@ def test_padding_changes_nothing(variant, left, right):
     plain = mean_loss(student, teacher, tokens, mask, objective)
     wanted = torch.autograd.grad(plain, student)[0]
     wide, wide_teacher = (F.pad(x, (0, 0, left, right), value=7.0) for x in (student, teacher))
-    padded = mean_loss(
-        wide, wide_teacher, F.pad(tokens, (left, right), value=5), F.pad(mask, (left, right)), objective
-    )
+    padded = mean_loss(wide, wide_teacher, F.pad(tokens, (left, right), value=5), F.pad(mask, (left, right)), objective)
     torch.testing.assert_close(padded, plain, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(torch.autograd.grad(padded, student)[0], wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_end_token_counts_also_when_it_is_the_padding_token():
-    student, teacher, _, _ = batch(b=1, l=6)
+    student, teacher, _, _ = batch(b=1, length=6)
     tokens = torch.tensor([[0, 5, 6, 0, 0, 0]])  # 0 begins, ends and pads
     mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
     sums = distillation_sums(student, teacher, tokens, mask, Objective(alpha=1.0))
@@ -122,9 +122,7 @@ def test_normalised_weights_have_mean_one():
     entropies = torch.rand(5, 30, dtype=torch.float64)
     counted = torch.rand(5, 30) > 0.4
     weights = position_weights(entropies, counted, normalise=True)
-    torch.testing.assert_close(
-        weights.sum(-1) / counted.sum(-1), torch.ones(5, dtype=torch.float64), rtol=0, atol=1e-6
-    )
+    torch.testing.assert_close(weights.sum(-1) / counted.sum(-1), torch.ones(5, dtype=torch.float64), rtol=0, atol=1e-6)
     plain = position_weights(entropies, counted)
     assert plain[counted].min() == 0.5 and plain[counted].max() == 1.0 and not plain[~counted].any()
 
@@ -158,7 +156,10 @@ def test_published_formula_agrees_where_it_should_and_differs_where_it_is_known_
     # per-call means: the split into micro-batches changes the published value
     labels = tokens.masked_fill(mask == 0, -100)
     whole = published_loss(student, teacher, labels, mask, Objective())
-    parts = [published_loss(student[i : i + 1], teacher[i : i + 1], labels[i : i + 1], mask[i : i + 1], Objective()) for i in range(4)]
+    parts = [
+        published_loss(student[i : i + 1], teacher[i : i + 1], labels[i : i + 1], mask[i : i + 1], Objective())
+        for i in range(4)
+    ]
     assert abs(float(whole) - float(sum(parts) / 4)) > 1e-4
     # a left-padded sequence: the first real token is predicted from padding and counted
     left = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1]])
@@ -185,7 +186,7 @@ def test_top_k_targets_with_all_tokens_are_exact_and_never_above_the_divergence(
 
 
 def test_top_k_gradient_is_the_gradient_of_its_value():
-    student, teacher, tokens, mask = batch(b=1, l=3, v=9)
+    student, teacher, tokens, mask = batch(b=1, length=3, v=9)
     flat = top_targets(teacher.flatten(0, 1), 3, 2.0)
     top = type(flat)(*(part.unflatten(0, teacher.shape[:2]) for part in flat))
     objective = Objective(2.0, 0.0, calibration=True)
@@ -197,7 +198,9 @@ def test_top_k_gradient_is_the_gradient_of_its_value():
     for v in range(9):
         shift = torch.zeros_like(student)
         shift[0, 1, v] = 1e-6
-        assert float(found[0, 1, v]) == pytest.approx((value(student + shift) - value(student - shift)) / 2e-6, abs=1e-7)
+        assert float(found[0, 1, v]) == pytest.approx(
+            (value(student + shift) - value(student - shift)) / 2e-6, abs=1e-7
+        )
 
 
 def test_entropy_of_known_distributions():
@@ -206,7 +209,7 @@ def test_entropy_of_known_distributions():
 
 
 def test_large_vocabulary_equals_the_direct_formula():
-    student, teacher, tokens, mask = batch(b=2, l=6, v=50257, dtype=torch.float32)
+    student, teacher, tokens, mask = batch(b=2, length=6, v=50257, dtype=torch.float32)
     mask = torch.ones_like(mask)
     found = mean_loss(student, teacher, tokens, mask, Objective())
     wanted = objective_direct(student, teacher, tokens, 2.0, 0.5)

@@ -1,4 +1,5 @@
-"""Generation: reproducible for any batch size, faithful to the distribution, and described by metrics known in advance."""
+"""Generation: reproducible for any batch size, faithful to the distribution, and described by metrics known in
+advance."""
 
 import time
 
