@@ -71,7 +71,7 @@ def reliability(confidence: Array, correct: Array, bins: int = BINS) -> dict[str
     n = count[used].astype(float)
 
     def total(values: Array) -> Array:
-        return np.bincount(place, values, minlength=bins)[used]
+        return np.asarray(np.bincount(place, values, minlength=bins)[used], dtype=float)
 
     mean, accuracy = total(confidence) / n, total(correct) / n
     error = np.sqrt(total(confidence * (1 - confidence)).clip(0)) / n

@@ -207,7 +207,7 @@ def mean_nll(model: Any, proteins: Encoded, precision: Precision = "fp32", batch
         with autocast(device, precision):
             logits = model(input_ids=tokens, use_cache=False).logits
         sums = distillation_sums(logits, None, tokens, mask, Objective())
-        nll, count = nll + float(sums.hard), count + sums.count
+        nll, count = nll + float(sums.hard), count + sums.n
     return nll / count
 
 

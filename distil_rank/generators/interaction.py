@@ -35,7 +35,8 @@ def t_interval(values: Sequence[float] | Array, confidence: float = 0.95) -> tup
 
 def relative(values: Array) -> dict[str, Any]:
     """Mean paired difference of log perplexity as a relative change of perplexity, with interval."""
-    return interval(*(float(np.expm1(v)) for v in t_interval(values)), higher_is_better=False, runs=len(values))
+    value, low, high = (float(np.expm1(v)) for v in t_interval(values))
+    return interval(value, low, high, higher_is_better=False, runs=len(values))
 
 
 def contrasts(log_perplexity: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -65,8 +66,7 @@ def interaction_word(effect: Mapping[str, Any]) -> str:
 
 def claim_word(found: Mapping[str, Any]) -> str:
     """The claim: each alone hurts, both together help. Reproduced when all three intervals say so, contradicted when
-    one
-    says the opposite, otherwise not reproduced."""
+    one says the opposite, otherwise not reproduced."""
     words = [effect_word(found[cell]) for cell in CELLS[1:]]
     if words == ["hurts", "hurts", "helps"]:
         return "reproduced"

@@ -62,7 +62,7 @@ class LossSums(NamedTuple):
     loss: Tensor
     hard: Tensor  # cross-entropy to the tokens
     soft: Tensor  # divergence from the teacher, weighted, without tau^2
-    count: int
+    n: int  # predictions
 
 
 def predictions(mask: Tensor) -> Tensor:
@@ -96,8 +96,8 @@ def distillation_sums(
         by_position = by_row.new_zeros(counted.shape)
         by_position[counted] = by_row
         weights = position_weights(by_position, counted, objective.normalise_weights)[counted]
-    found = _Distil.apply(student, flat, rows, targets, weights, objective)  # type: ignore[no-untyped-call]
-    return LossSums(*found, len(targets))
+    loss, hard, soft = _Distil.apply(student, flat, rows, targets, weights, objective)  # type: ignore[no-untyped-call]
+    return LossSums(loss, hard, soft, len(targets))
 
 
 def entropy(logits: Tensor, rows: Tensor | None = None) -> Tensor:

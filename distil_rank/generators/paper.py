@@ -25,8 +25,8 @@ def paper(study: dict[str, Any]) -> str:
         False: "**The teacher was trained on another split: some test proteins may be known to it.**",
         None: "Whether the teacher knows some of the test proteins is not on record.",
     }[data["teacher_saw_this_split"]]
-    return f"""<!-- written by `distil-rank generator report`; edit distil_rank/generators/paper.py instead --> # Distilling a
-protein generator, and what two enhancements are worth
+    return f"""<!-- written by `distil-rank generator report`; edit distil_rank/generators/paper.py instead -->
+# Distilling a protein generator, and what two enhancements are worth
 
 ## Question
 
@@ -59,7 +59,8 @@ The proteins are {data["source"]} ({data["read"]:,} read, {data["duplicates_remo
 
 Chosen on validation with the baseline: temperature {study["temperature"]["chosen"]:g}, alpha {study["alpha"]["chosen"]:g}.
 
-![Temperature](../results/generators/temperature.png) ![Alpha](../results/generators/alpha.png)
+![Temperature](../results/generators/temperature.png)
+![Alpha](../results/generators/alpha.png)
 
 ### The 2 x 2 ablation
 

@@ -111,14 +111,20 @@ def card(repo: str, content: dict[str, Any], licence: str, previous: str | None 
     objective = training.get("objective", {})
     lines = [f"| {name} | {m['value']:.4f} | {m['low']:.4f} to {m['high']:.4f} |" for name, m in metrics.items()]
     flags = {k: v for k, v in training["config"].items() if k not in ("out", "log_to", "device")}
-    text = f"""--- {meta.to_yaml()} ---
+    text = f"""---
+{meta.to_yaml()}
+---
 
 # {repo}
 
 A GPT-2 for proteins with {evaluation["student"]["parameters"]["total"]:,} parameters, distilled from {teacher.get("name", "its teacher")} ({evaluation["compression"]["total"]:.1f} times smaller).
 
-```python from transformers import pipeline generator = pipeline("text-generation", model="{repo}")
-generator("<|endoftext|>", max_length=200, do_sample=True) ```
+```python
+from transformers import pipeline
+
+generator = pipeline("text-generation", model="{repo}")
+generator("<|endoftext|>", max_length=200, do_sample=True)
+```
 
 ## Evaluation
 
@@ -133,13 +139,17 @@ On {evaluation["proteins"]:,} held-out proteins of {data["source"]}{" (**underpo
 {training["data"]["n_train"]:,} proteins, {training["steps"]:,} steps; temperature {objective.get("temperature", "-")}, alpha {objective.get("alpha", "-")},
 uncertainty weighting {"on" if objective.get("uncertainty") else "off"}, calibration smoothing {"on" if objective.get("calibration") else "off"}.
 
-```json {json.dumps(flags, indent=1)} ```
+```json
+{json.dumps(flags, indent=1)}
+```
 
 Weights (hash of names, shapes and values): `{evaluation["student"]["weights_sha256"]}`
 
 ## Citation
 
-```bibtex {CITATION} ```
+```bibtex
+{CITATION}
+```
 """
     return str(ModelCard(text))
 

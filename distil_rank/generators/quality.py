@@ -21,6 +21,12 @@ def composition(sequences: Sequence[str]) -> Array:
     return np.array([[s.count(a) for a in AMINO_ACIDS] for s in sequences], dtype=float).reshape(-1, 20)
 
 
+def frequencies(counts: Array) -> dict[str, float]:
+    """Amino-acid frequencies of all sequences together, from counts (n, 20)."""
+    total = counts.sum(0)
+    return dict(zip(AMINO_ACIDS, (total / max(total.sum(), 1)).tolist(), strict=True))
+
+
 def divergence(counts: Array, reference: Array) -> Array:
     """KL of amino-acid frequencies in nats, with half a residue added to each count; (..., 20) and (..., 20) ->
     (...)."""
@@ -50,12 +56,9 @@ def amino_acid_divergence(generated: Sequence[str], natural: Sequence[str], seed
     drawn = divergence(np.stack([counts[r].sum(0) for r in rows]), reference)
     value = float(divergence(counts.sum(0), reference))
     low, high = np.quantile(2 * value - drawn, [0.025, 0.975])  # basic bootstrap: resampling adds noise, hence KL
-    total = counts.sum(0)
     return {
         **interval(value, max(0.0, float(low)), float(high), False),
         "noise_floor": float(divergence(control.sum(0), reference)),
-        "frequencies": dict(zip(AMINO_ACIDS, (total / max(total.sum(), 1)).tolist(), strict=True)),
-        "natural_frequencies": dict(zip(AMINO_ACIDS, (reference / reference.sum()).tolist(), strict=True)),
     }
 
 
@@ -124,6 +127,8 @@ def describe(
     matched = length_matched(lengths.tolist(), natural, np.random.default_rng([seed, 21]))
     found: dict[str, Any] = {
         "n": n,
+        "natural_frequencies": frequencies(composition(matched)),
+        "frequencies": frequencies(composition(generated)),
         "validity": share(len(valid), n, True),
         "ended": share(sum(ended), n, True),
         "lengths": {

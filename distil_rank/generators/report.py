@@ -170,13 +170,14 @@ def _amino_acids(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> 
     record = study["sizes"][study["ablated_size"]]
     axis = figure.subplots()
     sources = [
-        ("natural", record["teacher"]["generation"]["amino_acid_kl"]["natural_frequencies"], NATURAL),
-        ("teacher", record["teacher"]["generation"]["amino_acid_kl"]["frequencies"], TEACHER),
-        ("student", record["student"]["generation"]["amino_acid_kl"]["frequencies"], STUDENT),
+        ("natural", record["student"]["generation"]["natural_frequencies"], NATURAL),
+        ("teacher", record["teacher"]["generation"]["frequencies"], TEACHER),
+        ("student", record["student"]["generation"]["frequencies"], STUDENT),
     ]
     letters = sorted(sources[0][1], key=lambda a: -sources[0][1][a])
     for shift, (name, frequencies, colour) in enumerate(sources):
-        kl = "" if name == "natural" else f", KL {record[name]['generation']['amino_acid_kl']['value']:.4f} nats"
+        divergence = {} if name == "natural" else record[name]["generation"].get("amino_acid_kl", {})
+        kl = f", KL {divergence['value']:.4f} nats" if divergence else ""
         axis.bar(
             [i + 0.28 * (shift - 1) for i in range(20)],
             [100 * frequencies[a] for a in letters],

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distil_rank.generators.calibration import best_temperature, calibration, ratio_of_sums
+from distil_rank.generators.calibration import best_temperature, calibration, ratio_interval, ratio_of_sums
 from distil_rank.generators.data import Encoded
 from distil_rank.generators.fit import Precision, Teacher, autocast
 from distil_rank.generators.loss import Objective, TopTargets, distillation_sums, predictions
@@ -90,25 +90,25 @@ def score(
 
 def perplexity(scores: Scores) -> dict[str, Any]:
     """exp of the mean negative log-likelihood per predicted token, interval over proteins."""
-    return interval(*map(exp, ratio_of_sums(scores.nll, scores.predictions, np.arange(len(scores.nll)))), False)
+    return exponential(*ratio_of_sums(scores.nll, scores.predictions, np.arange(len(scores.nll))))
 
 
 def bits_per_residue(scores: Scores) -> dict[str, Any]:
     """Bits of the whole text (line breaks and end included) per residue: does not depend on the tokenisation."""
     bits = scores.nll / np.log(2)
-    return interval(*ratio_of_sums(bits, scores.residues, np.arange(len(bits))), False)
+    return ratio_interval(bits, scores.residues, np.arange(len(bits)))
 
 
 def perplexity_ratio(student: Scores, teacher: Scores) -> dict[str, Any]:
     """Student's perplexity over the teacher's on the same proteins, paired."""
     difference = student.nll - teacher.nll
-    return interval(*map(exp, ratio_of_sums(difference, student.predictions, np.arange(len(difference)))), False)
+    return exponential(*ratio_of_sums(difference, student.predictions, np.arange(len(difference))))
 
 
 def divergence_from_teacher(student: Scores) -> dict[str, Any]:
     """Mean KL(teacher || student) per predicted token, in nats."""
     assert student.kl is not None
-    return interval(*ratio_of_sums(student.kl, student.predictions, np.arange(len(student.kl))), False)
+    return ratio_interval(student.kl, student.predictions, np.arange(len(student.kl)))
 
 
 def calibration_with_control(
@@ -130,5 +130,6 @@ def calibration_with_control(
     }
 
 
-def exp(x: float) -> float:
-    return float(np.exp(x))
+def exponential(value: float, low: float, high: float) -> dict[str, Any]:
+    """exp of a value and its interval, as records hold them, for a loss."""
+    return interval(float(np.exp(value)), float(np.exp(low)), float(np.exp(high)), higher_is_better=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,14 +61,19 @@ def peak_memory(model: Any, size: int, tokens: int) -> float:
         before = torch.cuda.memory_allocated(device)
         model(input_ids=inputs, use_cache=False)
         return (torch.cuda.max_memory_allocated(device) - before + weights) / 2**20
+    return (peak_bytes(lambda: model(input_ids=inputs, use_cache=False)) + weights) / 2**20
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Most bytes held at once of those that torch allocates on the processor while `function` runs."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        model(input_ids=inputs, use_cache=False)
+        function()
+    assert record.profiler is not None and record.profiler.kineto_results is not None
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
-    for event in sorted(
-        (e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
-    ):
+    for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    return (peak + weights) / 2**20
+    return peak

@@ -39,7 +39,7 @@ def batch(seed=0, b=4, length=9, v=13, dtype=torch.float64):
 
 def mean_loss(student, teacher, tokens, mask, objective):
     sums = distillation_sums(student, teacher, tokens, mask, objective)
-    return sums.loss / sums.count
+    return sums.loss / sums.n
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -114,7 +114,7 @@ def test_end_token_counts_also_when_it_is_the_padding_token():
     mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
     sums = distillation_sums(student, teacher, tokens, mask, Objective(alpha=1.0))
     expected = F.cross_entropy(student[0, :3], torch.tensor([5, 6, 0]), reduction="sum")
-    assert sums.count == 3
+    assert sums.n == 3
     torch.testing.assert_close(sums.loss, expected)
 
 
