@@ -1,6 +1,7 @@
 # make run | test | test-all | check | report | benchmark
 PYTHON ?= python3
 VENV   ?= .venv
+NAME   ?= lowrank
 BIN     = $(VENV)/bin
 
 .PHONY: run test test-all check report benchmark clean
@@ -22,7 +23,7 @@ report: $(VENV)/ready
 	$(BIN)/python -m distil_rank report
 
 benchmark: $(VENV)/ready
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.$(NAME)
 
 # Exact versions come from constraints.txt, so every machine gets what the committed results were made with.
 $(VENV)/ready: requirements.txt constraints.txt pyproject.toml

@@ -3,8 +3,6 @@
 import importlib
 import sys
 
-import tyro
-
 from distil_rank.errors import one_line_errors
 
 # command -> module with a frozen dataclass `Config` (its fields are the flags) and `run(config)`; and one line of help.
@@ -19,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generator study": ("distil_rank.generators.study", "sweeps, the 2 x 2 ablation, final sizes: the whole paper"),
     "generator report": ("distil_rank.generators.report", "figures, tables and paper from the study's JSON"),
     "generator pretrain": ("distil_rank.generators.pretrain", "train a small teacher on proteins"),
+    "report": ("distil_rank.redraw", "redraw the figures and tables of results/ from their JSON"),
 }
 
 
@@ -27,6 +26,8 @@ def main(arguments: list[str] | None = None) -> None:
     for length in (2, 1):
         command = " ".join(arguments[:length])
         if command in COMMANDS:
+            import tyro
+
             module = importlib.import_module(COMMANDS[command][0])
             program = f"distil-rank {command}"
             with one_line_errors(program):

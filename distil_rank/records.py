@@ -119,7 +119,10 @@ def code_version() -> dict[str, Any]:
     if commit is None:
         return {"commit": None, "dirty": None}
     # results are what a run writes, so they do not make the code that wrote them dirty
-    return {"commit": commit, "dirty": bool(git("status", "--porcelain", "-uno", "--", ".", ":!results", ":!benchmarks/results"))}
+    return {
+        "commit": commit,
+        "dirty": bool(git("status", "--porcelain", "-uno", "--", ".", ":!results", ":!benchmarks/results")),
+    }
 
 
 def cpu_name() -> str:

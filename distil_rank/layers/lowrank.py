@@ -36,14 +36,12 @@ class LowRankLinear(nn.Module):
         if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
             raise ValueError(f"A (r, d_in) and B (d_out, r) required, got {tuple(A.shape)} and {tuple(B.shape)}")
         rank, d_in = A.shape
-        place = {"device": A.device, "dtype": A.dtype}
-        self.A = nn.Linear(d_in, rank, bias=False, **place)
-        self.B = nn.Linear(rank, B.shape[0], bias=bias is not None, **place)
-        with torch.no_grad():
-            self.A.weight.copy_(A)
-            self.B.weight.copy_(B)
-            if bias is not None:
-                self.B.bias.copy_(bias)
+        self.A = nn.Linear(d_in, rank, bias=False, device="meta")
+        self.B = nn.Linear(rank, len(B), bias=bias is not None, device="meta")
+        self.A.weight = nn.Parameter(A.detach().clone(memory_format=torch.contiguous_format))
+        self.B.weight = nn.Parameter(B.detach().clone(memory_format=torch.contiguous_format))
+        if bias is not None:
+            self.B.bias = nn.Parameter(bias.detach().clone())
 
     @property
     def rank(self) -> int:

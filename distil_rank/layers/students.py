@@ -1,0 +1,84 @@
+"""Students trained by distillation: a truncated-SVD warm start, then AdamW on MSE + cosine_weight * (1 - cosine)."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the factors are trained after the warm start."""
+
+    steps: int = 1000
+    batch: int = 64  # rows drawn, with replacement, in every step
+    lr: float = 3e-3
+    cosine_weight: float = 0.1  # weight of (1 - cosine) beside the MSE
+    weight_decay: float = 0.01
+    decay_lr: bool = False  # cosine schedule to zero instead of a constant learning rate
+
+
+class Constant(nn.Module):
+    """The output (d_out,) every row gets when the input is ignored: what any cosine must be compared with."""
+
+    def __init__(self, output: Tensor):
+        super().__init__()
+        self.output = nn.Parameter(output, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output.expand(len(x), -1)
+
+
+def distillation_loss(prediction: Tensor, target: Tensor, cosine_weight: float) -> tuple[Tensor, Tensor]:
+    """Loss (k,) of predictions (k, n, d) and its gradient by the prediction (k, n, d).
+
+    loss = mean (p - y)^2 + w * mean (1 - cos(p, y));  d(1 - cos)/dp = cos p / |p|^2 - y / (|p| |y|).
+    The norms are kept above 1e-8, as torch.nn.functional.cosine_similarity does.
+    """
+    n, d = prediction.shape[-2:]
+    error = prediction - target
+    p2 = prediction.square().sum(-1, keepdim=True).clamp_min(1e-16)
+    norms = (p2 * target.square().sum(-1, keepdim=True).clamp_min(1e-16)).sqrt()
+    cosine = (prediction * target).sum(-1, keepdim=True) / norms
+    loss = error.square().mean((-2, -1)) + cosine_weight * (1 - cosine).mean((-2, -1))
+    gradient = error.mul_(2 / (n * d)).addcmul_(prediction, cosine * (cosine_weight / n) / p2)
+    return loss, gradient.addcmul_(target, (-cosine_weight / n) / norms)
+
+
+def distil(
+    x: Tensor,
+    outputs: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor,
+    recipe: Recipe,
+    batches: list[torch.Generator],
+    on_step: Callable[[], object] = lambda: None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Train k students of one shape together, each on its own batches; the teachers' outputs are computed once.
+
+    x (n, d_in), outputs (k, n, d_out), A (k, r, d_in), B (k, d_out, r), bias (k, d_out) -> the three trained, and the loss
+    of every step (k, steps) before its update: column 0 is the warm start's. The gradients are written out because they
+    are four lines; a test holds them against autograd.
+    """
+    A, B, b = A.clone(), B.clone(), bias.clone()[:, None]
+    for parameter in (A, B, b):
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser = torch.optim.AdamW([A, B, b], lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    losses = x.new_empty(len(A), recipe.steps)
+    for step in range(recipe.steps):
+        if recipe.decay_lr:
+            optimiser.param_groups[0]["lr"] = recipe.lr * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+        rows = [torch.randint(len(x), (recipe.batch,), generator=g).to(x.device) for g in batches]
+        inputs = torch.stack([x[i] for i in rows])
+        targets = torch.stack([y[i] for y, i in zip(outputs, rows)])
+        hidden = torch.bmm(inputs, A.mT)
+        losses[:, step], gradient = distillation_loss(torch.baddbmm(b, hidden, B.mT), targets, recipe.cosine_weight)
+        torch.bmm(gradient.mT, hidden, out=B.grad)
+        torch.bmm(torch.bmm(gradient, B).mT, inputs, out=A.grad)
+        torch.sum(gradient, 1, keepdim=True, out=b.grad)
+        optimiser.step()
+        on_step()
+    return A, B, b[:, 0], losses

@@ -1,0 +1,85 @@
+"""Embedding matrices (n proteins, d features) from files: .pt, .npy, .npz (key X) and .safetensors."""
+
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from distil_rank.errors import InputError
+
+SUFFIXES = (".pt", ".npy", ".npz", ".safetensors")
+
+
+def load_matrix(path: str | Path) -> Tensor:
+    """Embeddings (n, d), n >= 2, in float32 (float64 stays float64); InputError says what is wrong.
+
+    Of a file with several named tensors, the one named X is taken.
+    """
+    x = read_tensors(path)
+    if isinstance(x, dict):
+        if "X" not in x and len(x) != 1:
+            raise InputError(f"one tensor, or one named X, required in {path}, got {sorted(map(str, x))}")
+        x = x.get("X", next(iter(x.values())))
+    if not isinstance(x, Tensor):
+        raise InputError(f"a tensor (n, d) required in {path}, got {type(x).__name__}; save the matrix alone")
+    if not x.is_floating_point():
+        raise InputError(f"floating-point embeddings required in {path}, got {x.dtype}; convert them before saving")
+    if x.ndim != 2:
+        raise InputError(
+            f"2 axes (proteins, features) required in {path}, got shape {tuple(x.shape)}; pool residues first"
+        )
+    if len(x) < 2 or x.shape[1] < 1:
+        raise InputError(f"at least 2 rows of 1 feature required in {path}, got shape {tuple(x.shape)}")
+    bad = int((~x.isfinite()).any(1).sum())
+    if bad:
+        raise InputError(
+            f"finite values required in {path}, got NaN or infinity in {bad} of {len(x)} rows; remove them"
+        )
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def read_tensors(path: str | Path) -> Any:
+    """What a .pt, .npy, .npz or .safetensors file holds: a tensor, or a dict of them.
+
+    Nothing is unpickled: a pickle that is more than tensors is refused, never executed.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"a file ending in {', '.join(SUFFIXES)} required, got {path}")
+    if not path.is_file():
+        raise InputError(f"an existing file required, got {path}; check the path")
+    try:
+        if path.suffix == ".pt":
+            return torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as tensors:
+                return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 - not a dict
+        with open(path, "rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return torch.from_numpy(loaded)
+            return {key: torch.from_numpy(loaded[key]) for key in loaded.files if key == "X" or len(loaded.files) == 1}
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"plain tensors required in {path}, got a pickle, which was not executed: {reason}") from None
+    except (OSError, ValueError, TypeError, RuntimeError, EOFError, SafetensorError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"a readable {path.suffix} file required, got {path}: {reason}") from None
+
+
+def provenance(path: str | Path) -> dict[str, Any]:
+    """What `embeddings.json` beside a matrix says of it (model, source, ...); empty without one."""
+    card = Path(path).parent / "embeddings.json"
+    try:
+        known = json.loads(card.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"a JSON object required in {card}, got {error}; mend it or remove it") from None
+    return known if isinstance(known, dict) else {}

@@ -1,0 +1,52 @@
+"""Redraw every figure in results/ and every generated block of the documentation from the JSON beside them.
+
+distil-rank report                  # all of results/, README.md and docs/
+distil-rank report --results mine/  # the figures of another folder
+"""
+
+import importlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from distil_rank.errors import InputError
+from distil_rank.layers import tables
+from distil_rank.records import ROOT, read_json, write_text
+
+# summary file -> module whose draw(folder) makes its figures
+REPORTS = {"distil_rank_summary.json": "distil_rank.layers.report"}
+# `<!-- begin NAME FILE -->` ... `<!-- end -->` in a document is replaced by BLOCKS[NAME](FILE)
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "summary": lambda path: tables.documentation(read_json(path, tables.SCHEMA)),
+    "lowrank": lambda path: tables.bars(read_json(path, tables.BARS_SCHEMA)),
+}
+BLOCK = re.compile(r"(<!-- begin (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Config:
+    results: Path = ROOT / "results"  # folder to search for summaries
+
+
+def run(config: Config) -> None:
+    found = [(path, module) for name, module in REPORTS.items() for path in sorted(config.results.rglob(name))]
+    if not found:
+        raise InputError(
+            f"a folder with {' or '.join(REPORTS)} required, got {config.results}; run python main.py first"
+        )
+    for path, module in found:
+        print(f"drawn: {importlib.import_module(module).draw(path.parent)}")
+    if config.results.resolve() == ROOT / "results":
+        for document in documents():
+            write_text(document, filled(document.read_text()))
+            print(f"filled: {document.relative_to(ROOT)}")
+
+
+def documents() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "results" / "README.md"]
+
+
+def filled(text: str) -> str:
+    """The document with every generated block made anew from its JSON."""
+    return BLOCK.sub(lambda m: f"{m[1]}{BLOCKS[m[2]](ROOT / m[3])}\n{m[4]}", text)

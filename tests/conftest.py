@@ -1,0 +1,23 @@
+"""Shared fixtures. Tests need no network; those on real data skip with a reason where it is absent."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("DISTIL_RANK_DATA", ROOT.parent / "shared" / "data"))
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Folder of public data kept beside the checkout ($DISTIL_RANK_DATA, or ../shared/data)."""
+    if not DATA.is_dir():
+        pytest.skip(f"real data is not here: set DISTIL_RANK_DATA to its folder ({DATA.name} is missing)")
+    return DATA
+
+
+@pytest.fixture
+def source() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

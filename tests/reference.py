@@ -1,0 +1,46 @@
+"""The slow, obvious versions that clever formulas are held against."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population covariance, with all data at hand."""
+    x = x.double()
+    return x.mean(0), torch.cov(x.T, correction=0).reshape(x.shape[1], x.shape[1])
+
+
+def mse(weight: Tensor, bias: Tensor, A: Tensor, B: Tensor, b: Tensor, x: Tensor) -> float:
+    """Mean over rows of |y - y'|^2 by running both layers."""
+    error = F.linear(x, weight, bias) - F.linear(F.linear(x, A), B, b)
+    return float(error.square().sum(1).mean())
+
+
+def best_low_rank_by_pinv(weight: Tensor, x: Tensor, rank: int) -> Tensor:
+    """Rank-r M minimising E|y - M x|^2 on centred rows, by pseudo-inverse regression and the SVD of the fit."""
+    x = x - x.mean(0)
+    y = x @ weight.T
+    regression = torch.linalg.pinv(x) @ y
+    _, _, Vh = torch.linalg.svd(x @ regression, full_matrices=False)
+    return (regression @ Vh[:rank].T @ Vh[:rank]).T
+
+
+def combined_loss(prediction: Tensor, target: Tensor, weight: float) -> Tensor:
+    """MSE + weight (1 - cosine), by torch's own functions."""
+    return F.mse_loss(prediction, target) + weight * (1 - F.cosine_similarity(prediction, target, dim=-1)).mean()
+
+
+def distil_one(x, y, A, B, b, steps, batch, lr, weight_decay, cosine_weight, generator):
+    """One student, one plain loop with autograd."""
+    A, B, b = (t.clone().requires_grad_() for t in (A, B, b))
+    optimiser = torch.optim.AdamW([A, B, b], lr=lr, weight_decay=weight_decay)
+    losses = []
+    for _ in range(steps):
+        rows = torch.randint(len(x), (batch,), generator=generator)
+        loss = combined_loss(F.linear(F.linear(x[rows], A), B, b), y[rows], cosine_weight)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    return A.detach(), B.detach(), b.detach(), losses

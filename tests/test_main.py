@@ -1,0 +1,204 @@
+"""The benchmark as users run it: `python main.py`."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import main
+from distil_rank.layers import report
+from distil_rank.records import ROOT
+from tests.layers.test_fidelity import HIGHER_IS_BETTER
+
+SMALL = ["--steps", "40", "--teacher-steps", "20", "--seeds", "2", "--rounds", "3", "--bootstrap", "50"]
+FAMILIAR = ["svd_cosine", "svd_rel_mse", "student_cosine", "student_rel_mse", "cosine_improvement", "mse_reduction"]
+FAMILIAR += ["latency_teacher_ms", "latency_student_ms", "speedup", "params_teacher", "params_student", "compression"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    g = torch.Generator().manual_seed(0)
+    root = torch.randn(24, 24, generator=g) * torch.logspace(0, -2, 24)
+    for name, n in (("train", 200), ("val", 60)):
+        torch.save((torch.randn(n, 24, generator=g) @ root.T + 1).half(), folder / f"{name}.pt")
+    return ["--train", str(folder / "train.pt"), "--val", str(folder / "val.pt")]
+
+
+@pytest.fixture(scope="module")
+def results(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    main.main([*data, *SMALL, "--rank", "3", "--batch", "7", "--out", str(folder)])
+    return folder
+
+
+def summary_of(folder):
+    return json.loads((folder / "distil_rank_summary.json").read_text())
+
+
+def test_every_familiar_key_is_there(results):
+    summary = summary_of(results)
+    assert (summary["real_data"], summary["target_rank"], summary["input_dim"]) == (True, 3, 24)
+    assert list(summary["experiments"]) == ["Random", "Task-Trained", "Spectral"]
+    for experiment in summary["experiments"].values():
+        for key in FAMILIAR:
+            assert isinstance(experiment[key], int | float), key
+        students = experiment["students"]
+        assert experiment["student_cosine"] == students[main.DISTILLED]["cosine"]["value"]
+        assert experiment["svd_rel_mse"] == students[main.SVD]["relative_mse"]["value"]
+        assert experiment["cosine_improvement"] == experiment["student_cosine"] - experiment["svd_cosine"]
+        assert experiment["compression"] == experiment["params_teacher"] / experiment["params_student"]
+        assert [row["batch"] for row in experiment["latency"]] == [1, 7, 32, 512]
+        assert set(students) == {main.CONSTANT, main.SVD, main.SVD_BIAS, main.PLAIN_DISTILLED, main.DISTILLED,
+                                 main.OPTIMUM, main.COSINE_AWARE, main.FLOOR}  # fmt: skip
+        for metrics in students.values():
+            for name in HIGHER_IS_BETTER:
+                assert {"value", "low", "high", "higher_is_better", "per_seed", "seeds_interval"} <= set(metrics[name])
+    assert {"schema", "config", "data", "seeds", "environment", "machine_dependent"} <= set(summary)
+    assert summary["data"]["n_train"] == 200 and len(summary["data"]["sha256"]["val"]) == 64
+
+
+def test_no_student_is_below_the_floor_and_the_optimum_leads_on_training_rows(results):
+    for experiment in summary_of(results)["experiments"].values():
+        students = experiment["students"]
+        floors = students[main.FLOOR]["fvu"]["per_seed"]
+        for label, metrics in students.items():
+            assert all(v >= f * (1 - 1e-6) for v, f in zip(metrics["fvu"]["per_seed"], floors)), label
+            for best, other in zip(students[main.OPTIMUM]["train_fvu"], metrics["train_fvu"]):
+                assert best <= other * (1 + 1e-5), label
+            assert metrics["cosine"]["value"] <= experiment["cosine_bound"]["value"] + 1e-9
+
+
+def test_curves_agree_with_the_summary(results):
+    summary, curves = summary_of(results), json.loads((results / "distil_rank_curves.json").read_text())
+    for name, experiment in curves["experiments"].items():
+        rank, students = experiment["rank"], summary["experiments"][name]["students"]
+        assert all(len(values) == 25 for values in rank.values())
+        assert rank["fvu"][3] == pytest.approx(students[main.OPTIMUM]["fvu"]["value"], rel=1e-4)
+        assert rank["cosine"][3] == pytest.approx(students[main.OPTIMUM]["cosine"]["value"], rel=1e-5)
+        assert rank["floor_fvu"][3] == pytest.approx(students[main.FLOOR]["fvu"]["value"], rel=1e-5)
+        assert all(a >= b for a, b in zip(rank["train_fvu"], rank["train_fvu"][1:]))
+
+
+def without_machine(summary):
+    summary = json.loads(json.dumps(summary))
+    for path in summary.pop("machine_dependent"):
+        head, _, key = path.rpartition(".*.")
+        for owner in summary[head].values() if head else [summary]:
+            owner.pop(key)
+    summary["config"].pop("out")
+    return summary
+
+
+def test_two_runs_agree_bit_for_bit_in_all_but_what_the_machine_decides(data, results, tmp_path):
+    main.main([*data, *SMALL, "--rank", "3", "--batch", "7", "--out", str(tmp_path)])
+    assert without_machine(summary_of(tmp_path)) == without_machine(summary_of(results))
+    assert (tmp_path / "distil_rank_curves.json").read_bytes() == (results / "distil_rank_curves.json").read_bytes()
+
+
+def test_the_report_is_redrawn_from_the_json_alone(results, tmp_path):
+    for name in ("distil_rank_summary.json", "distil_rank_curves.json"):
+        (tmp_path / name).write_bytes((results / name).read_bytes())
+    assert report.draw(tmp_path).read_bytes() == (results / report.PNG).read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in results.iterdir())
+
+
+def test_a_rectangular_layer_of_the_user_is_a_fourth_teacher(data, tmp_path):
+    torch.save(torch.nn.Linear(24, 10).state_dict(), tmp_path / "head.pt")
+    main.main([*data, *SMALL, "--teacher", str(tmp_path / "head.pt"), "--rank", "2", "--out", str(tmp_path / "out")])
+    experiment = summary_of(tmp_path / "out")["experiments"]["User (head)"]
+    assert experiment["params_teacher"] == 250 and experiment["params_student"] == 78
+
+
+def test_without_data_the_word_synthetic_is_everywhere(tmp_path, monkeypatch, capsys):
+    def small(n, seed, purpose):
+        return torch.randn(n, 24, generator=main.generator(seed, purpose))
+
+    monkeypatch.setattr(main, "ROOT", tmp_path)
+    monkeypatch.setattr(main, "synthetic_embeddings", small)
+    main.main([*SMALL, "--out", str(tmp_path)])
+    notice, _, table = capsys.readouterr().out.partition("\n\n")
+    assert "SYNTHETIC" in notice and notice.startswith("+---") and "synthetic" in notice.splitlines()[-1] + table
+    summary = summary_of(tmp_path)
+    assert summary["real_data"] is False and "synthetic" in summary["data"]["source"]
+    assert "SYNTHETIC" in report.title(summary)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train", "x.pt"], "both --train and --val"),
+        (["--train", "none.pt", "--val", "none.pt"], "existing file required"),
+        (["--rank", "0"], "--rank must be between 1 and 24"),
+        (["--rank", "25"], "--rank must be between 1 and 24"),
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--seeds", "-1"], "--seeds must be at least 1"),
+        (["--batch", "0"], "--batch must be at least 1"),
+        (["--device", "tpu"], "--device must name a device"),
+        (["--device", "cuda:99"], "--device must name a device"),
+        (["--key", "a"], "give --teacher FILE"),
+        (["--synthetic"], "got both; choose one"),
+        (["--teacher", "none.pt"], "existing file required"),
+    ],
+)
+def test_bad_options_end_in_one_line_and_status_2(data, tmp_path, capsys, arguments, message):
+    given = arguments if "--train" in arguments else [*data, *arguments]
+    with pytest.raises(SystemExit) as stop:
+        main.main([*given, "--out", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+    assert not (tmp_path / "out" / "distil_rank_summary.json").exists()
+
+
+def test_bad_data_ends_in_one_line_and_status_2(data, tmp_path, capsys):
+    torch.save(torch.zeros(5, 7), tmp_path / "narrow.pt")
+    torch.save(torch.nn.Linear(9, 9).state_dict(), tmp_path / "head.pt")
+    torch.save(torch.zeros(5, 24), embeddings := tmp_path / "embeddings_train.pt")
+    cases = [
+        ([*data[:3], str(tmp_path / "narrow.pt")], "one width required, got 24 and 7"),
+        ([*data, "--teacher", str(tmp_path / "head.pt")], "a teacher of 24 inputs required"),
+        ([*data, "--out", str(embeddings / "out")], "writable output folder"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(SystemExit) as stop:
+            main.main(["--out", str(tmp_path / "out"), *arguments])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_one_of_the_default_pair_missing_is_an_error(tmp_path, monkeypatch, capsys):
+    torch.save(torch.zeros(5, 24), tmp_path / "embeddings_train.pt")
+    monkeypatch.setattr(main, "ROOT", tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main.main(["--out", str(tmp_path / "out")])
+    assert stop.value.code == 2 and "embeddings_val.pt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_interrupted_or_killed_the_previous_results_are_whole(data, results, tmp_path, sent, status):
+    before = {}
+    for path in results.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+        before[path.name] = path.read_bytes()
+    command = [sys.executable, "main.py", *data, "--steps", "1000000", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    time.sleep(8)
+    process.send_signal(sent)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == status
+    if sent == signal.SIGINT:
+        assert error.strip() == "main.py: interrupted; earlier results are untouched"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_help_shows_every_flag_with_its_meaning_and_examples(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main.main(["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    for text in ("python main.py --quick", "--train", "rank of every student", "interleaved timings"):
+        assert text in shown
