@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distil_rank.errors import InputError
+from distil_rank.generators import paper
 from distil_rank.layers import tables
 from distil_rank.records import ROOT, read_json, write_text
 
 # summary file -> module whose draw(folder) makes its figures
-REPORTS = {"distil_rank_summary.json": "distil_rank.layers.report"}
+REPORTS = {"distil_rank_summary.json": "distil_rank.layers.report", "study.json": "distil_rank.generators.report"}
 # `<!-- begin NAME FILE -->` ... `<!-- end -->` in a document is replaced by BLOCKS[NAME](FILE)
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "summary": lambda path: tables.documentation(read_json(path, tables.SCHEMA)),
+    "generators": lambda path: paper.paper(read_json(path, paper.SCHEMA)),
     "lowrank": lambda path: tables.bars(read_json(path, tables.BARS_SCHEMA)),
 }
 BLOCK = re.compile(r"(<!-- begin (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)

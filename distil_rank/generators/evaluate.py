@@ -70,11 +70,11 @@ def run(config: Config) -> None:
     if len(natural) < 2:
         raise InputError(f"at least two distinct proteins required in {config.data}, got {len(natural)}; give more")
     held_out = encode(natural, tokenizer, min(student.config.n_positions, teacher.config.n_positions))
-    record = compare(
-        student.to(device), teacher.to(device), tokenizer, held_out, natural, training,
-        generate=config.generate, max_length=config.max_length, seed=config.seed, precision=config.precision,
-        structures=config.structures,
+    bed = Bed(
+        tokenizer, held_out, natural, training, config.generate, config.max_length, config.seed, config.precision,
+        config.structures,
     )  # fmt: skip
+    record = compare(student.to(device), teacher.to(device), bed)
     write_json(
         config.out,
         {
@@ -97,63 +97,70 @@ def run(config: Config) -> None:
     print(f"{config.out}: perplexity ratio {ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]{power}")
 
 
-def compare(
-    student: Any,
-    teacher: Any,
-    tokenizer: Any,
-    held_out: Any,
-    natural: Sequence[str],
-    training: Sequence[str],
-    generate: int = 200,
-    max_length: int = 0,
-    seed: int = 0,
-    precision: Precision = "fp32",
-    structures: bool = False,
-    speed: bool = True,
-) -> dict[str, Any]:
-    """All metrics of a student beside its teacher, as JSON values; models on one device, in float32."""
+@dataclass(frozen=True)
+class Bed:
+    """What models are measured on, and how."""
+
+    tokenizer: Any
+    held_out: Any  # the test proteins, encoded
+    natural: Sequence[str]  # the same as sequences
+    training: Sequence[str]  # proteins that novelty is measured against
+    generate: int = 200
+    max_length: int = 0
+    seed: int = 0
+    precision: Precision = "fp32"
+    structures: bool = False
+
+
+def measure(model: Any, bed: Bed, teacher: Any = None) -> tuple[dict[str, Any], Any]:
+    """A model's own record, and its scores; with the divergence from `teacher` where one is given."""
     from distil_rank.generators import quality, scores
     from distil_rank.generators.models import parameters, weights_sha256
     from distil_rank.generators.sampling import Sampler, draw
-    from distil_rank.generators.speed import writing_speed
     from distil_rank.generators.structure import fold
     from distil_rank.generators.teachers import Live
 
-    models = {"student": student, "teacher": teacher}
-    record: dict[str, Any] = {"underpowered": len(natural) < ENOUGH, "proteins": len(natural)}
-    found = {}
-    for name, model in models.items():
-        say(f"scoring {len(natural)} proteins with the {name}")
-        targets = Live(teacher, precision) if name == "student" else None
-        found[name] = s = scores.score(model, held_out, targets, precision=precision)
-        record[name] = {
-            "weights_sha256": weights_sha256(model),
-            "parameters": parameters(model),
-            "shape": {
-                k: getattr(model.config, k) for k in ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")
-            },
-            "perplexity": scores.perplexity(s),
-            "bits_per_residue": scores.bits_per_residue(s),
-            "calibration": scores.calibration_with_control(model, held_out, s, seed, precision=precision),
-        }
-    record["ratio"] = scores.perplexity_ratio(found["student"], found["teacher"])
-    record["kl_to_teacher"] = scores.divergence_from_teacher(found["student"])
+    say(f"scoring {len(bed.natural)} proteins")
+    targets = None if teacher is None else Live(teacher, bed.precision)
+    found = scores.score(model, bed.held_out, targets, precision=bed.precision)
+    how = {"precision": bed.precision}
+    record: dict[str, Any] = {
+        "weights_sha256": weights_sha256(model),
+        "parameters": parameters(model),
+        "shape": {k: getattr(model.config, k) for k in ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")},
+        "perplexity": scores.perplexity(found),
+        "bits_per_residue": scores.bits_per_residue(found),
+        "calibration": scores.calibration_with_control(model, bed.held_out, found, bed.seed, **how),
+    }
+    if bed.generate:
+        say(f"writing {bed.generate} proteins")
+        sampler = Sampler(bed.max_length or model.config.n_positions)
+        written = list(draw(model, bed.tokenizer, range(bed.generate), sampler, bed.seed, 32, "float32"))
+        texts, sample = [d.sequence for d in written], _sample(bed.training, 1000, bed.seed)
+        record["generation"] = quality.describe(texts, [d.ended for d in written], bed.natural, sample, bed.seed)
+        skipped = {"skipped": "not asked for (--structures)"}
+        record["generation"]["structure"] = fold(texts) if bed.structures else skipped
+    return record, found
+
+
+def compare(
+    student: Any, teacher: Any, bed: Bed, known: tuple[dict[str, Any], Any] | None = None, speed: bool = True
+) -> dict[str, Any]:
+    """All metrics of a student beside its teacher, as JSON values; `known` is what `measure` found for the teacher."""
+    from distil_rank.generators import scores
+    from distil_rank.generators.speed import writing_speed
+
+    record: dict[str, Any] = {"underpowered": len(bed.natural) < ENOUGH, "proteins": len(bed.natural)}
+    record["student"], own = measure(student, bed, teacher)
+    record["teacher"], theirs = known or measure(teacher, bed)
+    record["ratio"] = scores.perplexity_ratio(own, theirs)
+    record["kl_to_teacher"] = scores.divergence_from_teacher(own)
     sizes = [record[name]["parameters"] for name in ("teacher", "student")]
     record["compression"] = {k: sizes[0][k] / max(1, sizes[1][k]) for k in ("total", "without_embeddings")}
     record["verdict"] = verdict(record["ratio"], size_name(record["student"]["shape"]))
-    sampler = Sampler(max_length or min(m.config.n_positions for m in models.values()))
-    sample = _sample(training, 1000, seed)
-    for name, model in models.items() if generate else ():
-        say(f"writing {generate} proteins with the {name}")
-        written = list(draw(model, tokenizer, range(generate), sampler, seed, dtype="float32"))
-        texts = [d.sequence for d in written]
-        record[name]["generation"] = quality.describe(texts, [d.ended for d in written], natural, sample, seed)
-        record[name]["generation"]["structure"] = (
-            fold(texts) if structures else {"skipped": "not asked for (--structures)"}
-        )
     if speed:
         say("measuring speed")
-        record["speed"] = writing_speed(models)
+        record["speed"] = writing_speed({"student": student, "teacher": teacher})
     return record
 
 

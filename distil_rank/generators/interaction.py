@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from scipy.stats import t
 
 from distil_rank.errors import InputError
+from distil_rank.generators.paper import CELLS
 from distil_rank.records import interval
 
-CELLS = ("baseline", "uncertainty", "calibration", "both")
 Array = NDArray[np.float64]
 
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from distil_rank.generators.interaction import CELLS
+SCHEMA = "distil-rank/generator-study/1"
+CELLS = ("baseline", "uncertainty", "calibration", "both")
 
 
 def paper(study: dict[str, Any]) -> str:
@@ -25,8 +26,7 @@ def paper(study: dict[str, Any]) -> str:
         False: "**The teacher was trained on another split: some test proteins may be known to it.**",
         None: "Whether the teacher knows some of the test proteins is not on record.",
     }[data["teacher_saw_this_split"]]
-    return f"""<!-- written by `distil-rank generator report`; edit distil_rank/generators/paper.py instead -->
-# Distilling a protein generator, and what two enhancements are worth
+    return f"""# Distilling a protein generator, and what two enhancements are worth
 
 ## Question
 
@@ -111,8 +111,7 @@ Chosen on validation with the baseline: temperature {study["temperature"]["chose
 The numbers above are those of preset `{study["config"]["preset"]}`: they say what holds for this teacher, these
 students and {preset["steps"]:,} steps. ProtGPT2 itself takes `--preset protgpt2` and a GPU. Structures (pLDDT) are
 measured where ESMFold's weights are at hand. Commit {str(study["environment"]["commit"])[:12]},
-{study["environment"]["device"]}, {study["environment"]["threads"]} thread(s).
-"""
+{study["environment"]["device"]}, {study["environment"]["threads"]} thread(s)."""
 
 
 def _configurations(sizes: dict[str, Any]) -> Iterable[list[str]]:

@@ -13,7 +13,7 @@ from typing import Any
 from distil_rank.generators.interaction import CELLS
 from distil_rank.generators.paper import paper
 from distil_rank.generators.study import CURVES, SCHEMA
-from distil_rank.records import read_json, require_writable, write_text
+from distil_rank.records import read_json, require_writable, shown_path, write_text
 
 COLOURS = {"baseline": "#444444", "uncertainty": "#0072B2", "calibration": "#D55E00", "both": "#009E73"}
 STUDENT, TEACHER, NATURAL = "#0072B2", "#444444", "#E69F00"
@@ -27,13 +27,20 @@ class Config:
 
 
 def run(config: Config) -> None:
-    study = read_json(config.results / "study.json", SCHEMA)
-    curves = read_json(config.results / "curves.json", CURVES)
     require_writable(config.paper.parent)
-    for name, figure in figures(study, curves):
-        figure.savefig(config.results / f"{name}.png", dpi=130, metadata={"Software": None})
-    write_text(config.paper, paper(study))
+    draw(config.results)
+    study = config.results / "study.json"
+    text = paper(read_json(study, SCHEMA))
+    write_text(config.paper, f"<!-- begin generators {shown_path(study)} -->\n{text}\n<!-- end -->\n")
     print(f"{config.paper}, {len(FIGURES)} figures in {config.results}")
+
+
+def draw(folder: Path) -> Path:
+    """Draw every figure of the study in `folder` beside its JSON."""
+    study, curves = read_json(folder / "study.json", SCHEMA), read_json(folder / "curves.json", CURVES)
+    for name, figure in figures(study, curves):
+        figure.savefig(folder / f"{name}.png", dpi=130, metadata={"Software": None})
+    return folder / "study.json"
 
 
 def figures(study: dict[str, Any], curves: dict[str, Any]) -> Iterator[tuple[str, Any]]:

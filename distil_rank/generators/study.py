@@ -21,10 +21,10 @@ import numpy as np
 from distil_rank.generators.fit import Schedule
 from distil_rank.generators.interaction import CELLS, contrasts, detectable, t_interval
 from distil_rank.generators.loss import Objective
+from distil_rank.generators.paper import SCHEMA
 from distil_rank.generators.runs import Bench, Material, Run, make, uncertainty_examples
 from distil_rank.records import config_record, environment, require_writable, sha256, shown_path, write_json
 
-SCHEMA = "distil-rank/generator-study/1"
 CURVES = "distil-rank/generator-study-curves/1"
 ENHANCEMENTS = {
     "baseline": {},
@@ -58,8 +58,8 @@ STUDENTS = {"micro": (4, 4, 256), "tiny": (4, 4, 512), "small": (6, 8, 768), "me
 PRESETS = {
     "nano": Preset(
         "models/nano-teacher", {"tiny": (1, 2, 32), "small": (2, 2, 48), "medium": (3, 4, 64)},
-        steps=120, final_steps=400, batch_size=16, train_size_prop=0.25, held_out=0.08, max_residues=120,
-        rates=(3e-3, 1e-2), temperatures=(1, 2, 4, 8),
+        steps=80, final_steps=250, batch_size=16, train_size_prop=0.25, held_out=0.08, max_residues=120,
+        rates=(1e-2, 2e-2), temperatures=(1, 2, 4, 8), alphas=(0.1, 0.5, 0.9), generate=100,
     ),
     "micro": Preset(
         "nferruz/ProtGPT2", {"micro": STUDENTS["micro"]},
@@ -210,12 +210,14 @@ def _sizes(
     preset: Preset, config: Config, bench: Bench, base: Objective, ablation: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The final students, at the learning rate chosen for the baseline, each fully evaluated."""
-    from distil_rank.generators.evaluate import compare, verdict
+    from distil_rank.generators.evaluate import Bed, compare, measure, verdict
     from distil_rank.generators.models import save
 
     first = next(iter(ablation["schedules"].values()))["cells"]
     sizes: dict[str, Any] = {}
     histories: dict[str, Any] = {}
+    bed = Bed(bench.tokenizer, bench.test, bench.splits.test, bench.splits.train, preset.generate)
+    known = measure(bench.teacher, bed)
     for name, shape in preset.sizes.items():
         shares = [preset.train_size_prop, *(s for s in NEXT_SHARES if s > preset.train_size_prop)]
         for share in shares if config.retry else shares[:1]:
@@ -224,10 +226,7 @@ def _sizes(
                 preset.final_steps, preset.batch_size, learning_rate=first["baseline"]["learning_rate"], seed=0
             )
             student, log = here.student(Run(shape, base, schedule))
-            record = compare(
-                student, here.teacher, here.tokenizer, here.test, here.splits.test, here.splits.train,
-                generate=preset.generate, max_length=here.teacher.config.n_positions,
-            )  # fmt: skip
+            record = compare(student, here.teacher, replace(bed, training=here.splits.train), known)
             record["verdict"] = verdict(record["ratio"], name)
             record["train_size_prop"] = share
             if record["verdict"].get("met", True):

@@ -13,7 +13,7 @@ from distil_rank.__main__ import main
 from distil_rank.errors import InputError
 from distil_rank.generators import evaluate, generate, scores, structure
 from distil_rank.generators.data import Encoded, amino_acid_tokenizer, bpe_tokenizer, encode
-from distil_rank.generators.evaluate import compare, verdict
+from distil_rank.generators.evaluate import Bed, compare, verdict
 from distil_rank.generators.models import fresh, load, parameters, save, weights_sha256
 from distil_rank.generators.teachers import Live
 from distil_rank.proteins.fasta import read_fasta
@@ -135,7 +135,7 @@ def test_evaluate_writes_a_whole_record_and_calls_few_proteins_underpowered(fold
 
 def test_evaluating_a_teacher_against_itself_finds_no_loss(teacher, tokenizer, proteins):
     sequences = toy_sequences(40)
-    record = compare(teacher, teacher, tokenizer, proteins, sequences, sequences, generate=0, speed=False)
+    record = compare(teacher, teacher, Bed(tokenizer, proteins, sequences, sequences, generate=0), speed=False)
     assert record["ratio"]["value"] == 1 and record["kl_to_teacher"]["value"] == pytest.approx(0, abs=1e-6)
     assert record["verdict"]["word"] == "excellent"
 
