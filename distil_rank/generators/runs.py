@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -144,15 +143,20 @@ def make(
     missing = {path: run for path, run in zip(paths, runs, strict=True) if not path.exists()}
     if missing and sys.stderr.isatty():
         print(f"{len(missing)} of {len(runs)} runs to make", file=sys.stderr)
-    if missing and workers == 1:
+    if missing:
         bench = bench or Bench(material)
+    if missing and workers == 1:
+        assert bench is not None
         for path, run in missing.items():
             write_json(path, bench.outcome(run))
     elif missing:
         import multiprocessing
 
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(missing)), context, _open_bench, (material,)) as pool:
+        # a forked process shares what is loaded; a GPU does not survive a fork, and some systems have none
+        forks = material.device == "cpu" and "fork" in multiprocessing.get_all_start_methods()
+        context = multiprocessing.get_context("fork" if forks else "spawn")
+        given = (material, bench if forks else None)
+        with ProcessPoolExecutor(min(workers, len(missing)), context, _open_bench, given) as pool:
             list(pool.map(_make_one, missing.values(), [str(path) for path in missing]))
     return [json.loads(path.read_text()) for path in paths]
 
@@ -160,12 +164,12 @@ def make(
 _bench: Bench | None = None
 
 
-def _open_bench(material: Material) -> None:
+def _open_bench(material: Material, bench: Bench | None) -> None:
     global _bench
     import torch
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
-    _bench = Bench(material)
+    torch.set_num_threads(1)  # of this worker process
+    _bench = bench or Bench(material)
 
 
 def _make_one(run: Run, path: str) -> None:

@@ -78,6 +78,14 @@ def test_the_exact_cache_changes_no_outcome(place):
     assert cached["curve"] == [[step, pytest.approx(loss, rel=1e-6)] for step, loss in live["curve"]]
 
 
+def test_two_processes_make_the_runs_of_one(place, tmp_path):
+    material = runs.Material(str(place / "teacher"), str(place / "toy.fasta"), 0.5, 0.2, 80)
+    plan = [runs.Run((1, 2, 16), Objective(), study.Schedule(2, 8, seed=seed)) for seed in range(3)]
+    bench = runs.Bench(material)
+    one, two = (runs.make(plan, material, tmp_path / str(n), n, bench) for n in (1, 2))
+    assert one == two
+
+
 def test_a_run_is_named_by_everything_that_changes_it(place):
     run = runs.Run((1, 2, 16), Objective(), study.Schedule(4))
     material = runs.Material(str(place / "teacher"), str(place / "toy.fasta"), 0.5, 0.2, 80)
