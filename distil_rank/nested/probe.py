@@ -162,11 +162,12 @@ def summarise(
     own = f"nested-{chain.record['options']['regression']}"
     pairs = [(f"{p}/{a}", f"{p}/{b}") for p in POOLS for a, b in planned_pairs(own, chain, names)]
     chains = {"nested": [sizes[0], *sizes[1:]], "raw": sizes}
+    models = {size: {k: v for k, v in m.items() if k != "source"} for size, m in chain.record.get("models", {}).items()}
     return {
         "schema": SCHEMA,
-        "config": config_record(config),
+        "config": {**config_record(config), "models": [Path(m).name for m in config.models]},
         "seeds": [config.seed],
-        "data": {"chain": chain.record.get("data", {}), "models": chain.record.get("models", {})},
+        "data": {"chain": chain.record.get("data", {}), "models": models},
         "chain": {
             "regression": own,
             "dims": chain.dims,

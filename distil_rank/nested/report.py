@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distil_rank.nested.tables import POOL_WORDS, SCHEMA
+from distil_rank.nested.tables import POOL_WORDS, SCHEMA, stage_scores
 from distil_rank.records import read_json
 
 INK, PALE = "#22262b", "#9aa3ad"
@@ -124,12 +124,7 @@ def caption(record: Mapping[str, Any]) -> str:
 
 def stages(axis: Any, record: Mapping[str, Any]) -> None:
     """Held-out R^2 of each size, from the prefix alone and with the new directions."""
-    found = record["chain"]["held_out_r2"] or {
-        size: {
-            kind: {"value": value, "low": value, "high": value} for kind, value in (r["held_out"] or r["fit"]).items()
-        }
-        for size, r in record["chain"]["r2"].items()
-    }
+    found = stage_scores(record["chain"])
     dims, colour = record["chain"]["dims"], COLOURS[record["chain"]["regression"]]
     for i, (_, values) in enumerate(found.items()):
         for kind, face, shift in (("regression", "white", -0.06), ("reconstruction", colour, 0.06)):
@@ -142,7 +137,8 @@ def stages(axis: Any, record: Mapping[str, Any]) -> None:
     axis.set_xticks(range(len(found)), [f"{a} → {b}\n({dims[a]} → {dims[b]} dims)" for a, b in zip(names, names[1:])])  # noqa: RUF007
     axis.set_xlim(-0.6, len(found) - 0.4)
     axis.set_ylim(0, 1.03)
-    axis.set_ylabel("R² of the larger raw embedding, held out")
+    where = "held out" if record["chain"]["held_out_r2"] else "fitted rows"
+    axis.set_ylabel(f"R² of the larger raw embedding, {where}")
     axis.grid(axis="x", visible=False)
     axis.plot([], [], "o", ms=8, mfc="white", mec=colour, mew=1.8, label="from the prefix alone")
     axis.plot([], [], "o", ms=8, color=colour, label="with the new directions")

@@ -35,9 +35,18 @@ def stage_table(record: Mapping[str, Any]) -> str:
     """R^2 of every stage."""
     chain = record["chain"]
     names = list(chain["dims"])
-    rows = [["stage", "dims", "regression", "held-out R² from the prefix", "with the new directions", "residual left"]]
+    rows = [
+        [
+            "stage",
+            "dims",
+            "regression",
+            f"{_where(chain)} R² from the prefix",
+            "with the new directions",
+            "residual left",
+        ]
+    ]
     for before, size, fit in zip(names, names[1:], chain["fits"]):
-        r2 = chain["held_out_r2"][size]
+        r2 = stage_scores(chain)[size]
         how = fit["regression"] + (f", {fit['components']} of {fit['rank']} components" if fit["components"] else "")
         left = chain["residual_spectrum"][size][chain["added"][size]]
         shown = [ranged(r2[kind]) for kind in ("regression", "reconstruction")]
@@ -45,6 +54,20 @@ def stage_table(record: Mapping[str, Any]) -> str:
             [f"{before} → {size}", f"{chain['dims'][before]} → {chain['dims'][size]}", how, *shown, f"{left:.1%}"]
         )
     return markdown(rows)
+
+
+def stage_scores(chain: Mapping[str, Any]) -> dict[str, Any]:
+    """R^2 of every stage: on held-out proteins with intervals, or on the fitted rows where none were held out."""
+    if chain["held_out_r2"]:
+        return chain["held_out_r2"]
+    return {
+        size: {kind: {"value": v, "low": v, "high": v} for kind, v in (r2["held_out"] or r2["fit"]).items()}
+        for size, r2 in chain["r2"].items()
+    }
+
+
+def _where(chain: Mapping[str, Any]) -> str:
+    return "held-out" if chain["held_out_r2"] else "fitted"
 
 
 def spearman_table(record: Mapping[str, Any]) -> str:
@@ -109,7 +132,8 @@ def single_pass_table(record: Mapping[str, Any]) -> str:
     single = record["single_pass"]
     rows = [["block", "R² fitted", "R² held out"]]
     for size, value in single["r2"]["fit"].items():
-        rows.append([size, f"{value:.3f}", f"{single['r2']['held_out'][size]:.3f}"])
+        held_out = single["r2"].get("held_out")
+        rows.append([size, f"{value:.3f}", f"{held_out[size]:.3f}" if held_out else ""])
     layers = ", ".join(map(str, single["layers"]))
     return f"Single pass from layers {layers} of the largest model, rank {single['rank']}:\n\n{markdown(rows)}"
 

@@ -173,6 +173,7 @@ def command(*arguments, launcher):
     return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_two_ranks_fit_and_embed_as_one(folder, tmp_path):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "distil_rank")
     models = [folder / f"{n}.pt" for n in "abc"]

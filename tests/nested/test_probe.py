@@ -12,6 +12,7 @@ from distil_rank.nested.chain import NestedChain
 from distil_rank.nested.report import draw_summary
 from distil_rank.nested.representations import representations
 from distil_rank.nested.rows import joint_moments
+from distil_rank.nested.tables import documentation
 from distil_rank.proteins.fasta import Protein, write_fasta
 from distil_rank.randomness import generator
 from tests.nested.data import family
@@ -94,12 +95,24 @@ def test_second_run_reads_what_was_kept_and_agrees(probed, monkeypatch):
 def test_figure_is_drawn_without_locations_too(probed, tmp_path):
     record = summary(probed)
     del record["locations"]
+    record["chain"]["held_out_r2"] = {}  # as after --held-out 0
+    del record["single_pass"]["r2"]["held_out"]
+    assert documentation(record).count("\n| ") > 50
     (tmp_path / "s.json").write_text(json.dumps(record))
     draw_summary(tmp_path / "s.json", tmp_path / "r.png")
     assert (tmp_path / "r.png").stat().st_size > 50_000 and sorted(p.name for p in tmp_path.iterdir()) == [
         "r.png",
         "s.json",
     ]
+
+
+def test_tables_show_the_record(probed):
+    record = summary(probed)
+    text = documentation(record)
+    assert f"{record['spearman']['site']['concatenation']['mean']['value']:.3f}" in text
+    for row in record["comparisons"]:
+        assert f"{row['difference']['value']:+.3f}" in text and row["theirs"].partition("/")[2] in text
+    assert text.count("cannot be told apart from") + text.count("is better than") + text.count("is worse than") == 8
 
 
 def test_features_stand_at_the_mutated_position(folder, probed):  # noqa: F811
