@@ -25,6 +25,9 @@ def bars(record: dict[str, Any]) -> str:
                 rows.append(
                     ["the same, differences below 0.1 % aside", f"{against['share_no_worse_within_1e-3']:.1%}", ""]
                 )
+                enough = [r for r in found["records"] if r["n"] >= 1000]
+                share = np.mean([r["optimum"] <= r[form] * (1 + 1e-9) for r in enough])
+                rows.append([f"the same, {len(enough)} cells with more rows than features", f"{share:.1%}", ""])
                 rows.append([f"mean log FVU ratio, {form} / ours", span(against["mean_log_ratio"], 4), "not below 0"])
     if found := record.get("prior"):
         rows += [
