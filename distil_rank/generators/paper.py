@@ -25,7 +25,7 @@ def paper(study: dict[str, Any]) -> str:
         True: "The teacher was trained without these test proteins and their relatives.",
         False: "**The teacher was trained on another split: some test proteins may be known to it.**",
         None: "Whether the teacher knows some of the test proteins is not on record.",
-    }[data["teacher_saw_this_split"]]
+    }[data["teacher_left_these_out"]]
     return f"""# Distilling a protein generator, and what two enhancements are worth
 
 ## Question
@@ -47,7 +47,7 @@ The proteins are {data["source"]} ({data["read"]:,} read, {data["duplicates_remo
 {data["n_train"]:,} of {data["train_before_share"]:,} training, {data["n_validation"]:,} validation and
 {data["n_test"]:,} test proteins. {notice}{underpowered} The teacher (`{teacher["name"]}`,
 {teacher["parameters"]["total"]:,} parameters) has a test perplexity of {_value(teacher["perplexity"], 3)} per token,
-{_value(teacher["bits_per_residue"], 3)} bits per residue.
+{_value(teacher["bits_per_residue"], 3)} bits per residue; token frequencies alone have {data["token_frequencies_perplexity"]:.3f}.
 
 **Table 1. Configurations**
 

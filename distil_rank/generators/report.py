@@ -17,6 +17,7 @@ from distil_rank.records import read_json, require_writable, shown_path, write_t
 
 COLOURS = {"baseline": "#444444", "uncertainty": "#0072B2", "calibration": "#D55E00", "both": "#009E73"}
 STUDENT, TEACHER, NATURAL = "#0072B2", "#444444", "#E69F00"
+FEW = 20  # tokens: bins below are not drawn (they stay in the table's ECE)
 FIGURES = ("ablation", "temperature", "alpha", "pareto", "reliability", "amino_acids", "speed", "uncertainty")
 
 
@@ -130,7 +131,7 @@ def _pareto(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> None:
     axis.set_xscale("log")
     axis.margins(x=0.25, y=0.2)
     axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}x")
-    axis.xaxis.set_minor_formatter(lambda v, _: f"{v:g}x")
+    axis.xaxis.set_minor_formatter(lambda v, _: f"{v:g}x" if v in (2, 3, 5, 20, 30, 50) else "")
     axis.set_xlabel("fewer parameters than the teacher, embeddings included")
     axis.set_ylabel("student / teacher perplexity")
     _caption(figure, study, "One run a size, 95 % interval over proteins")
@@ -144,14 +145,10 @@ def _reliability(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> 
         (f"student ({study['ablated_size']})", record["student"]["calibration"]["as_is"], STUDENT),
         ("student, temperature scaled", record["student"]["calibration"]["temperature_scaled"], STUDENT),
     ]
-    tops = [
-        a + 1.96 * e
-        for _, c, _ in panels
-        for a, e in zip(c["bins"]["accuracy"], c["bins"]["standard_error"], strict=True)
-    ]
-    top = 1.3 * max(tops + [x for _, c, _ in panels for x in c["bins"]["confidence"]])
-    for axis, (title, found, colour) in zip(axes, panels, strict=True):
-        bins = found["bins"]
+    kept = [[i for i, n in enumerate(c["bins"]["count"]) if n >= FEW] for _, c, _ in panels]
+    top = 1.3 * max(c["bins"]["confidence"][i] for (_, c, _), rows in zip(panels, kept, strict=True) for i in rows)
+    for axis, (title, found, colour), rows in zip(axes, panels, kept, strict=True):
+        bins = {name: [values[i] for i in rows] for name, values in found["bins"].items()}
         axis.plot([0, top], [0, top], color="#999999", lw=0.8)
         axis.errorbar(
             bins["confidence"],
@@ -170,7 +167,11 @@ def _reliability(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> 
         ]
         axis.text(0.03, 0.97, "\n".join(lines), transform=axis.transAxes, va="top", fontsize=7)
     axes[0].set_ylabel("accuracy")
-    _caption(figure, study, "Most probable token, 10 bins, 95 % intervals; scaling fitted on half of the proteins")
+    _caption(
+        figure,
+        study,
+        f"Most probable token, bins of {FEW} tokens or more, 95 % intervals; scaling fitted on half of the proteins",
+    )
 
 
 def _amino_acids(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> None:
@@ -227,11 +228,13 @@ def _speed(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> None:
 
 def _uncertainty(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> None:
     examples = curves["uncertainty"]
-    width = max(len(e["entropy"]) for e in examples)
+    width, total = max(len(e["entropy"]) for e in examples), sum(len(e["entropy"]) for e in examples)
     top, bottom = figure.subplots(2, 1, sharex=True)
     for axis, name, colours in ((top, "entropy", "viridis"), (bottom, "weight", "magma")):
         table = [e[name] + [float("nan")] * (width - len(e[name])) for e in examples]
-        image = axis.imshow(table, aspect="auto", cmap=colours, interpolation="nearest")
+        # line breaks and ends are all but certain: the colours are for the residues between them
+        low, high = (sorted(v for e in examples for v in e[name])[int(q * total)] for q in (0.06, 0.995))
+        image = axis.imshow(table, aspect="auto", cmap=colours, interpolation="nearest", vmin=low, vmax=high)
         axis.set_ylabel("protein")
         axis.set_yticks([])
         figure.colorbar(image, ax=axis, label="teacher's entropy (nats)" if name == "entropy" else "weight", pad=0.01)

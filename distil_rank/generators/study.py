@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from distil_rank.generators.data import Encoded
 from distil_rank.generators.fit import Schedule
 from distil_rank.generators.interaction import CELLS, contrasts, detectable, t_interval
 from distil_rank.generators.loss import Objective
@@ -59,7 +60,7 @@ PRESETS = {
     "nano": Preset(
         "models/nano-teacher", {"tiny": (1, 2, 32), "small": (2, 2, 48), "medium": (3, 4, 64)},
         steps=80, final_steps=250, batch_size=16, train_size_prop=0.25, held_out=0.08, max_residues=120,
-        rates=(1e-2, 2e-2), temperatures=(1, 2, 4, 8), alphas=(0.1, 0.5, 0.9), generate=100,
+        rates=(5e-3, 1e-2), temperatures=(1, 2, 4, 8), alphas=(0.1, 0.5, 0.9), generate=100,
     ),
     "micro": Preset(
         "nferruz/ProtGPT2", {"micro": STUDENTS["micro"]},
@@ -146,7 +147,8 @@ def conduct(preset: Preset, config: Config) -> tuple[dict[str, Any], dict[str, A
     counts = {
         "source": shown_path(config.data), "sha256": sha256(config.data), **bench.splits.counts,
         "n_train": len(bench.train), "n_validation": len(bench.validation), "n_test": len(bench.test),
-        "teacher_saw_this_split": _same_split(preset.teacher, bench.splits.test_sha256),
+        "token_frequencies_perplexity": token_frequencies_perplexity(bench.train, bench.test),
+        "teacher_left_these_out": _same_split(preset.teacher, bench.splits.test_sha256),
     }  # fmt: skip
     teacher = next(iter(sizes.values()))["teacher"] | {"name": shown_path(preset.teacher)}
     study = {
@@ -239,6 +241,14 @@ def _sizes(
 
             save(student.to("cpu"), bench.tokenizer, config.save_students / name, torch.float16)
     return sizes, histories
+
+
+def token_frequencies_perplexity(train: Encoded, test: Encoded) -> float:
+    """Test perplexity of the training proteins' token frequencies: what a model reaches that knows no context."""
+    predicted = [np.delete(part.tokens, part.offsets[:-1]) for part in (train, test)]
+    size = int(max(p.max() for p in predicted)) + 1
+    counts = np.bincount(predicted[0], minlength=size) + 1
+    return float(np.exp(-np.log(counts / counts.sum())[predicted[1]].mean()))
 
 
 def _over_runs(values: list[float]) -> dict[str, Any]:
