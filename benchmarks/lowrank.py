@@ -23,11 +23,10 @@ from torch.nn import functional as F
 from distil_rank import LowRankLinear, Moments, compress_linear
 from distil_rank.errors import one_line_errors
 from distil_rank.layers.latency import compare_latency
-from distil_rank.layers.tables import markdown
+from distil_rank.layers.tables import BARS_SCHEMA, bars
 from distil_rank.records import ROOT, environment, read_json, write_json
 from tests.layers.test_lowrank import KINDS, inputs
 
-SCHEMA = "distil-rank/benchmark-lowrank/1"
 OUT = ROOT / "benchmarks" / "results" / "lowrank.json"
 DIM, RANK, ROWS = 1280, 64, 10_000
 
@@ -164,41 +163,11 @@ class Config:
 
 
 def main(config: Config) -> None:
-    record = read_json(config.out, SCHEMA) if config.out.exists() else {"schema": SCHEMA}
+    record = read_json(config.out, BARS_SCHEMA) if config.out.exists() else {"schema": BARS_SCHEMA}
     for name in config.only or SECTIONS:
         record[name] = SECTIONS[name]() | {"environment": environment()}
         write_json(config.out, record)
-    print(table(record))
-
-
-def table(record: dict[str, Any]) -> str:
-    """The bars and what was measured, a markdown table."""
-    rows = [["what", "measured", "bar"]]
-    if found := record.get("exactness"):
-        rows.append(
-            ["largest certificate gap, relative", f"{max(found['largest_relative_gap'].values()):.1e}", "1e-09"]
-        )
-    if found := record.get("speed"):
-        rows.append(["1000 plain steps / compress_linear from 10,000 rows", f"{found['ratio_from_rows']:.1f} x", "5 x"])
-        rows.append(["1000 plain steps / compress_linear from moments", f"{found['ratio_from_moments']:.1f} x", "10 x"])
-    if found := record.get("latency"):
-        for row in found["rows"]:
-            bar = found["bars"].get(f"batch {row['batch']}")
-            shown = f"{row['fraction_of_bound']:.0%} ({row['speedup']['median']:.2f} x)"
-            rows.append(
-                [
-                    f"latency at batch {row['batch']}, share of the FLOP bound {row['flop_bound']:.2f}",
-                    shown,
-                    f"{bar:.0%}" if bar else "",
-                ]
-            )
-    if found := record.get("memory"):
-        rows.append(
-            [f"peak memory of moments over {found['rows']:,} rows of 1280", f"{found['peak_mb']:.0f} MB", "400 MB"]
-        )
-    if found := record.get("whole"):
-        rows.append(["python main.py (1280 features) / three plain students", f"{found['ratio']:.1f} x", "2 x"])
-    return markdown(rows)
+    print(bars(record))
 
 
 if __name__ == "__main__":

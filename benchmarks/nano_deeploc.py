@@ -24,7 +24,7 @@ from distil_rank.randomness import generator
 from distil_rank.records import ROOT, environment, interval, write_json
 from distil_rank.statistics.intervals import bootstrap_counts, percentile_interval
 
-MODELS = ("nano-64", "nano-128", "nano-256")
+MODELS = ("nano-64", "nano-256")
 
 
 def labelled() -> dict[str, str]:
@@ -119,8 +119,8 @@ def main() -> None:
 
 
 def vectors(model: ESM2, sequences: list[str]) -> NDArray[np.float64]:
-    """Mean-pooled embeddings (n, d) of the first 1022 residues."""
-    rows = dict(embed(model, [sequence[:1022] for sequence in sequences]))
+    """Mean-pooled embeddings (n, d) of the first 512 residues."""
+    rows = dict(embed(model, [sequence[:512] for sequence in sequences]))
     return np.stack([rows[i][0, 0].double().numpy() for i in range(len(sequences))])
 
 

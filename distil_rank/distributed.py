@@ -50,6 +50,9 @@ def process_group() -> Iterator[Group]:
     if world == 1:
         yield Group(device=device)
         return
+    if dist.is_initialized():  # within another one: the same group, which ends with the outer one
+        yield Group(dist.get_rank(), dist.get_world_size(), local_rank, device)
+        return
     # A rank waits while another still works on a long shard; torchrun itself ends the group when one rank fails.
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=7))
     try:

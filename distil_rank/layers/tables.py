@@ -1,9 +1,11 @@
 """The benchmark in words and tables: pure functions of its summary record."""
 
+import math
 from typing import Any
 
 SCHEMA = "distil-rank/benchmark/1"
 CURVES_SCHEMA = "distil-rank/benchmark-curves/1"
+BARS_SCHEMA = "distil-rank/benchmark-lowrank/1"
 METRICS = {  # key -> heading
     "fvu": "FVU",
     "relative_mse": "relative MSE",
@@ -21,13 +23,19 @@ def framed(*lines: str) -> str:
 
 def verdict(difference: dict[str, Any], optimum: dict[str, Any]) -> str:
     """Whether distillation beats the closed form, from the paired difference in held-out FVU, in words."""
-    change = f"{abs(difference['value']) / optimum['value']:.1%}" if optimum["value"] > 0 else "infinitely"
-    bounds = f"paired difference {difference['value']:+.5f}, 95 % interval {difference['low']:+.5f} to {difference['high']:+.5f}"
+    best, distilled = optimum["value"], optimum["value"] + difference["value"]
+    times = (
+        f"its held-out FVU of {number(distilled)} is {distilled / best:.3g} times the optimum's {number(best)}"
+        if best
+        else ""
+    )
+    bounds = ", ".join(f"{difference[key]:+.2g}" for key in ("low", "high"))
+    paired = f"paired difference {difference['value']:+.2g}, 95 % interval [{bounds}]"
     if difference["low"] > 0:
-        return f"Distillation does not beat the closed form: its held-out FVU is {change} higher ({bounds})."
+        return f"Distillation does not beat the closed form: {times} ({paired})."
     if difference["high"] < 0:
-        return f"Distillation beats the closed form on held-out rows: its FVU is {change} lower ({bounds})."
-    return f"Distillation and the closed form cannot be told apart on held-out rows ({bounds})."
+        return f"Distillation beats the closed form on held-out rows: {times} ({paired})."
+    return f"Distillation and the closed form cannot be told apart on held-out rows ({paired})."
 
 
 def number(value: float) -> str:
@@ -37,13 +45,20 @@ def number(value: float) -> str:
     return f"{value:.1e}"
 
 
+def cosine_text(cosine: float) -> str:
+    """Four decimals, more where the distance to 1 needs them: 0.99993, not 1.0000."""
+    distance = 1 - abs(cosine)
+    decimals = 4 if distance <= 0 else min(9, max(4, 2 - math.floor(math.log10(distance)) - 1))
+    return f"{cosine:.{decimals}f}"
+
+
 def fidelity_table(experiment: dict[str, Any]) -> str:
     """One teacher's students, a markdown table: FVU with its interval over held-out rows first."""
     rows = [["student", "FVU", "95 % interval", *list(METRICS.values())[1:]]]
     for label, metrics in experiment["students"].items():
         fvu = metrics["fvu"]
         rows.append([label, number(fvu["value"]), f"{number(fvu['low'])} to {number(fvu['high'])}"])
-        rows[-1] += [number(metrics[key]["value"]) for key in list(METRICS)[1:]]
+        rows[-1] += [(cosine_text if "cosine" in key else number)(metrics[key]["value"]) for key in list(METRICS)[1:]]
     return markdown(rows)
 
 
@@ -123,6 +138,36 @@ def closing_table(summary: dict[str, Any]) -> str:
     parts.append("Latency")
     parts.append(latency_table(next(iter(summary["experiments"].values()))))
     return "\n\n".join(parts)
+
+
+def bars(record: dict[str, Any]) -> str:
+    """The bars and what was measured, a markdown table."""
+    rows = [["what", "measured", "bar"]]
+    if found := record.get("exactness"):
+        rows.append(
+            ["largest certificate gap, relative", f"{max(found['largest_relative_gap'].values()):.1e}", "1e-09"]
+        )
+    if found := record.get("speed"):
+        rows.append(["1000 plain steps / compress_linear from 10,000 rows", f"{found['ratio_from_rows']:.1f} x", "5 x"])
+        rows.append(["1000 plain steps / compress_linear from moments", f"{found['ratio_from_moments']:.1f} x", "10 x"])
+    if found := record.get("latency"):
+        for row in found["rows"]:
+            bar = found["bars"].get(f"batch {row['batch']}")
+            shown = f"{row['fraction_of_bound']:.0%} ({row['speedup']['median']:.2f} x)"
+            rows.append(
+                [
+                    f"latency at batch {row['batch']}, share of the FLOP bound {row['flop_bound']:.2f}",
+                    shown,
+                    f"{bar:.0%}" if bar else "",
+                ]
+            )
+    if found := record.get("memory"):
+        rows.append(
+            [f"peak memory of moments over {found['rows']:,} rows of 1280", f"{found['peak_mb']:.0f} MB", "400 MB"]
+        )
+    if found := record.get("whole"):
+        rows.append(["python main.py (1280 features) / three plain students", f"{found['ratio']:.1f} x", "2 x"])
+    return markdown(rows)
 
 
 def markdown(rows: list[list[str]]) -> str:

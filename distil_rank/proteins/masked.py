@@ -5,12 +5,14 @@ Training and its command are in `pretrain`; embedding needs none of this (`esm2`
 
 import argparse
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -89,10 +91,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def perplexity(model: "ESM2", sequences: Sequence[str], seed: int = 0, longest: int = 1022) -> dict:
-    """exp(mean cross-entropy) per masked residue of held-out proteins, with a 95 % interval (bootstrap over proteins).
+def masked_losses(
+    model: "ESM2", sequences: Sequence[str], seed: int = 0, longest: int = 1022
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Summed cross-entropy (nats) of the masked residues of each protein, and their number; both (n,).
 
-    15 % of the amino acids are replaced by <mask>, none shown; of longer proteins the first `longest` residues count.
+    15 % of the amino acids are replaced by <mask>, none shown; of longer proteins the first `longest` residues count. The
+    masks depend on the sequences and the seed alone: models are compared on the same residues.
     """
     sums, counts = np.zeros(len(sequences)), np.zeros(len(sequences))
     items = [window for i, s in enumerate(sequences) for window in windows(i, min(len(s), longest), longest)]
@@ -103,6 +108,12 @@ def perplexity(model: "ESM2", sequences: Sequence[str], seed: int = 0, longest: 
         owner = torch.tensor([item.protein for item in group])[chosen.nonzero()[:, 0]].numpy()
         np.add.at(sums, owner, loss.double().numpy())
         np.add.at(counts, owner, 1)
+    return sums, counts
+
+
+def perplexity(model: "ESM2", sequences: Sequence[str], seed: int = 0) -> dict:
+    """exp(mean cross-entropy) per masked residue (`masked_losses`) with a 95 % interval: bootstrap over proteins."""
+    sums, counts = masked_losses(model, sequences, seed)
     drawn = bootstrap_counts(len(sums), 1000, generator(seed, "bootstrap")).numpy()
     low, high = percentile_interval(np.exp((drawn @ sums) / (drawn @ counts)))
     value = float(np.exp(sums.sum() / counts.sum()))
@@ -128,6 +139,17 @@ def save_checkpoint(model: "ESM2", path: Path) -> None:
         if not name.startswith("contact_head")
     }
     write_torch(path, {"cfg": {"model": described}, "model": state})
+
+
+def load_checkpoint(path: Path) -> "ESM2":
+    """fair-esm's ESM2, language-model head included, from a checkpoint in its format, by fair-esm's own code."""
+    import esm
+
+    with torch.serialization.safe_globals([argparse.Namespace]), torch.random.fork_rng(devices=[]):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that contact regression is missing
+            return esm.pretrained.load_model_and_alphabet_core("esm2", content)[0].eval()
 
 
 def write_torch(path: Path, content: object) -> None:

@@ -11,9 +11,10 @@ Clusters are the connected components of that relation (single linkage), so two 
 always together. Which pairs are compared:
 
 * MMseqs2's sensitive all-against-all search (`mmseqs search -s 7.5`) where `mmseqs` is installed;
-* otherwise pairs that share two similar words on one diagonal: words of 7 letters under two spaced patterns, in a
-  12-letter alphabet that merges L/M, I/V, K/R, E/Q, A/S/T, N/D and F/Y. Time and memory are linear in the number of
-  residues as long as words are rare (about a minute for 50,000 proteins).
+* otherwise pairs that share two similar words on one diagonal: words of 5 to 7 letters under four spaced patterns, in a
+  12-letter alphabet that merges L/M, I/V, K/R, E/Q, A/S/T, N/D and F/Y. The more residues, the longer the words, so that
+  time stays in minutes (50,000 proteins) and memory bounded, and the more distant relatives are missed: how many is
+  measured by `python -m benchmarks.split_recall`. Install MMseqs2 where that matters.
 """
 
 import shutil
@@ -31,7 +32,9 @@ from distil_rank.proteins.fasta import Protein, write_fasta
 from distil_rank.randomness import generator
 
 _CLASSES = ("LM", "IV", "KR", "EQ", "AST", "ND", "FY", "C", "G", "H", "P", "W")
-_PATTERNS = ("1101100111", "111010010011")  # which of the letters at these offsets make the word
+# which of the letters at these offsets make the word; shorter words are the beginnings of these
+_PATTERNS = ("1101100111", "111010010011", "1100101000101011", "11010001011011")
+_LONGEST = {5: 300_000, 6: 3_000_000}  # residues up to which words of 5 and 6 letters are rare enough; beyond, 7
 _HIT_WINDOW = 8  # two words count as one diagonal if their diagonals differ by at most this many residues (small gaps)
 _BUCKET = 400  # a word is paired with at most this many later occurrences of itself (repeats, giant families)
 _RESIDUES_PER_HIT = 300  # chance alone gives long pairs more shared words, so they need one more per so many residues
@@ -132,7 +135,7 @@ def _by_words(sequences: Sequence[str]) -> Iterator[NDArray[np.int64]]:
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     owner = np.repeat(np.arange(len(sequences)), lengths)
-    tables = [_word_table("".join(sequences), starts, pattern) for pattern in _PATTERNS]
+    tables = [_word_table("".join(sequences), starts, pattern) for pattern in _patterns(int(starts[-1]))]
     hits = np.zeros(len(sequences), dtype=np.int64)  # pairs of words to come, by the sequence of the first
     for words, positions in tables:
         later = np.searchsorted(words, words, side="right") - np.arange(len(words)) - 1
@@ -146,6 +149,12 @@ def _by_words(sequences: Sequence[str]) -> Iterator[NDArray[np.int64]]:
         pairs = np.stack([pairs // len(sequences), pairs % len(sequences)], axis=1)[np.argsort(-count, kind="stable")]
         expected = lengths[pairs].min(axis=1) // _RESIDUES_PER_HIT
         yield pairs[np.sort(count)[::-1] > expected]
+
+
+def _patterns(residues: int) -> list[str]:
+    weight = next((letters for letters, most in _LONGEST.items() if residues <= most), 7)
+    ends = [[i for i, mark in enumerate(pattern) if mark == "1"][weight - 1] + 1 for pattern in _PATTERNS]
+    return [pattern[:end] for pattern, end in zip(_PATTERNS, ends)]
 
 
 def _word_table(letters: str, starts: NDArray[np.int64], pattern: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

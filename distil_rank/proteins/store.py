@@ -22,7 +22,7 @@ import struct
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -80,6 +80,10 @@ class EmbeddingStore:
     def ids(self) -> list[str]:
         """Every id in order, repeated and empty ones too (this list is as long as the store)."""
         return [id for (id,) in self._index.execute("SELECT id FROM protein ORDER BY position")]
+
+    def column(self, name: Literal["id", "length", "rows", "sha256", "shard", "first_row"]) -> list[Any]:
+        """One column of the index, in order."""
+        return [value for (value,) in self._index.execute(f"SELECT {name} FROM protein ORDER BY position")]
 
     def positions(self, id: str) -> list[int]:
         """Where the proteins with this id stand: none, one or, as ids may repeat, several."""

@@ -12,10 +12,10 @@ class Alignment:
 def local_alignment(a: str, b: str, open_gap: int = 11, extend: int = 1) -> Alignment:
     import parasail
 
-    blosum = parasail.blosum62
+    table, place = parasail.blosum62.matrix.copy(), parasail.blosum62.mapper.tolist()
 
     def similarity(x: str, y: str) -> int:
-        return int(blosum.matrix[blosum.mapper[ord(x)], blosum.mapper[ord(y)]])
+        return int(table[place[ord(x)], place[ord(y)]])
 
     Cell = tuple[float, frozenset[tuple[int, int]]]
     nothing: Cell = (float("-inf"), frozenset())

@@ -286,3 +286,13 @@ def test_bad_input_is_one_line_and_exit_status_two(tmp_path):
     assert done.stderr.count("\n") == 1
     assert "1 protein: a (1)" in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["p.fasta"]
+
+
+def test_a_run_may_go_on_with_another_budget(tmp_path, monkeypatch, capsys):
+    config = replace(SMALL, out=tmp_path / "m.pt", save_every=1)
+    interrupted(config, monkeypatch)
+    capsys.readouterr()
+    train(replace(config, tokens=1000), proteins(30))
+    steps = capsys.readouterr().out.splitlines()
+    assert steps[0].startswith("step 4 ")
+    assert 1000 <= int(steps[-1].split()[3]) < 1000 + config.batch_tokens

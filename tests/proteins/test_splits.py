@@ -35,7 +35,7 @@ def mutate(rng: random.Random, sequence: str, identity: float, indels: int = 0) 
 @pytest.mark.parametrize("identity", [0.25, 0.35, 0.5, 0.9])
 def test_related_agrees_with_the_slow_alignment(identity):
     rng = random.Random(f"related {identity}")
-    for length in (15, 40, 90):
+    for length in (15, 40, 60):
         a = draw(rng, length)
         for b in (mutate(rng, a, identity, indels=1), draw(rng, 60), draw(rng, 30) + mutate(rng, a, identity)):
             scores = local_alignment(a, b)
@@ -54,7 +54,7 @@ def test_equal_sequences_are_always_together_even_without_a_word():
     assert cluster(["A", "", "C", "A", "", "XXXX", "XXXX"], candidates="words").tolist() == [0, 1, 2, 0, 1, 3, 3]
 
 
-@pytest.mark.parametrize(("identity", "least"), [(0.3, 0.2), (0.4, 0.7), (0.5, 0.95), (0.7, 1.0), (0.9, 1.0)])
+@pytest.mark.parametrize(("identity", "least"), [(0.4, 0.8), (0.5, 0.95), (0.7, 1.0), (0.9, 1.0)])
 def test_planted_relatives_are_found(identity, least):
     """Uniform random substitutions, the hardest kind: real relatives keep their substitutions in loops."""
     rng = random.Random(f"planted {identity}")

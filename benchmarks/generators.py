@@ -1,0 +1,217 @@
+"""The generators' bars, measured: the loss at ProtGPT2's vocabulary, the teacher cache, the statistics' error rates.
+
+python -m benchmarks.generators --data proteins.tsv.gz --teacher models/nano-teacher
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+from distil_rank.errors import one_line_errors
+from distil_rank.generators import quality, runs
+from distil_rank.generators.calibration import calibration
+from distil_rank.generators.fit import Schedule
+from distil_rank.generators.interaction import CELLS, contrasts
+from distil_rank.generators.loss import Objective, distillation_sums
+from distil_rank.generators.speed import peak_bytes
+from distil_rank.generators.study import ENHANCEMENTS
+from distil_rank.generators.teachers import Cache
+from distil_rank.records import config_record, environment, require_writable, write_json
+
+SCHEMA = "distil-rank/generators-benchmark/1"
+
+
+@dataclass(frozen=True)
+class Config:
+    data: Path  # proteins for the ablation
+    teacher: str = "models/nano-teacher"
+    out: Path = Path("benchmarks/results/generators.json")
+    rounds: int = 5  # of the loss, interleaved
+    steps: int = 30  # of every run of the ablation
+    proteins: float = 0.05  # share of the training proteins
+
+
+def direct(student: torch.Tensor, teacher: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """The plain objective as anyone would write it."""
+    log_q = torch.log_softmax(student[:, :-1] / 2, dim=-1)
+    p = torch.softmax(teacher[:, :-1] / 2, dim=-1)
+    soft = (p * (torch.log(p + 1e-10) - log_q)).sum(-1).mean()
+    hard = torch.nn.functional.cross_entropy(student[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    return 0.5 * hard + 0.5 * 4 * soft
+
+
+def loss_at_full_vocabulary(rounds: int) -> dict[str, Any]:
+    """2 x 256 tokens at V = 50,257: memory beside the two sets of logits, time, difference from the direct formula."""
+    g = torch.Generator().manual_seed(0)
+    student = (3 * torch.randn(2, 256, 50257, generator=g)).requires_grad_()
+    teacher = 3 * torch.randn(2, 256, 50257, generator=g)
+    tokens = torch.randint(50257, (2, 256), generator=g)
+    mask = torch.ones_like(tokens)
+
+    def ours() -> torch.Tensor:
+        sums = distillation_sums(student, teacher, tokens, mask, Objective())
+        return sums.loss / sums.n
+
+    def backward(loss: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
+        student.grad = None
+        value = loss()
+        value.backward()
+        assert student.grad is not None
+        return value.item(), student.grad
+
+    variants = {"direct": lambda: direct(student, teacher, tokens), "ours": ours}
+    peaks = {}
+    for name, f in variants.items():
+        student.grad = None
+        peaks[name] = peak_bytes(lambda f=f: backward(f))  # type: ignore[misc]
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for repeat in range(rounds + 1):
+        for name, f in variants.items():
+            start = time.process_time()
+            backward(f)
+            if repeat:
+                seconds[name].append(time.process_time() - start)
+    value, gradient = backward(variants["direct"])
+    wanted = gradient.clone()
+    own, gradient = backward(ours)
+    middle = {name: statistics.median(s) for name, s in seconds.items()}
+    return {
+        "memory_ratio": peaks["ours"] / peaks["direct"],
+        "time_ratio": middle["ours"] / middle["direct"],
+        "peak_mib": {name: p / 2**20 for name, p in peaks.items()},
+        "processor_seconds": middle,
+        "value_difference": abs(own - value),
+        "largest_gradient_difference": float((gradient - wanted).abs().max()),
+    }
+
+
+def ablation_with_and_without_cache(config: Config) -> dict[str, Any]:
+    """Processor time of the training of the 2 x 2 x 5 ablation, the making of the cache included."""
+    material = runs.Material(config.teacher, str(config.data), config.proteins, 0.08, 120, cache=False)
+    bench = runs.Bench(material)
+    live = bench.source
+    base = Schedule(config.steps, 16, learning_rate=1e-2)
+    plan = [
+        runs.Run((1, 2, 32), Objective(**ENHANCEMENTS[cell]), replace(base, seed=seed))
+        for cell in CELLS
+        for seed in range(5)
+    ]
+    losses: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    for name in ("live", "cache"):
+        start = time.process_time()
+        bench.source = live if name == "live" else Cache(bench.teacher, bench.train)
+        losses[name] = np.array([[entry["loss"] for entry in bench.student(run)[1]] for run in plan])
+        seconds[name] = time.process_time() - start
+    difference = np.abs(losses["live"] / losses["cache"] - 1)
+    return {
+        "time_ratio": seconds["cache"] / seconds["live"],
+        "processor_seconds": seconds,
+        "runs": len(plan),
+        "steps": config.steps,
+        "proteins": len(bench.train),
+        "largest_relative_loss_difference": {
+            "first_step": float(difference[:, 0].max()),
+            "any": float(difference.max()),
+        },
+    }
+
+
+def error_rates(trials: int = 200) -> dict[str, Any]:
+    """How often planted additive effects are called synergy, and a planted -5 % interaction is found; 5 seeds."""
+    rng = np.random.default_rng(0)
+
+    def found(interaction: float) -> float:
+        words = []
+        for _ in range(trials):
+            shared = rng.normal(2.8, 0.02, 5)
+            planted = dict(zip(CELLS, (0.0, 0.01, 0.02, 0.03 + interaction), strict=True))
+            y = {cell: shared + planted[cell] + rng.normal(0, 0.008, 5) for cell in CELLS}
+            words.append(contrasts(y)["words"]["interaction"])
+        return words.count("synergy") / trials
+
+    return {
+        "trials": trials,
+        "standard_deviation_of_a_cell": 0.008,
+        "additive_called_synergy": found(0.0),
+        "five_percent_found": found(float(np.log(0.95))),
+    }
+
+
+def calibrated_simulator(trials: int = 1000) -> list[dict[str, Any]]:
+    """A calibrated model at several numbers of tokens: plain and debiased ECE, how often the intervals cover 0."""
+    rows = []
+    for n in (100, 500, 2000, 20000):
+        found = []
+        for trial in range(trials):
+            rng = np.random.default_rng([n, trial])
+            confidence = 0.08 + 0.9 * rng.beta(1.0, 4.0, n)
+            correct = (rng.random(n) < confidence).astype(float)
+            found.append(calibration(confidence, correct, (confidence - correct) ** 2, np.arange(n) // 20))
+        debiased = np.array([f["ece_debiased"]["value"] for f in found])
+        rows.append(
+            {
+                "tokens": n,
+                "trials": trials,
+                "ece": float(np.mean([f["ece"] for f in found])),
+                "noise_floor": float(np.mean([f["noise_floor"] for f in found])),
+                "debiased": float(debiased.mean()),
+                "standard_error_of_one": float(debiased.std(ddof=1)),
+                "covered": share_covering(found, "ece_debiased"),
+                "signed_gap_covered": share_covering(found, "signed_gap"),
+            }
+        )
+    return rows
+
+
+def share_covering(found: list[dict[str, Any]], name: str) -> float:
+    return float(np.mean([f[name]["low"] <= 0 <= f[name]["high"] for f in found]))
+
+
+def novelty_seconds() -> float:
+    """Processor seconds for the novelty of 200 proteins against 1,000, lengths 50 to 300."""
+    rng = np.random.default_rng(0)
+    letters = list("ACDEFGHIKLMNPQRSTVWY")
+    made = ["".join(rng.choice(letters, rng.integers(50, 300))) for _ in range(1200)]
+    quality.novelty(made[:2], made[2:4])
+    start = time.process_time()
+    quality.novelty(made[:200], made[200:])
+    return time.process_time() - start
+
+
+def run(config: Config) -> None:
+    require_writable(config.out.parent)
+    record: dict[str, Any] = {
+        "schema": SCHEMA,
+        "config": config_record(config),
+        "loss": loss_at_full_vocabulary(config.rounds),
+        "cache": ablation_with_and_without_cache(config),
+        "interaction": error_rates(),
+        "calibration": calibrated_simulator(),
+        "novelty_processor_seconds": novelty_seconds(),
+        "environment": environment(),
+        "machine_dependent": [
+            "loss.time_ratio",
+            "loss.processor_seconds",
+            "cache.time_ratio",
+            "cache.processor_seconds",
+            "novelty_processor_seconds",
+        ],
+    }
+    write_json(config.out, record)
+    for name in ("loss", "cache", "interaction", "calibration", "novelty_processor_seconds"):
+        print(name, record[name])
+
+
+if __name__ == "__main__":
+    with one_line_errors("benchmarks.generators"):
+        run(tyro.cli(Config, description=__doc__))

@@ -1,0 +1,251 @@
+"""Distilling a causal language model: the objective, its gradient in one pass, and the published variant.
+
+Teacher logits z_T, student z_S; position t predicts token t + 1, so l tokens give l - 1 predictions. With temperature
+tau, p = softmax(z_T / tau) and q = softmax(z_S / tau):
+
+    soft_t = sum_v p_v (log p_v - log q_v)                                   Hinton, Vinyals and Dean (2015)
+    L = alpha mean_t CE(z_S, token) + (1 - alpha) tau^2 mean_t w_t soft_t    means over real predictions only
+
+uncertainty   w_t = 0.5 + 0.5 (H_t - min) / (max - min), H_t the entropy of softmax(z_T), extremes per sequence
+calibration   p <- (1 - eps_t) p + eps_t / V with eps_t = smoothing (1 - max_v p_v), before the divergence
+
+Value and gradient are computed together, a few rows of logits at a time, so that beside the gradient itself no array of
+(rows, V) is held: at V = 50,257 the direct formula keeps seven. Functions return sums with their count, not means:
+whoever accumulates divides once, by the count of the whole batch, and the split into micro-batches changes nothing.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from distil_rank.errors import InputError
+
+CHUNK = 1 << 20  # logits worked on at a time: 4 MB in float32, so a chunk stays in the processor's cache
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the student is asked to imitate."""
+
+    temperature: float = 2.0  # tau: softens both distributions
+    alpha: float = 0.5  # share of the cross-entropy to the real tokens; the rest is the divergence from the teacher
+    uncertainty: bool = False  # weight positions by the teacher's entropy
+    calibration: bool = False  # smooth the teacher where it is unsure
+    smoothing: float = 0.1  # lambda of the calibration smoothing
+    normalise_weights: bool = False  # scale the weights of each sequence to mean 1, so that alpha keeps its meaning
+
+    def check(self) -> None:
+        """Raise InputError on values outside their range."""
+        if not 0 < self.temperature < float("inf"):
+            raise InputError(f"temperature must be above 0, got {self.temperature}; 2 is a good start")
+        for name in ("alpha", "smoothing"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise InputError(f"{name} must be between 0 and 1, got {value}; choose a share")
+
+
+class TopTargets(NamedTuple):
+    """The teacher's k most probable tokens at one temperature, and the mass of all others."""
+
+    ids: Tensor  # (..., k) int64
+    probabilities: Tensor  # (..., k) at temperature tau
+    tail: Tensor  # (...) what is left of 1
+    entropy: Tensor  # (...) H at temperature 1, in nats, over the whole vocabulary
+
+
+class LossSums(NamedTuple):
+    """Sums over the real predictions of a batch; `loss` carries the gradient, the others are for the log."""
+
+    loss: Tensor
+    hard: Tensor  # cross-entropy to the tokens
+    soft: Tensor  # divergence from the teacher, weighted, without tau^2
+    n: int  # predictions
+
+
+def predictions(mask: Tensor) -> Tensor:
+    """Which of the l - 1 predictions count (b, l - 1): both the token read and the token predicted are real."""
+    mask = mask.bool()
+    return mask[:, :-1] & mask[:, 1:]
+
+
+def distillation_sums(
+    student: Tensor, teacher: Tensor | TopTargets | None, tokens: Tensor, mask: Tensor, objective: Objective
+) -> LossSums:
+    """Sums of the objective over a batch: logits (b, l, V), tokens and mask (b, l); without a teacher, cross-entropy.
+
+    Padding may stand left or right and may be any token, also the end token: only `mask` says what is real.
+    """
+    counted = predictions(mask)
+    rows = F.pad(counted, (0, 1)).flatten().nonzero()[:, 0]  # of the flattened (b l, V) logits
+    targets = tokens.flatten()[rows + 1]
+    flat: Tensor | TopTargets | None = None
+    weights = None
+    if teacher is None:
+        objective = Objective(alpha=1.0)
+    elif isinstance(teacher, TopTargets):
+        flat = TopTargets(*(part.flatten(0, 1) for part in teacher))
+    elif teacher.shape[-1] != student.shape[-1]:
+        raise InputError(f"one vocabulary required, got {student.shape[-1]} and {teacher.shape[-1]} logits")
+    else:
+        flat = teacher.flatten(0, 1)
+    if flat is not None and objective.uncertainty:
+        by_row = flat.entropy[rows] if isinstance(flat, TopTargets) else entropy(flat, rows)
+        by_position = by_row.new_zeros(counted.shape)
+        by_position[counted] = by_row
+        weights = position_weights(by_position, counted, objective.normalise_weights)[counted]
+    loss, hard, soft = _Distil.apply(student, flat, rows, targets, weights, objective)  # type: ignore[no-untyped-call]
+    return LossSums(loss, hard, soft, len(targets))
+
+
+def entropy(logits: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Entropy of softmax(logits) in nats, (n, V) -> (n,), or of the chosen rows only, in chunks."""
+    rows = torch.arange(len(logits), device=logits.device) if rows is None else rows
+    found = torch.zeros(len(rows), dtype=_working_dtype(logits), device=logits.device)
+    for part in _chunks(len(rows), logits.shape[-1]):
+        log_p = torch.log_softmax(logits.detach()[rows[part]].to(found.dtype), dim=-1)
+        found[part] = -(log_p.exp() * log_p).sum(-1)
+    return found
+
+
+def position_weights(entropies: Tensor, counted: Tensor, normalise: bool = False) -> Tensor:
+    """w_t = 0.5 + 0.5 (H_t - min) / (max - min) per sequence (b, l); 0 where not counted; with `normalise`, of mean
+    1."""
+    low = entropies.masked_fill(~counted, float("inf")).amin(-1, keepdim=True)
+    high = entropies.masked_fill(~counted, float("-inf")).amax(-1, keepdim=True)
+    span = high - low
+    flat = ~(span >= 1e-8)  # also sequences without a counted position, where the span is -inf
+    low, span = low.masked_fill(flat, 0.0), span.masked_fill(flat, 1.0)
+    scaled = torch.where(flat, torch.zeros_like(entropies), (entropies - low) / span)
+    weights = torch.where(counted, 0.5 + 0.5 * scaled, torch.zeros_like(entropies))
+    if normalise:
+        weights = weights * (counted.sum(-1, keepdim=True) / weights.sum(-1, keepdim=True).clamp_min(0.25))
+    return weights
+
+
+def smooth(probabilities: Tensor, smoothing: float, vocabulary: int, confidence: Tensor) -> Tensor:
+    """(1 - eps) p + eps / V with eps = smoothing (1 - confidence); confidence (..., 1)."""
+    eps = smoothing * (1 - confidence)
+    return (1 - eps) * probabilities + eps / vocabulary
+
+
+def top_targets(logits: Tensor, k: int, temperature: float) -> TopTargets:
+    """What the top-k cache keeps of teacher logits (n, V)."""
+    p = torch.softmax(logits.to(_working_dtype(logits)) / temperature, dim=-1)
+    values, ids = p.topk(min(k, p.shape[-1]), dim=-1)
+    return TopTargets(ids, values, (1 - values.sum(-1)).clamp_min(0), entropy(logits))
+
+
+class _Distil(torch.autograd.Function):
+    """Loss sums over chosen rows of the flattened logits, with the gradient made in the same pass over the rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,  # (b, l, V)
+        teacher: Tensor | TopTargets | None,  # (b l, ...)
+        rows: Tensor,  # (n,) into b l
+        targets: Tensor,  # (n,)
+        weights: Tensor | None,  # (n,)
+        objective: Objective,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tau, alpha = objective.temperature, objective.alpha
+        logits, dtype = student.flatten(0, 1), _working_dtype(student)
+        hard_sum = torch.zeros((), dtype=torch.float64, device=student.device)
+        soft_sum = hard_sum.clone()
+        gradient = torch.zeros_like(logits) if ctx.needs_input_grad[0] else None
+        for part in _chunks(len(rows), logits.shape[-1]):
+            chosen = rows[part]
+            z = logits[chosen].to(dtype)
+            log_q1 = torch.log_softmax(z, dim=-1)
+            picked = targets[part, None]
+            hard_sum -= log_q1.gather(1, picked).sum(dtype=torch.float64)
+            slope = None
+            if gradient is not None and alpha > 0:
+                slope = log_q1.exp()
+                slope.scatter_add_(1, picked, slope.new_full(picked.shape, -1.0)).mul_(alpha)
+            if teacher is not None and alpha < 1:
+                log_q = log_q1 if tau == 1 else torch.log_softmax(z.div_(tau), dim=-1)
+                q = log_q.exp()
+                p, log_p = _teacher_rows(teacher, chosen, q, objective)
+                soft = log_p.sub_(log_q).mul_(p).sum(-1)
+                w = None if weights is None else weights[part].to(dtype)
+                soft_sum += (soft if w is None else w * soft).sum(dtype=torch.float64)
+                if gradient is not None:
+                    difference = q.sub_(p).mul_((1 - alpha) * tau)
+                    if w is not None:
+                        difference.mul_(w[:, None])
+                    slope = difference if slope is None else slope.add_(difference)
+            if gradient is not None and slope is not None:
+                gradient[chosen] = slope.to(gradient.dtype)
+        loss = alpha * hard_sum + (1 - alpha) * tau**2 * soft_sum
+        ctx.gradient = None if gradient is None else gradient.view(student.shape)
+        ctx.mark_non_differentiable(hard_sum, soft_sum)
+        return loss, hard_sum, soft_sum
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        gradient, ctx.gradient = ctx.gradient, None  # scaled in place: a second backward pass has nothing to give
+        if gradient is None:
+            raise RuntimeError("the gradient of this loss was already taken; compute the loss again")
+        return gradient.mul_(outer[0].to(gradient.dtype)), None, None, None, None, None
+
+
+def _teacher_rows(teacher: Tensor | TopTargets, rows: Tensor, q: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """Teacher's p and log p (n, V) at temperature tau.
+
+    Where only the top k are known, the tail takes the student's own shape with the teacher's mass: the divergence is
+    then exactly that of the k + 1 outcomes (top tokens, "another"), never above the full one.
+    """
+    vocabulary = q.shape[-1]
+    if isinstance(teacher, Tensor):
+        log_p = torch.log_softmax(teacher[rows].to(q.dtype) / objective.temperature, dim=-1)
+        p = log_p.exp()
+        if not objective.calibration:
+            return p, log_p
+        p = smooth(p, objective.smoothing, vocabulary, p.amax(-1, keepdim=True))
+        return p, p.clamp_min(torch.finfo(p.dtype).tiny).log()
+    ids, top, tail = teacher.ids[rows], teacher.probabilities[rows].to(q.dtype), teacher.tail[rows].to(q.dtype)
+    if objective.calibration:
+        confidence = top[:, :1]
+        top = smooth(top, objective.smoothing, vocabulary, confidence)
+        tail = 1 - top.sum(-1)
+    rest = (1 - q.gather(1, ids).sum(-1)).clamp_min(torch.finfo(q.dtype).tiny)
+    p = q * (tail / rest)[:, None]
+    p.scatter_(1, ids, top)
+    return p, p.clamp_min(torch.finfo(q.dtype).tiny).log()
+
+
+def published_loss(
+    student: Tensor, teacher: Tensor, labels: Tensor, attention_mask: Tensor | None, objective: Objective
+) -> Tensor:
+    """The objective as published with the ProtGPT2 students (ewijaya/protein-lm-distill), term for term.
+
+    It differs from `distillation_sums` in that: a prediction counts where its target is real, whatever is read; the
+    cross-entropy leaves out labels of -100, which removes real end tokens when padding and end are one token; log(p +
+    1e-10) stands for log p; and the means are per call, so the split into micro-batches changes the result.
+    """
+    z_student, z_teacher, targets = student[:, :-1], teacher[:, :-1], labels[:, 1:]
+    p = torch.softmax(z_teacher / objective.temperature, dim=-1)
+    if objective.calibration:
+        p = smooth(p, objective.smoothing, p.shape[-1], p.amax(-1, keepdim=True))
+    soft = (p * (torch.log(p + 1e-10) - torch.log_softmax(z_student / objective.temperature, dim=-1))).sum(-1)
+    counted = torch.ones_like(targets, dtype=torch.bool) if attention_mask is None else attention_mask[:, 1:].bool()
+    if objective.uncertainty:
+        p1 = torch.softmax(z_teacher, dim=-1)
+        soft = soft * position_weights(-(p1 * torch.log(p1 + 1e-10)).sum(-1), counted)
+    soft_mean = (soft * counted).sum() / counted.sum().clamp_min(1)
+    hard = F.cross_entropy(z_student.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    return objective.alpha * hard + (1 - objective.alpha) * objective.temperature**2 * soft_mean
+
+
+def _working_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
+    step = max(1, CHUNK // vocabulary)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))

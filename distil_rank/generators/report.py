@@ -1,0 +1,254 @@
+"""Figures, tables and paper from the study's JSON, and nothing else.
+
+distil-rank generator report --results results/generators --paper docs/generators.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distil_rank.generators.interaction import CELLS
+from distil_rank.generators.paper import paper
+from distil_rank.generators.study import CURVES, SCHEMA
+from distil_rank.records import read_json, require_writable, shown_path, write_text
+
+COLOURS = {"baseline": "#444444", "uncertainty": "#0072B2", "calibration": "#D55E00", "both": "#009E73"}
+STUDENT, TEACHER, NATURAL = "#0072B2", "#444444", "#E69F00"
+FEW = 20  # tokens: bins below are not drawn (they stay in the table's ECE)
+FIGURES = ("ablation", "temperature", "alpha", "pareto", "reliability", "amino_acids", "speed", "uncertainty")
+
+
+@dataclass(frozen=True)
+class Config:
+    results: Path = Path("results/generators")  # folder of study.json and curves.json; the figures go there
+    paper: Path = Path("docs/generators.md")  # the paper to write
+
+
+def run(config: Config) -> None:
+    require_writable(config.paper.parent)
+    draw(config.results)
+    study = config.results / "study.json"
+    text = paper(read_json(study, SCHEMA))
+    write_text(config.paper, f"<!-- begin generators {shown_path(study)} -->\n{text}\n<!-- end -->\n")
+    print(f"{config.paper}, {len(FIGURES)} figures in {config.results}")
+
+
+def draw(folder: Path) -> Path:
+    """Draw every figure of the study in `folder` beside its JSON."""
+    study, curves = read_json(folder / "study.json", SCHEMA), read_json(folder / "curves.json", CURVES)
+    for name, figure in figures(study, curves):
+        figure.savefig(folder / f"{name}.png", dpi=130, metadata={"Software": None})
+    return folder / "study.json"
+
+
+def figures(study: dict[str, Any], curves: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The figures by name, drawn one after the other."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    for name in FIGURES:
+        with rc_context(style):
+            wide = name in ("ablation", "reliability", "uncertainty", "speed")
+            figure = Figure(figsize=(8.5 if wide else 6, 3.8), layout="constrained")
+            FigureCanvasAgg(figure)
+            _DRAW[name](figure, study, curves)
+        yield name, figure
+
+
+def _caption(figure: Any, study: dict[str, Any], text: str) -> None:
+    data = study["data"]
+    figure.supxlabel(f"{text}; {data['n_test']:,} held-out proteins of {data['source']}", fontsize=7, color="#555555")
+
+
+def _ablation(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> None:
+    schedules = study["ablation"]["schedules"]
+    axes = figure.subplots(1, len(schedules), sharex=True, sharey=True, squeeze=False)[0]
+    rows = [*CELLS[1:], "interaction"]
+    for axis, (name, part) in zip(axes, schedules.items(), strict=True):
+        for y, row in enumerate(rows):
+            effect, colour = part["contrasts"][row], COLOURS.get(row, "#CC79A7")
+            values = [100 * effect[k] for k in ("low", "high")]
+            axis.plot(values, [y, y], color=colour, lw=2)
+            axis.plot(100 * effect["value"], y, "o", color=colour)
+            axis.annotate(
+                part["contrasts"]["words"][row], (0.99, y - 0.22), xycoords=("axes fraction", "data"), ha="right",
+                fontsize=7, color=colour,
+            )  # fmt: skip
+        axis.axvline(0, color="#999999", lw=0.8)
+        axis.set_yticks(range(len(rows)), rows)
+        axis.set_title(name)
+        axis.set_xlabel("change of perplexity (%), negative is better")
+    axes[0].invert_yaxis()
+    runs = next(iter(schedules.values()))["contrasts"]["interaction"]["runs"]
+    _caption(figure, study, f"Paired differences, {runs} runs a cell, 95 % t intervals")
+
+
+def _sweep(field: str) -> Any:
+    def draw(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> None:
+        axis = figure.subplots()
+        for cell in ("baseline", "both"):
+            entries = study[field][cell]
+            x = [e[field] for e in entries]
+            axis.errorbar(
+                x, [e["ratio"]["value"] for e in entries], color=COLOURS[cell], marker="o", capsize=2, label=cell,
+                yerr=[[e["ratio"]["value"] - e["ratio"]["low"] for e in entries], [e["ratio"]["high"] -
+                e["ratio"]["value"] for e in entries]],
+            )  # fmt: skip
+        axis.axvline(study[field]["chosen"], color="#999999", ls=":", label="chosen on validation")
+        axis.set_xlabel(field)
+        axis.set_ylabel("student / teacher perplexity")
+        axis.legend()
+        _caption(figure, study, "One run a point, 95 % interval over proteins")
+
+    return draw
+
+
+def _pareto(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> None:
+    axis = figure.subplots()
+    for name, record in study["sizes"].items():
+        x, ratio = record["compression"]["total"], record["ratio"]
+        axis.errorbar(
+            x,
+            ratio["value"],
+            yerr=[[ratio["value"] - ratio["low"]], [ratio["high"] - ratio["value"]]],
+            fmt="o",
+            color=STUDENT,
+            capsize=3,
+        )
+        axis.annotate(
+            f" {name}\n {record['student']['parameters']['total']:,} parameters",
+            (x, ratio["value"]),
+            fontsize=7,
+            va="bottom",
+        )
+    axis.axhline(1, color=TEACHER, lw=0.8)
+    axis.annotate("teacher", (0.01, 1), xycoords=("axes fraction", "data"), fontsize=7, va="bottom")
+    axis.set_xscale("log")
+    axis.margins(x=0.25, y=0.2)
+    axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}x")
+    axis.xaxis.set_minor_formatter(lambda v, _: f"{v:g}x" if v in (2, 3, 5, 20, 30, 50) else "")
+    axis.set_xlabel("fewer parameters than the teacher, embeddings included")
+    axis.set_ylabel("student / teacher perplexity")
+    _caption(figure, study, "One run a size, 95 % interval over proteins")
+
+
+def _reliability(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> None:
+    record = study["sizes"][study["ablated_size"]]
+    axes = figure.subplots(1, 3, sharex=True, sharey=True)
+    panels = [
+        ("teacher", record["teacher"]["calibration"]["as_is"], TEACHER),
+        (f"student ({study['ablated_size']})", record["student"]["calibration"]["as_is"], STUDENT),
+        ("student, temperature scaled", record["student"]["calibration"]["temperature_scaled"], STUDENT),
+    ]
+    kept = [[i for i, n in enumerate(c["bins"]["count"]) if n >= FEW] for _, c, _ in panels]
+    top = 1.3 * max(c["bins"]["confidence"][i] for (_, c, _), rows in zip(panels, kept, strict=True) for i in rows)
+    for axis, (title, found, colour), rows in zip(axes, panels, kept, strict=True):
+        bins = {name: [values[i] for i in rows] for name, values in found["bins"].items()}
+        axis.plot([0, top], [0, top], color="#999999", lw=0.8)
+        axis.errorbar(
+            bins["confidence"],
+            bins["accuracy"],
+            yerr=[1.96 * e for e in bins["standard_error"]],
+            fmt="o",
+            color=colour,
+            capsize=2,
+        )
+        axis.set(xlim=(0, top), ylim=(0, top), xlabel="confidence")
+        axis.set_title(title, fontsize=9)
+        lines = [
+            f"ECE {found['ece']:.4f} (noise floor {found['noise_floor']:.4f})",
+            f"debiased {found['ece_debiased']['value']:.4f}",
+            f"signed gap {found['signed_gap']['value']:+.4f}",
+        ]
+        axis.text(0.03, 0.97, "\n".join(lines), transform=axis.transAxes, va="top", fontsize=7)
+    axes[0].set_ylabel("accuracy")
+    _caption(
+        figure,
+        study,
+        f"Most probable token, bins of {FEW} tokens or more, 95 % intervals; scaling fitted on half of the proteins",
+    )
+
+
+def _amino_acids(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> None:
+    record = study["sizes"][study["ablated_size"]]
+    axis = figure.subplots()
+    sources = [
+        ("natural", record["student"]["generation"]["natural_frequencies"], NATURAL),
+        ("teacher", record["teacher"]["generation"]["frequencies"], TEACHER),
+        ("student", record["student"]["generation"]["frequencies"], STUDENT),
+    ]
+    letters = sorted(sources[0][1], key=lambda a: -sources[0][1][a])
+    for shift, (name, frequencies, colour) in enumerate(sources):
+        divergence = {} if name == "natural" else record[name]["generation"].get("amino_acid_kl", {})
+        kl = f", KL {divergence['value']:.4f} nats" if divergence else ""
+        axis.bar(
+            [i + 0.28 * (shift - 1) for i in range(20)],
+            [100 * frequencies[a] for a in letters],
+            0.28,
+            color=colour,
+            label=name + kl,
+        )
+    axis.set_xticks(range(20), letters)
+    axis.set_ylabel("frequency (%)")
+    axis.legend()
+    _caption(
+        figure,
+        study,
+        f"{record['student']['generation']['n']} proteins written by either, natural ones of equal lengths",
+    )
+
+
+def _speed(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> None:
+    left, right = figure.subplots(1, 2)
+    first = next(iter(study["sizes"].values()))
+    batches = [k for k in first["speed"]["models"]["teacher"] if k.isdigit()]
+    shades = ["#0072B2", "#56B4E9", "#009E73", "#CC79A7"]
+    for (name, record), colour in zip(study["sizes"].items(), shades, strict=False):
+        speeds = record["speed"]["models"]
+        ratio = [speeds["student"][b]["tokens_per_second"] / speeds["teacher"][b]["tokens_per_second"] for b in batches]
+        left.plot(range(len(batches)), ratio, "o-", color=colour, label=name)
+        right.bar(name, speeds["teacher"]["peak_mib"] / speeds["student"]["peak_mib"], color=colour)
+    left.set_xticks(range(len(batches)), batches)
+    left.set_xlabel("proteins written together")
+    left.set_ylabel("speed / teacher's")
+    left.set_ylim(bottom=0)
+    left.axhline(1, color="#999999", lw=0.8)
+    left.legend()
+    right.axhline(1, color="#999999", lw=0.8)
+    right.set_ylabel("teacher's peak memory / student's")
+    _caption(
+        figure, study, f"Medians of {first['speed']['repeats']} interleaved rounds on {study['environment']['device']}"
+    )
+
+
+def _uncertainty(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> None:
+    examples = curves["uncertainty"]
+    width, total = max(len(e["entropy"]) for e in examples), sum(len(e["entropy"]) for e in examples)
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    for axis, name, colours in ((top, "entropy", "viridis"), (bottom, "weight", "magma")):
+        table = [e[name] + [float("nan")] * (width - len(e[name])) for e in examples]
+        # line breaks and ends are all but certain: the colours are for the residues between them
+        low, high = (sorted(v for e in examples for v in e[name])[int(q * total)] for q in (0.06, 0.995))
+        image = axis.imshow(table, aspect="auto", cmap=colours, interpolation="nearest", vmin=low, vmax=high)
+        axis.set_ylabel("protein")
+        axis.set_yticks([])
+        figure.colorbar(image, ax=axis, label="teacher's entropy (nats)" if name == "entropy" else "weight", pad=0.01)
+    bottom.set_xlabel("position")
+    _caption(figure, study, "Uncertainty of the teacher and the weights it gives, median-length proteins")
+
+
+_DRAW = {
+    "ablation": _ablation,
+    "temperature": _sweep("temperature"),
+    "alpha": _sweep("alpha"),
+    "pareto": _pareto,
+    "reliability": _reliability,
+    "amino_acids": _amino_acids,
+    "speed": _speed,
+    "uncertainty": _uncertainty,
+}

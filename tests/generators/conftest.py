@@ -1,0 +1,46 @@
+"""Toy proteins and models: seconds, not minutes."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from distil_rank.generators.data import amino_acid_tokenizer, encode
+from distil_rank.generators.models import fresh
+from distil_rank.proteins.fasta import AMINO_ACIDS
+
+
+def toy_sequences(n, seed=0, low=12, high=70):
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(low, high, (n,), generator=g).tolist()
+    return ["".join(AMINO_ACIDS[i] for i in torch.randint(20, (k,), generator=g).tolist()) for k in lengths]
+
+
+def write_toy_fasta(path, n, seed=0):
+    path.write_text("".join(f">p{i}\n{s}\n" for i, s in enumerate(toy_sequences(n, seed))))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return amino_acid_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def proteins(tokenizer):
+    return encode(toy_sequences(40), tokenizer, 128)
+
+
+@pytest.fixture
+def teacher():
+    return fresh(27, 3, 2, 32, 128, 0, seed=1).eval()
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder of public data beside the checkout, or a skip."""
+    folder = Path(os.environ.get("DISTIL_RANK_DATA", Path(__file__).parents[3] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no public data at {folder}; set DISTIL_RANK_DATA")
+    return folder

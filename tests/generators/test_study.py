@@ -1,0 +1,147 @@
+"""The study end to end at toy scale: complete, resumable, redrawable; and publication of what was evaluated only."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from distil_rank.errors import InputError
+from distil_rank.generators import evaluate, publish, report, runs, study, sweep, train
+from distil_rank.generators.loss import Objective
+from distil_rank.generators.models import fresh, save
+from distil_rank.generators.paper import paper
+from tests.generators.conftest import write_toy_fasta
+
+TOY = replace(
+    study.PRESETS["nano"], sizes={"tiny": (1, 2, 16)}, steps=2, final_steps=3, train_size_prop=0.3, held_out=0.2,
+    max_residues=80,
+    rates=(1e-2,), temperatures=(1, 2), alphas=(0.5,), generate=4, seeds=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    from distil_rank.generators.data import amino_acid_tokenizer
+
+    folder = tmp_path_factory.mktemp("study")
+    save(fresh(27, 2, 2, 32, 96, 0, 1), amino_acid_tokenizer(), folder / "teacher")
+    write_toy_fasta(folder / "toy.fasta", 80)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def conducted(place):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(study.PRESETS, "nano", replace(TOY, teacher=str(place / "teacher")))
+        config = study.Config(place / "toy.fasta", place / "out", work=place / "work")
+        study.run(config)
+        first = json.loads((place / "out" / "study.json").read_text())
+        patch.setattr(runs.Bench, "outcome", lambda *_: pytest.fail("a finished run was made again"))
+        study.run(config)
+    return first, json.loads((place / "out" / "study.json").read_text())
+
+
+def test_a_second_study_makes_no_run_again_and_finds_the_same(conducted):
+    first, again = conducted
+    assert first["ablation"] == again["ablation"] and first["temperature"] == again["temperature"]
+    for name in ("ratio", "kl_to_teacher", "student", "teacher", "verdict"):
+        assert first["sizes"]["tiny"][name] == again["sizes"]["tiny"][name]
+
+
+def test_the_study_is_complete(conducted):
+    found = conducted[0]
+    assert set(found["ablation"]["schedules"]) == {"short warm-up", "long warm-up"}
+    for part in found["ablation"]["schedules"].values():
+        assert len(part["cells"]["both"]["log_perplexity"]) == 2
+        assert part["contrasts"]["words"]["published_claim"] in ("reproduced", "contradicted", "not reproduced")
+    assert found["sizes"]["tiny"]["verdict"]["threshold"] == 3.0 and found["sizes"]["tiny"]["underpowered"]
+
+
+def test_figures_and_paper_come_from_the_json_alone(conducted, place):
+    report.run(report.Config(place / "out", place / "docs" / "paper.md"))
+    assert sorted(p.stem for p in (place / "out").glob("*.png")) == sorted(report.FIGURES)
+    text = (place / "docs" / "paper.md").read_text()
+    assert text.count("**Table") == 6 and all(f"{name}.png" in text for name in report.FIGURES)
+    assert "underpowered" in text and "nan" not in text.lower().replace("nano", "")
+    changed = json.loads(json.dumps(conducted[0]))
+    part = changed["ablation"]["schedules"]["short warm-up"]["contrasts"]
+    part["words"]["interaction"] = "antagonism"
+    part["interaction"]["value"] = 0.4321
+    assert "antagonism" in paper(changed) and "+43.21 %" in paper(changed)
+
+
+def test_the_exact_cache_changes_no_outcome(place):
+    run = runs.Run((1, 2, 16), Objective(uncertainty=True, calibration=True), replace(study.Schedule(4), batch_size=8))
+    material = runs.Material(str(place / "teacher"), str(place / "toy.fasta"), 0.5, 0.2, 80)
+    cached, live = (runs.Bench(replace(material, cache=cache)).outcome(run) for cache in (True, False))
+    assert cached["log_perplexity"] == pytest.approx(live["log_perplexity"], abs=1e-6)
+    assert cached["curve"] == [[step, pytest.approx(loss, rel=1e-6)] for step, loss in live["curve"]]
+
+
+def test_two_processes_make_the_runs_of_one(place, tmp_path):
+    material = runs.Material(str(place / "teacher"), str(place / "toy.fasta"), 0.5, 0.2, 80)
+    plan = [runs.Run((1, 2, 16), Objective(), study.Schedule(2, 8, seed=seed)) for seed in range(3)]
+    bench = runs.Bench(material)
+    one, two = (runs.make(plan, material, tmp_path / str(n), n, bench) for n in (1, 2))
+    assert one == two
+
+
+def test_a_run_is_named_by_everything_that_changes_it(place):
+    run = runs.Run((1, 2, 16), Objective(), study.Schedule(4))
+    material = runs.Material(str(place / "teacher"), str(place / "toy.fasta"), 0.5, 0.2, 80)
+    other = [
+        runs.key(replace(run, objective=Objective(3.0)), material),
+        runs.key(replace(run, schedule=study.Schedule(4, seed=1)), material),
+        runs.key(run, replace(material, train_size_prop=0.4)),
+        runs.key(run, material),
+    ]
+    assert len(set(other)) == 4 and runs.key(run, replace(material, cache=False)) == other[-1]
+
+
+def test_a_sweep_goes_on_where_it_stopped(place):
+    config = sweep.Config(
+        str(place / "teacher"), place / "toy.fasta", place / "sweep", (1, 2), (0.5, 1.0), (1e-2,), n_layer=1, n_head=2,
+        n_embd=16,
+        steps=2, batch_size=8, train_size_prop=0.5, held_out=0.2, max_residues=80, trials=1,
+    )  # fmt: skip
+    sweep.run(config)
+    assert len(json.loads((place / "sweep" / "sweep.json").read_text())["trials"]) == 1
+    sweep.run(replace(config, trials=0))
+    trials = json.loads((place / "sweep" / "sweep.json").read_text())["trials"]
+    assert sorted((t["temperature"], t["alpha"]) for t in trials) == [(1, 0.5), (1, 1.0), (2, 0.5), (2, 1.0)]
+    assert trials[0]["validation_nll"] == min(t["validation_nll"] for t in trials)
+    with pytest.raises(InputError, match="begun with"):
+        sweep.run(replace(config, steps=3))
+    with pytest.raises(InputError, match="alpha"):
+        sweep.run(replace(config, alpha=(2.0,)))
+
+
+def test_only_the_evaluated_weights_are_published(place):
+    given = {"data": place / "toy.fasta", "held_out": 0.2, "batch_size": 8, "max_residues": 80}
+    for name, seed in (("m", 0), ("other", 0)):
+        train.run(
+            train.Config(
+                teacher=str(place / "teacher"), out=place / name, n_layer=1, n_head=2, n_embd=16, steps=2 + (name ==
+                "other"), seed=seed, **given
+            )
+        )  # fmt: skip
+    evaluation = place / "m.json"
+    evaluate.run(evaluate.Config(str(place / "m"), str(place / "teacher"), place / "toy.fasta", evaluation, generate=0))
+    config = publish.Config(place / "m", "you/tiny", evaluation, place / "upload", dry_run=True)
+    publish.run(config)
+    names = {p.name for p in (place / "upload").iterdir()}
+    assert names == {*publish.FILES, "README.md", "evaluation.json"}
+    text = (place / "upload" / "README.md").read_text()
+    assert "model-index" in text and "license: mit" in text and "underpowered" in text and "@article" in text
+    again = replace(config, out=place / "upload2", previous=place / "upload" / "README.md")
+    publish.run(again)
+    assert "Against the version before" in (place / "upload2" / "README.md").read_text()
+    with pytest.raises(InputError, match="other weights"):
+        publish.run(replace(config, model=place / "other", out=place / "upload3"))
+    with pytest.raises(InputError, match="empty or new"):
+        publish.run(config)
+    with pytest.raises(InputError, match="owner/name"):
+        publish.run(replace(config, repo="tiny"))
+    with pytest.raises(InputError, match="lacks"):
+        publish.run(replace(config, model=place / "teacher"))
+    assert not (place / "upload3").exists()
