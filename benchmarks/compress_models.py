@@ -8,18 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distil_rank.layers.architectures import Architecture, load_dense
+from distil_rank.layers.architectures import Architecture, load_dense, weights_file
 from distil_rank.layers.calibration import Fidelity, measure
 from distil_rank.layers.evaluate import perplexity
 from distil_rank.layers.lowrank import LowRankLinear
 from distil_rank.layers.models import compress_model, replaced
 from distil_rank.layers.sites import Batch, Site, call, find_sites, residue_mask, rows_of, trace, watching
 from distil_rank.randomness import generator
-from distil_rank.records import ROOT
+from distil_rank.records import ROOT, sha256
 from distil_rank.statistics.intervals import t_interval
 from tests.reference_compress import BASELINES
 
-MODELS = ("nano-64", "nano-128", str(ROOT / "models" / "gen-nano-teacher"))
+MODELS = ("nano-64", "nano-128", str(ROOT / "models" / "nano-teacher"))
 RATIOS = {False: (0.1, 0.3, 0.5), True: (0.03, 0.1, 0.3)}  # by whether the model is causal
 DRAWS = 3
 PROTEINS, RESIDUES, TESTS = 60, 110, 32
@@ -66,8 +66,9 @@ def compare_models(data: Path, names: list[str]) -> dict[str, Any]:
     }
     for name in names:
         dense, architecture = load_dense(name)
+        weights = sha256(weights_file(name))
         label = Path(name).stem
-        result["models"][label] = one_model(dense, architecture, sequences(data))
+        result["models"][label] = {"sha256": weights, **one_model(dense, architecture, sequences(data))}
     return result
 
 

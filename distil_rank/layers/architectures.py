@@ -113,7 +113,7 @@ class Architecture:
         """Last hidden states (B, T, d), after the final layer norm."""
         if self.kind == "fair-esm":
             return model(batch, repr_layers=[model.num_layers])["representations"][model.num_layers]
-        base = getattr(model, model.base_model_prefix, model)
+        base = getattr(model, str(model.base_model_prefix), model)
         return call(base, batch).last_hidden_state
 
     def both(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -172,7 +172,7 @@ class Architecture:
         return nn.functional.cross_entropy(logits[where], tokens[where], reduction="sum")
 
 
-def describe(model: nn.Module, source: Path | None = None) -> Architecture | None:
+def describe(model: Any, source: Path | None = None) -> Architecture | None:
     """Architecture of a dense model, None where it is not a known one."""
     name = type(model).__name__
     if name == "ESM2" and hasattr(model, "attention_heads"):

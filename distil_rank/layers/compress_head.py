@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ def run_head(config: Config) -> None:
     size = None if config.bytes is None else parse_bytes(config.bytes)
     Request(config.rank, config.fvu, config.speedup, size).check()
     head = load_head(Path(config.target), config.key, config.activation)
-    first = head if isinstance(head, nn.Linear) else head[0]
+    first = head if isinstance(head, nn.Linear) else cast(nn.Linear, head[0])
     data = load_matrix(config.data)
     check_rows(data, first.in_features, "data")
     labels = None if config.labels is None else load_labels(config.labels, len(data))

@@ -42,7 +42,7 @@ def compare(
     """Perplexities before and after, their ratio, logits KL (nats per token) and FVU of the last hidden state, with intervals."""
     rows: list[Tensor] = []  # per protein: tokens, nll before, nll after, KL
     hidden: list[Tensor] = []  # per protein: residues, squared error
-    total, squares, count = 0.0, 0.0, 0
+    total, squares, count = torch.zeros(1, dtype=torch.float64), 0.0, 0
     with evaluating(dense), evaluating(small), torch.no_grad():
         for batch in batches:
             if architecture.has_logits:

@@ -96,7 +96,7 @@ def _relative(x: Tensor, target: Tensor) -> Tensor:
 
 
 def _save(
-    path: Path, setting: str, parameters: list[Tensor], optimiser: torch.optim.Optimizer, losses: list[float]
+    path: Path, setting: str, parameters: Sequence[Tensor], optimiser: torch.optim.Optimizer, losses: list[float]
 ) -> None:
     tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
     for i, p in enumerate(parameters):
@@ -115,7 +115,9 @@ def _save(
         temporary.unlink(missing_ok=True)
 
 
-def _resume(path: Path | None, setting: str, parameters: list[Tensor], optimiser: torch.optim.Optimizer) -> list[float]:
+def _resume(
+    path: Path | None, setting: str, parameters: Sequence[Tensor], optimiser: torch.optim.Optimizer
+) -> list[float]:
     """Losses so far, with parameters and optimiser as they were; [] where there is nothing to resume."""
     if path is None or not path.is_file():
         return []

@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -172,7 +172,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             f"weights of this {kind} required in {folder}, got others: {str(error).splitlines()[-1]}"
         ) from None
     if hasattr(module, "tie_weights"):
-        module.tie_weights()
+        cast(Any, module).tie_weights()
     for alias, name in description["tied"].items():
         _tie(module, alias, name)
     return module.eval().requires_grad_(False)
@@ -232,12 +232,13 @@ def merged(module: nn.Module, dense: nn.Module) -> nn.Module:
     return result
 
 
-def dense_weight(part: nn.Module) -> tuple[Tensor, Tensor | None]:
+def dense_weight(part: LowRankLinear | Int8LowRank) -> tuple[Tensor, Tensor | None]:
     """W = B A (d_out, d_in) and the bias of a low-rank layer, multiplied in float64."""
     if isinstance(part, Int8LowRank):
         A, B, bias = part.factors()
     else:
-        A, B, bias = part.A.weight.detach(), part.B.weight.detach(), part.B.bias
+        A, B = part.A.weight.detach(), part.B.weight.detach()
+        bias = None if part.B.bias is None else part.B.bias.detach()
     return B.double() @ A.double(), None if bias is None else bias.detach()
 
 
@@ -250,7 +251,7 @@ def save_merged(module: nn.Module, architecture: Architecture, folder: str | Pat
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
     try:
-        merged(module, architecture.build()).save_pretrained(temporary)
+        cast(Any, merged(module, architecture.build())).save_pretrained(temporary)
         copy_tokenizer(architecture.source, temporary)
         if folder.exists():
             for file in temporary.iterdir():
