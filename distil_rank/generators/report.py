@@ -50,7 +50,12 @@ def figures(study: dict[str, Any], curves: dict[str, Any]) -> Iterator[tuple[str
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    style: dict[Any, Any] = {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+    }
     for name in FIGURES:
         with rc_context(style):
             wide = name in ("ablation", "reliability", "uncertainty", "speed")
