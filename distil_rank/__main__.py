@@ -8,6 +8,13 @@ from distil_rank.errors import one_line_errors
 # command -> module with a frozen dataclass `Config` (its fields are the flags) and `run(config)`; and one line of help.
 # A module is imported only when its command is called, so `--help` answers at once.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "compress": ("distil_rank.layers.compress", "make a layer, a head or a whole model smaller, with a certificate"),
+    "embed": ("distil_rank.proteins.embeddings", "embed the proteins of a FASTA with an ESM-2 model"),
+    "moments": ("distil_rank.proteins.moments", "count, mean and covariance of embeddings"),
+    "nested fit": ("distil_rank.nested.fit", "fit a nested embedding of a model family (Reverse Distillation)"),
+    "nested embed": ("distil_rank.nested.embed", "embed proteins with a chain, cut at any dimension"),
+    "nested probe": ("distil_rank.nested.probe", "what a chain is worth on mutational scans, against its baselines"),
+    "pretrain": ("distil_rank.proteins.pretrain", "train a small protein language model of the ESM-2 architecture"),
     "generator train": ("distil_rank.generators.train", "distil a generator into a smaller GPT-2"),
     "generator evaluate": ("distil_rank.generators.evaluate", "held-out likelihood, calibration, writing and speed"),
     "generator generate": ("distil_rank.generators.generate", "write new proteins as FASTA"),

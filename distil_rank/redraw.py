@@ -12,15 +12,27 @@ from pathlib import Path
 
 from distil_rank.errors import InputError
 from distil_rank.generators import paper
-from distil_rank.layers import tables
+from distil_rank.layers import compress_tables, tables
+from distil_rank.nested import tables as nested_tables
 from distil_rank.records import ROOT, read_json, write_text
 
 # summary file -> module whose draw(folder) makes its figures
-REPORTS = {"distil_rank_summary.json": "distil_rank.layers.report", "study.json": "distil_rank.generators.report"}
+REPORTS = {
+    "distil_rank_summary.json": "distil_rank.layers.report",
+    "report.json": "distil_rank.layers.model_report",
+    "nested_summary.json": "distil_rank.nested.report",
+    "study.json": "distil_rank.generators.report",
+}
 # `<!-- begin NAME FILE -->` ... `<!-- end -->` in a document is replaced by BLOCKS[NAME](FILE)
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "summary": lambda path: tables.documentation(read_json(path, tables.SCHEMA)),
+    "compress": lambda path: compress_tables.bars(read_json(path, compress_tables.SCHEMA)),
+    "compress-models": lambda path: compress_tables.models(read_json(path, compress_tables.SCHEMA)),
+    "compress-pairs": lambda path: compress_tables.pairs(read_json(path, compress_tables.SCHEMA)),
+    "compress-precision": lambda path: compress_tables.precision(read_json(path, compress_tables.SCHEMA)),
     "generators": lambda path: paper.paper(read_json(path, paper.SCHEMA)),
+    "nested": lambda path: nested_tables.documentation(read_json(path, nested_tables.SCHEMA)),
+    "nested-benchmark": lambda path: nested_tables.benchmark(read_json(path, nested_tables.BENCHMARK)),
     "lowrank": lambda path: tables.bars(read_json(path, tables.BARS_SCHEMA)),
 }
 BLOCK = re.compile(r"(<!-- begin (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)

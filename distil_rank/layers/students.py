@@ -17,7 +17,15 @@ class Recipe:
     lr: float = 3e-3
     cosine_weight: float = 0.1  # weight of (1 - cosine) beside the MSE
     weight_decay: float = 0.01
+    warmup: float = 0.0  # share of the steps in which the learning rate rises linearly
     decay_lr: bool = False  # cosine schedule to zero instead of a constant learning rate
+    centre: bool = (
+        False  # train on x - mean x, where the factors need not carry the mean: same students, better conditioned
+    )
+
+    def lr_at(self, step: int) -> float:
+        rise = min(1.0, (step + 1) / (self.warmup * self.steps)) if self.warmup else 1.0
+        return self.lr * rise * (0.5 * (1 + math.cos(math.pi * step / self.steps)) if self.decay_lr else 1.0)
 
 
 class Constant(nn.Module):
@@ -63,16 +71,16 @@ def distil(
     of every step (k, steps) before its update: column 0 is the warm start's. The gradients are written out because they
     are four lines; a test holds them against autograd.
     """
-    A, B, b = A.clone(), B.clone(), bias.clone()[:, None]
+    mean = x.mean(0) if recipe.centre else torch.zeros_like(x[0])
+    A, B, b = A.clone(), B.clone(), (bias + (B @ (A @ mean)[..., None])[..., 0])[:, None]
     for parameter in (A, B, b):
         parameter.grad = torch.zeros_like(parameter)
     optimiser = torch.optim.AdamW([A, B, b], lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     losses = x.new_empty(len(A), recipe.steps)
     for step in range(recipe.steps):
-        if recipe.decay_lr:
-            optimiser.param_groups[0]["lr"] = recipe.lr * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+        optimiser.param_groups[0]["lr"] = recipe.lr_at(step)
         rows = [torch.randint(len(x), (recipe.batch,), generator=g).to(x.device) for g in batches]
-        inputs = torch.stack([x[i] for i in rows])
+        inputs = torch.stack([x[i] for i in rows]) - mean
         targets = torch.stack([y[i] for y, i in zip(outputs, rows)])
         hidden = torch.bmm(inputs, A.mT)
         losses[:, step], gradient = distillation_loss(torch.baddbmm(b, hidden, B.mT), targets, recipe.cosine_weight)
@@ -81,4 +89,4 @@ def distil(
         torch.sum(gradient, 1, keepdim=True, out=b.grad)
         optimiser.step()
         on_step()
-    return A, B, b[:, 0], losses
+    return A, B, b[:, 0] - (B @ (A @ mean)[..., None])[..., 0], losses

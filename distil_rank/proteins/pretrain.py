@@ -3,15 +3,16 @@
     distil-rank pretrain proteins.fasta.gz --out small.pt --layers 4 --width 64 --tokens 8e6
     distil-rank pretrain proteins.fasta.gz --out small.pt --layers 4 --width 64 --tokens 8e6   # after a crash: goes on
 
-The model is fair-esm's own `ESM2` with its alphabet and token dropout, trained by masked language modelling: 15 % of the residues are
-chosen, of which 80 % become <mask>, 10 % another amino acid, 10 % stay (Lin et al. 2023, after Devlin et al. 2019). AdamW,
-linear warm-up, cosine decay to a tenth. The checkpoint (float16) has fair-esm's format, without contact regression. It
-appears when training is complete; until then `OUT.state` holds what a killed run needs to end bit-equal to an
-undisturbed one (same machine, same number of threads).
+The model is fair-esm's own ESM2 with its alphabet and token dropout, trained by masked language modelling: 15 % of the
+amino acids are chosen, of which 80 % become <mask>, 10 % another one, 10 % stay (Lin et al. 2023, Science 379:1123).
+AdamW, linear warm-up, cosine decay to a tenth. The checkpoint (float16) has fair-esm's format, without contact
+regression. It appears when training is complete; until then OUT.state holds what a killed run needs to end bit-equal to
+an undisturbed one (on the same kind of machine, with the same number of threads). A run that goes on with another
+--tokens follows the new schedule from there; with any other difference it is refused.
 """
 
-import argparse
 import math
+import pickle
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,11 +25,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distil_rank.errors import InputError
-from distil_rank.proteins.fasta import AMINO_ACIDS, clean_proteins, read_fasta
+from distil_rank.proteins.esm2 import CLS, EOS, PAD, tokenise
+from distil_rank.proteins.fasta import clean_proteins, read_fasta
+from distil_rank.proteins.masked import logits_at, mask, new_model, save_checkpoint, write_torch
 from distil_rank.randomness import generator
 
 if TYPE_CHECKING:
     from esm.model.esm2 import ESM2
+
+_POOL = 4096  # proteins among which batches of similar length are formed
 
 
 @dataclass(frozen=True)
@@ -39,12 +44,12 @@ class Config:
     width: int = 64  # features d
     heads: int = 4  # attention heads; width must be a multiple of 2 * heads
     tokens: float = 8e6  # residues to train on, all epochs together
-    batch_tokens: int = 4096  # residues per step, at most
+    batch_tokens: int = 2048  # residues per step with padding, at most
     crop: int = 256  # longer proteins are seen through random windows of this many residues
     learning_rate: float = 2e-3  # highest rate of the schedule
-    warmup: float = 0.05  # fraction of the steps with rising rate
+    warmup: float = 0.05  # fraction of the tokens with rising rate
     weight_decay: float = 0.01  # of matrices; AdamW
-    bf16: bool = False  # bfloat16 matrix products (autocast)
+    bf16: bool = False  # bfloat16 matrix products: 1.5 to 2 times as fast from width 256 on, no gain below
     seed: int = 0  # initial weights, order, crops and masks
     save_every: int = 200  # steps between saved states
 
@@ -57,15 +62,17 @@ def run(config: Config) -> None:
 
 
 def _validate(config: Config) -> None:
-    if config.width % (2 * config.heads) or config.width <= 0:
-        raise InputError(f"required a width divisible by 2 * heads, got {config.width} and {config.heads} heads")
-    for name in ("layers", "heads", "tokens", "batch_tokens", "crop", "learning_rate", "save_every"):
-        if getattr(config, name) <= 0:
+    for name in ("layers", "width", "heads", "tokens", "batch_tokens", "crop", "learning_rate", "save_every"):
+        if not 0 < getattr(config, name) < math.inf:
             raise InputError(f"required {name} above 0, got {getattr(config, name)}")
+    if config.width % (2 * config.heads):
+        raise InputError(f"required a width divisible by 2 * heads, got {config.width} and {config.heads} heads")
     if config.crop > config.batch_tokens:
         raise InputError(
             f"required crop <= batch_tokens, got {config.crop} > {config.batch_tokens}; raise batch_tokens"
         )
+    if not 0 <= config.warmup < 1:
+        raise InputError(f"required a warmup fraction in [0, 1), got {config.warmup}")
     if not config.out.parent.is_dir():
         raise InputError(f"required an existing folder for the checkpoint, got {config.out.parent}; create it")
 
@@ -78,74 +85,56 @@ def train(config: Config, sequences: Sequence[str]) -> "ESM2":
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
     state_path = config.out.with_name(config.out.name + ".state")
-    meaning = {k: str(v) for k, v in asdict(config).items() if k not in ("out", "save_every")}
+    settings = {k: str(v) for k, v in asdict(config).items() if k not in ("out", "tokens", "save_every")}
     step = seen = 0
     if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
-        if state["config"] != meaning:
-            raise InputError(f"{state_path} is the state of a run with other settings; remove it or name another --out")
+        state = _read_state(state_path, settings)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, seen = state["step"], state["seen"]
-    encoded = encode(sequences)
-    started = time.perf_counter(), seen
-    for batch in batches(encoded, config, skip=step):
+    started, seen_before = time.perf_counter(), seen
+    for batch in batches([tokenise([sequence])[0, 1:-1] for sequence in sequences], config, skip=step):
+        if seen >= config.tokens:
+            break
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * schedule(seen / config.tokens, config.warmup)
         tokens, chosen = mask(batch, generator(config.seed, "mask", step))
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
             logits = logits_at(model, tokens, chosen)
-        loss = F.cross_entropy(logits.float(), batch[chosen])
+        loss = F.cross_entropy(logits.float(), batch[chosen], reduction="sum") / max(1, int(chosen.sum()))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step, seen = step + 1, seen + int((batch > 3).sum())
-        if step % config.save_every == 0 or seen >= config.tokens:
-            speed = (seen - started[1]) / (time.perf_counter() - started[0])
+        if step % config.save_every == 0:
+            speed = (seen - seen_before) / (time.perf_counter() - started)
             print(f"step {step}  tokens {seen}  loss {loss.item():.3f}  {speed:.0f} tokens/s", flush=True)
-            _write(
-                state_path,
-                dict(config=meaning, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, seen=seen),
-            )
-        if seen >= config.tokens:
-            break
+            state = {"settings": settings, "step": step, "seen": seen}
+            write_torch(state_path, {**state, "model": model.state_dict(), "optimizer": optimizer.state_dict()})
     save_checkpoint(model, config.out)
-    state_path.unlink()
+    state_path.unlink(missing_ok=True)
     return model
 
 
-def new_model(layers: int, width: int, heads: int, seed: int) -> "ESM2":
-    """fair-esm's ESM2 with matrices drawn from N(0, 1 / (4 width)), biases 0; the global generator is left as it was."""
-    from esm.model.esm2 import ESM2
-
-    with torch.random.fork_rng(devices=[]):
-        model = ESM2(layers, width, heads)
-    weights = generator(seed, "weights")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0, 0.5 * width**-0.5, generator=weights)
-            elif name.endswith("bias"):
-                parameter.zero_()
-    return model
-
-
-def encode(sequences: Sequence[str]) -> list[Tensor]:
-    """fair-esm token ids of each sequence, without <cls> and <eos>."""
-    from esm.data import Alphabet
-
-    index = torch.full((128,), -1)
-    for letter, token in Alphabet.from_architecture("ESM-1b").tok_to_idx.items():
-        if len(letter) == 1:
-            index[ord(letter)] = token
-    return [index[torch.frombuffer(bytearray(sequence.encode()), dtype=torch.uint8).long()] for sequence in sequences]
+def _read_state(path: Path, settings: dict[str, str]) -> dict:
+    try:
+        state = torch.load(path, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise InputError(
+            f"required the state of a training run, got {path}, damaged; remove it to start anew"
+        ) from error
+    different = [name for name, value in settings.items() if state["settings"].get(name) != value]
+    if different:
+        raise InputError(f"{path} is of a run with another {', '.join(different)}; remove it or choose another --out")
+    return state
 
 
 def batches(encoded: Sequence[Tensor], config: Config, skip: int = 0) -> Iterator[Tensor]:
-    """Endless padded batches (n, l + 2) with <cls> and <eos>; each epoch has new crops and a new order; `skip` costs no work.
+    """Endless padded batches (n, l + 2) with <cls> and <eos>; every epoch has new crops and a new order.
 
-    Proteins of similar length share a batch (they are sorted within random pools), at most `batch_tokens` residues each.
+    Proteins of similar length share a batch, at most `batch_tokens` residues with padding each. The first `skip` batches
+    are left out, at no cost.
     """
     lengths = torch.tensor([min(len(tokens), config.crop) for tokens in encoded])
     number, epoch = 0, 0
@@ -153,7 +142,7 @@ def batches(encoded: Sequence[Tensor], config: Config, skip: int = 0) -> Iterato
         order = torch.randperm(len(encoded), generator=generator(config.seed, "order", epoch))
         cuts = torch.rand(len(encoded), generator=generator(config.seed, "crop", epoch))
         groups: list[list[int]] = []
-        for pool in order.split(4096):
+        for pool in order.split(_POOL):
             group: list[int] = []
             for i in pool[lengths[pool].argsort(stable=True)].tolist():
                 if group and (len(group) + 1) * int(lengths[i]) > config.batch_tokens:
@@ -174,25 +163,11 @@ def _crop(tokens: Tensor, crop: int, where: float) -> Tensor:
 
 
 def _padded(rows: Sequence[Tensor]) -> Tensor:
-    """<cls> residues <eos>, padded on the right: fair-esm's ids 0, 2 and 1."""
-    batch = torch.ones(len(rows), max(map(len, rows)) + 2, dtype=torch.long)
+    batch = torch.full((len(rows), max(map(len, rows)) + 2), PAD)
+    batch[:, 0] = CLS
     for out, row in zip(batch, rows):
-        out[0], out[1 : len(row) + 1], out[len(row) + 1] = 0, row, 2
+        out[1 : len(row) + 1], out[len(row) + 1] = row, EOS
     return batch
-
-
-def mask(batch: Tensor, masks: torch.Generator, changed: tuple[float, float] = (0.8, 0.1)) -> tuple[Tensor, Tensor]:
-    """Masked tokens and the chosen positions (bool), both like `batch`: 15 % of the 20 amino acids (X, B, ... never).
-
-    Of those, `changed[0]` become <mask>, `changed[1]` a random amino acid, the others stay.
-    """
-    amino_acids = encode([AMINO_ACIDS])[0]
-    dice, fate = (torch.rand(batch.shape, generator=masks) for _ in range(2))
-    other = amino_acids[torch.randint(20, batch.shape, generator=masks)]
-    chosen = torch.isin(batch, amino_acids) & (dice < 0.15)
-    tokens = torch.where(chosen & (fate < changed[0]), 32, batch)
-    tokens = torch.where(chosen & (fate >= changed[0]) & (fate < sum(changed)), other, tokens)
-    return tokens, chosen
 
 
 def schedule(progress: float, warmup: float) -> float:
@@ -200,56 +175,3 @@ def schedule(progress: float, warmup: float) -> float:
     if progress < warmup:
         return (progress + 1e-3) / (warmup + 1e-3)
     return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1, (progress - warmup) / (1 - warmup))))
-
-
-def logits_at(model: "ESM2", tokens: Tensor, chosen: Tensor) -> Tensor:
-    """model(tokens)["logits"][chosen], with scaled-dot-product attention and the head only where asked: about twice as fast."""
-    padding = tokens.eq(model.padding_idx)
-    x = model.embed_tokens(tokens).masked_fill((tokens == model.mask_idx).unsqueeze(-1), 0.0)
-    observed = (tokens == model.mask_idx).sum(-1) / (~padding).sum(-1)
-    x = x * ((1 - 0.15 * 0.8) / (1 - observed) * ~padding.T).T.unsqueeze(-1)
-    visible = ~padding[:, None, None, :] if padding.any() else None
-    for layer in model.layers:
-        attention = layer.self_attn
-        h = layer.self_attn_layer_norm(x)
-        q, k, v = (
-            project(h).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        q, k = (r.unflatten(0, q.shape[:2]) for r in attention.rot_emb(q.flatten(0, 1), k.flatten(0, 1)))
-        h = _attend(q.to(v.dtype), k.to(v.dtype), v, visible)
-        x = x + attention.out_proj(h.transpose(1, 2).flatten(2))
-        x = x + layer.fc2(F.gelu(layer.fc1(layer.final_layer_norm(x))))
-    return model.lm_head(model.emb_layer_norm_after(x[chosen]))
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-    """Attention (n, heads, l, d / heads); in bfloat16 two plain products, whose backward is twice as fast on CPU."""
-    if v.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    if visible is not None:
-        scores = scores.masked_fill(~visible, -torch.inf)
-    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
-
-
-def save_checkpoint(model: "ESM2", path: Path) -> None:
-    """float16 weights in the format of fair-esm's ESM-2 checkpoints; loads with weights_only=True and Namespace allowed."""
-    described = argparse.Namespace(
-        encoder_layers=model.num_layers,
-        encoder_embed_dim=model.embed_dim,
-        encoder_attention_heads=model.attention_heads,
-        token_dropout=model.token_dropout,
-    )
-    state = {
-        f"encoder.{'' if name.startswith('lm_head') else 'sentence_encoder.'}{name}": value.half()
-        for name, value in model.state_dict().items()
-        if not name.startswith("contact_head")
-    }
-    _write(path, {"cfg": {"model": described}, "model": state})
-
-
-def _write(path: Path, content: object) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(content, temporary)
-    temporary.replace(path)

@@ -11,15 +11,17 @@ Clusters are the connected components of that relation (single linkage), so two 
 always together. Which pairs are compared:
 
 * MMseqs2's sensitive all-against-all search (`mmseqs search -s 7.5`) where `mmseqs` is installed;
-* otherwise pairs that share two similar words on one diagonal: words of 7 letters under two spaced patterns, in a
-  12-letter alphabet that merges L/M, I/V, K/R, E/Q, A/S/T, N/D and F/Y. Time and memory are linear in the number of
-  residues as long as words are rare (about a minute for 50,000 proteins).
+* otherwise pairs that share two similar words on one diagonal: words of 5 to 7 letters under four spaced patterns, in a
+  12-letter alphabet that merges L/M, I/V, K/R, E/Q, A/S/T, N/D and F/Y. The more residues, the longer the words, so that
+  time stays in minutes (50,000 proteins) and memory bounded, and the more distant relatives are missed: how many is
+  measured by `python -m benchmarks.split_recall`. Install MMseqs2 where that matters.
 """
 
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,9 @@ from distil_rank.proteins.fasta import Protein, write_fasta
 from distil_rank.randomness import generator
 
 _CLASSES = ("LM", "IV", "KR", "EQ", "AST", "ND", "FY", "C", "G", "H", "P", "W")
-_PATTERNS = ("1101100111", "111010010011")  # which of the letters at these offsets make the word
+# which of the letters at these offsets make the word; shorter words are the beginnings of these
+_PATTERNS = ("1101100111", "111010010011", "1100101000101011", "11010001011011")
+_LONGEST = {5: 300_000, 6: 3_000_000}  # residues up to which words of 5 and 6 letters are rare enough; beyond, 7
 _HIT_WINDOW = 8  # two words count as one diagonal if their diagonals differ by at most this many residues (small gaps)
 _BUCKET = 400  # a word is paired with at most this many later occurrences of itself (repeats, giant families)
 _RESIDUES_PER_HIT = 300  # chance alone gives long pairs more shared words, so they need one more per so many residues
@@ -69,18 +73,32 @@ def cluster(sequences: Sequence[str], identity: float = 0.3, candidates: str = "
 
 def related(a: str, b: str, identity: float = 0.3) -> bool:
     """Whether two cleaned sequences are near relatives, as defined above."""
+    return aligned_identity(a, b) >= identity
+
+
+def aligned_identity(a: str, b: str) -> float:
+    """Equal residues per column of the best local alignment; 0 where it scores too little or spans too little."""
     import parasail
 
     if not a or not b or a == b:
-        return a == b
+        return float(a == b)
     if len(a) > len(b):
         a, b = b, a
     blosum = parasail.blosum62
-    least = min(60.0, sum(int(blosum.matrix[k, k]) for k in blosum.mapper[list(a[:40].encode())]) / 2)
+    least = min(60.0, sum(map(_self_scores().__getitem__, a[:40])) / 2)
     if parasail.sw_striped_sat(a, b, 11, 1, blosum).score < least:
-        return False
+        return 0.0
     best = parasail.sw_stats_striped_sat(a, b, 11, 1, blosum)
-    return best.matches >= identity * best.length and 2 * best.length >= len(a)
+    return best.matches / best.length if 2 * best.length >= len(a) else 0.0
+
+
+@cache
+def _self_scores() -> dict[str, int]:
+    """What a letter scores against itself; the package's own table is slow to index."""
+    import parasail
+
+    table = parasail.blosum62.matrix.copy()
+    return {chr(code): int(table[row, row]) for code, row in enumerate(parasail.blosum62.mapper) if code < 128}
 
 
 def split(labels: NDArray[np.int64], fractions: Sequence[float], seed: int = 0) -> list[NDArray[np.int64]]:
@@ -117,7 +135,7 @@ def _by_words(sequences: Sequence[str]) -> Iterator[NDArray[np.int64]]:
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     owner = np.repeat(np.arange(len(sequences)), lengths)
-    tables = [_word_table("".join(sequences), starts, pattern) for pattern in _PATTERNS]
+    tables = [_word_table("".join(sequences), starts, pattern) for pattern in _patterns(int(starts[-1]))]
     hits = np.zeros(len(sequences), dtype=np.int64)  # pairs of words to come, by the sequence of the first
     for words, positions in tables:
         later = np.searchsorted(words, words, side="right") - np.arange(len(words)) - 1
@@ -133,8 +151,14 @@ def _by_words(sequences: Sequence[str]) -> Iterator[NDArray[np.int64]]:
         yield pairs[np.sort(count)[::-1] > expected]
 
 
+def _patterns(residues: int) -> list[str]:
+    weight = next((letters for letters, most in _LONGEST.items() if residues <= most), 7)
+    ends = [[i for i, mark in enumerate(pattern) if mark == "1"][weight - 1] + 1 for pattern in _PATTERNS]
+    return [pattern[:end] for pattern, end in zip(_PATTERNS, ends)]
+
+
 def _word_table(letters: str, starts: NDArray[np.int64], pattern: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Sorted words and the position of each, without words of other letters, of one or two classes, or across two sequences."""
+    """Sorted words and their positions, without words of other letters, of one or two classes, or across sequences."""
     code = np.full(256, -1, dtype=np.int64)
     for number, members in enumerate(_CLASSES):
         code[[ord(letter) for letter in members]] = number
@@ -155,9 +179,9 @@ def _word_table(letters: str, starts: NDArray[np.int64], pattern: str) -> tuple[
 
 
 def _word_pairs(
-    table: tuple[NDArray, NDArray], starts: NDArray[np.int64], owner, low: int, high: int
+    table: tuple[NDArray, NDArray], starts: NDArray[np.int64], owner: NDArray[np.int64], low: int, high: int
 ) -> NDArray[np.int64]:
-    """(first sequence, second sequence, diagonal) packed into integers, for each pair of equal words whose first is in [low, high)."""
+    """(first sequence, second, diagonal) packed into integers, for each pair of equal words with the first in [low, high)."""
     words, positions = table
     n = len(starts) - 1
     alive = np.flatnonzero((positions >= starts[low]) & (positions < starts[high]))
@@ -179,7 +203,8 @@ def _by_search(sequences: Sequence[str]) -> Iterator[NDArray[np.int64]]:
     with tempfile.TemporaryDirectory() as folder:
         fasta, hits = Path(folder, "all.fasta"), Path(folder, "hits.tsv")
         write_fasta(fasta, (Protein(str(i), str(i), sequence) for i, sequence in enumerate(sequences)))
-        command = ["mmseqs", "easy-search", fasta, fasta, hits, Path(folder, "work"), "-s", "7.5", "-e", "10"]
+        files = [str(fasta), str(fasta), str(hits), str(Path(folder, "work"))]
+        command = ["mmseqs", "easy-search", *files, "-s", "7.5", "-e", "10"]
         done = subprocess.run(
             [*command, "--format-output", "query,target"], capture_output=True, text=True, check=False
         )

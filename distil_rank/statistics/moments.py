@@ -126,8 +126,13 @@ class Moments:
                 count, mean, scatter = (file.get_tensor(key) for key in ("count", "mean", "scatter"))
         except SafetensorError as error:
             raise ValueError(f"a safetensors file of moments required, got {path}: {error}") from None
-        moments = cls(len(mean))
-        moments.count, moments.mean, moments._upper = float(count), mean, scatter
+        return cls.from_state({"count": count, "mean": mean, "scatter": scatter})
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> Moments:
+        """Moments from what `state` returned."""
+        moments = cls(len(state["mean"]))
+        moments.count, moments.mean, moments._upper = float(state["count"]), state["mean"], state["scatter"]
         return moments
 
 

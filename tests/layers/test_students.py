@@ -1,3 +1,4 @@
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,6 +62,25 @@ def test_step_0_is_the_warm_start_and_the_start_is_left_alone():
         expected = reference.combined_loss(x[rows] @ A[i].T @ B[i].T + b[i], outputs[i][rows], 0.1)
         torch.testing.assert_close(losses[i, 0], expected)
     assert all(torch.equal(old, new) for old, new in zip(before, (A, B, b)))
+
+
+def test_centring_changes_the_path_and_not_the_student():
+    x, outputs, A, B, b = problem()
+    batches = lambda: [generator(s, "batches") for s in range(3)]  # noqa: E731
+    x = x + 5
+    outputs = outputs + 1
+    runs = [distil(x, outputs, A, B, b, Recipe(steps=2, centre=c), batches()) for c in (False, True)]
+    torch.testing.assert_close(runs[0][3][:, 0], runs[1][3][:, 0])
+    still = distil(x, outputs, A, B, b, Recipe(steps=1, centre=True, lr=0.0, weight_decay=0.0), batches())
+    for found, start in zip(still[:3], (A, B, b)):
+        torch.testing.assert_close(found, start)
+
+
+def test_the_learning_rate_rises_then_falls_to_zero():
+    rates = [Recipe(steps=100, warmup=0.1, decay_lr=True).lr_at(step) for step in range(100)]
+    assert rates[0] == pytest.approx(3e-4, rel=1e-3) and max(rates) == rates[9]
+    assert rates[9:] == sorted(rates[9:], reverse=True) and rates[-1] < 1e-5
+    assert {Recipe(steps=100).lr_at(step) for step in range(100)} == {3e-3}
 
 
 def test_training_lowers_the_loss_and_two_runs_are_bit_equal():

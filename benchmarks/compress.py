@@ -1,0 +1,294 @@
+"""The bars of compression, measured on real ESM-2 embeddings and on this repository's small models.
+
+    python -m benchmarks.compress                  # everything but `large`
+    python -m benchmarks.compress cells int8       # some parts
+    python -m benchmarks.compress large            # a random ESM-2 of the 650M shape: about 10 GB, some minutes
+
+Each part replaces its own entry of benchmarks/results/compress.json. Real data: $DISTIL_RANK_DATA or ../shared/data beside
+the checkout.
+"""
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distil_rank.layers.heads import compress_head
+from distil_rank.layers.prior import FOLDS, blended_spectrum
+from distil_rank.layers.quantise import certify_int8, equal_bytes_curve, imitated, quantise
+from distil_rank.layers.solutions import Drift, spectrum_from_inputs
+from distil_rank.layers.tasks import task_change
+from distil_rank.layers.teachers import random_teacher, spectral_teacher, task_trained_teachers
+from distil_rank.proteins.embedding_files import load_matrix
+from distil_rank.randomness import generator
+from distil_rank.records import ROOT, environment, read_json, sha256, write_json
+from distil_rank.statistics.intervals import t_interval
+from distil_rank.statistics.moments import Moments
+from tests.reference_compress import BASELINES, fvu
+
+SCHEMA = "distil-rank/benchmark-compress/1"
+RESULT = ROOT / "benchmarks" / "results" / "compress.json"
+DATA = Path(os.environ.get("DISTIL_RANK_DATA", ROOT.parent / "shared" / "data"))
+
+
+def peptides() -> tuple[Tensor, Tensor]:
+    folder = DATA / "esm2_8m_peptides"
+    return load_matrix(folder / "embeddings_train.pt").double(), load_matrix(folder / "embeddings_val.pt").double()
+
+
+def gb1() -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
+    parts = [np.load(DATA / "esm2_8m_gb1" / f"{name}.npz") for name in ("train", "valid")]
+    x = [torch.from_numpy(part["X"]).double() for part in parts]
+    return x[0], x[1], parts[0]["y"].astype(np.float64), parts[1]["y"].astype(np.float64)
+
+
+def teachers(x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Weight and bias (float64) of the benchmark's three teachers for these rows."""
+    layers = {
+        "Random": random_teacher(x.shape[1], 0),
+        "Task-Trained": task_trained_teachers(x.float(), [0])[0],
+        "Spectral": spectral_teacher(x.shape[1], 0),
+    }
+    return {name: (layer.weight.detach().double(), layer.bias.detach().double()) for name, layer in layers.items()}
+
+
+def subset(x: Tensor, n: int, draw: int) -> Tensor:
+    return x[torch.randperm(len(x), generator=generator(draw, "calibration draw"))[:n]]
+
+
+def summary(values: list[float] | np.ndarray) -> dict[str, float]:
+    """Mean with its Student interval."""
+    low, high = t_interval(values)
+    return {"value": float(np.mean(values)), "low": low, "high": high}
+
+
+def cells() -> dict[str, Any]:
+    """Held-out FVU of the closed form against other layer compressors, over data x teachers x ranks x rows x draws."""
+    records = []
+    train, val = peptides()
+    variants, variants_val, _, _ = gb1()
+    for data, (x, held) in {"peptides": (train, val), "GB1 variants": (variants, variants_val)}.items():
+        for teacher, (W, c) in teachers(x).items():
+            for n in (200, 1000, len(x)):
+                for draw in range(3 if n < len(x) else 1):
+                    rows = subset(x, n, draw)
+                    spectrum = spectrum_from_inputs(W, Moments.of(rows))
+                    for rank in (8, 16, 32, 64):
+                        A, B, bias = (p.detach() for p in factors(spectrum.student(W, c, rank)))
+                        record = {"data": data, "teacher": teacher, "n": n, "draw": draw, "rank": rank}
+                        record["optimum"] = fvu(W, c, (A, B, bias), held)
+                        for name, method in BASELINES.items():
+                            record[name] = fvu(W, c, method(W, c, rows, rank, refit=False), held)
+                            record[f"{name}, refitted"] = fvu(W, c, method(W, c, rows, rank, refit=True), held)
+                        records.append(record)
+    against = {}
+    for name in [k for k in records[0] if k not in ("data", "teacher", "n", "draw", "rank", "optimum")]:
+        log_ratio = np.log([r[name] / r["optimum"] for r in records])
+        against[name] = {
+            "share_no_worse": float(np.mean(log_ratio >= -1e-9)),
+            "share_no_worse_within_1e-3": float(np.mean(log_ratio >= -1e-3)),
+            "smallest_ratio": float(np.exp(log_ratio.min())),
+            "mean_log_ratio": summary(log_ratio),
+            "median_ratio": float(np.exp(np.median(log_ratio))),
+        }
+    return {"cells": len(records), "against": against, "records": records}
+
+
+def factors(student: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    return student.A.weight, student.B.weight, student.B.bias
+
+
+def prior() -> dict[str, Any]:
+    """Fifty proteins with and without a prior, in domain (other peptides) and out of it (variants of one protein)."""
+    train, val = peptides()
+    variants, _, _, _ = gb1()
+    records = []
+    for teacher, (W, c) in teachers(train).items():
+        for rank in (16, 64):
+            full = spectrum_from_inputs(W, Moments.of(train)).student(W, c, rank)
+            full_fvu = fvu(W, c, detached(full), val)
+            for draw in range(10):
+                order = torch.randperm(len(train), generator=generator(draw, "fifty proteins"))
+                own, others = train[order[:50]], train[order[50:]]
+                folds = [Moments.of(own[f::FOLDS]) for f in range(FOLDS)]
+                record = {"teacher": teacher, "rank": rank, "draw": draw, "full_data": full_fvu}
+                alone = spectrum_from_inputs(W, Moments.of(own)).student(W, c, rank)
+                record["no_prior"] = fvu(W, c, detached(alone), val)
+                for name, rows in (("in_domain", others), ("out_of_domain", variants)):
+                    spectrum, blend = blended_spectrum(W, c, "input", folds, Moments.of(rows), rank, rank)
+                    record[name] = fvu(W, c, detached(spectrum.student(W, c, rank)), val)
+                    record[f"{name}_weight"] = blend.weight
+                records.append(record)
+    return {
+        "proteins": 50,
+        "in_domain_over_full_data": summary([r["in_domain"] / r["full_data"] for r in records]),
+        "no_prior_over_full_data": summary([r["no_prior"] / r["full_data"] for r in records]),
+        "worst_in_domain_over_full_data": max(r["in_domain"] / r["full_data"] for r in records),
+        "worst_out_of_domain_over_no_prior": max(r["out_of_domain"] / r["no_prior"] for r in records),
+        "mean_out_of_domain_over_no_prior": summary([r["out_of_domain"] / r["no_prior"] for r in records]),
+        "records": records,
+    }
+
+
+def detached(student: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    A, B, bias = factors(student)
+    return A.detach(), B.detach(), bias.detach()
+
+
+def int8() -> dict[str, Any]:
+    """Extra held-out FVU of eight-bit factors at the same rank, and the best precision at equal bytes."""
+    train, val = peptides()
+    same, curves = [], {}
+    for teacher, (W, c) in teachers(train).items():
+        moments = Moments.of(train)
+        spectrum = spectrum_from_inputs(W, moments)
+        fitted, held = Drift.none(W, c, moments), Drift.none(W, c, Moments.of(val))
+        for rank in (8, 16, 32, 64, 128):
+            student = spectrum.student(W, c, rank)
+            found = certify_int8(student, quantise(student, imitated(student, fitted)), held)
+            same.append(
+                {"teacher": teacher, "rank": rank, "low_rank": found.low_rank, "quantisation": found.quantisation}
+            )
+            same[-1] |= {"fvu": found.fvu, "extra": found.fvu / found.low_rank - 1, "bytes": found.bytes}
+        budgets = [4 * (2 * 320 * r + 320) for r in (8, 16, 32, 64)]
+        curves[teacher] = equal_bytes_curve(
+            lambda r, s=spectrum, W=W, c=c: s.student(W, c, r), fitted, held, 320, 320, budgets
+        )
+    factors_won = []
+    for curve in curves.values():
+        for size in {point["bytes"] for point in curve}:
+            at = {point["precision"]: point["fvu"] for point in curve if point["bytes"] == size}
+            factors_won.append(at["float32"] / at["int8"])
+    return {
+        "worst_extra_fvu_at_same_rank": max(s["extra"] for s in same),
+        "float32_over_int8_fvu_at_equal_bytes": {
+            "median": float(np.median(factors_won)),
+            "smallest": min(factors_won),
+            "largest": max(factors_won),
+        },
+        "same_rank": same,
+        "equal_bytes": curves,
+    }
+
+
+def head() -> dict[str, Any]:
+    """An MLP head on real ESM-2 embeddings of GB1 variants, compressed 10 x: Spearman with the measured fitness."""
+    x, held, y, y_held = (t.float() if isinstance(t, Tensor) else t for t in gb1())
+    mean, scale = x.mean(0), x.std(0)
+    x, held = (x - mean) / scale, (held - mean) / scale
+    target = torch.from_numpy((y - y.mean()) / y.std()).float()
+    records = []
+    for seed in range(3):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            mlp = nn.Sequential(nn.Linear(320, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 1))
+        optimiser = torch.optim.AdamW(mlp.parameters(), lr=1e-3, weight_decay=0.1)
+        batches = generator(seed, "GB1 batches")
+        for _ in range(600):
+            rows = torch.randint(len(x), (128,), generator=batches)
+            loss = (mlp(x[rows])[:, 0] - target[rows]).square().mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        mlp.eval().requires_grad_(False)
+        bytes = 4 * sum(p.numel() for p in mlp.parameters()) // 10
+        for metric, eight in (("own", False), ("next", False), ("output", False), ("own", True), ("output", True)):
+            small, certificate = compress_head(mlp, x, held, bytes=bytes, metric=metric, int8=eight, seed=seed)
+            change = task_change(mlp(held), small(held), y_held, seed)
+            record = {"seed": seed, "metric": metric, "int8": eight, "flops_ratio": certificate["flops_ratio"]}
+            record |= {"bytes_ratio": certificate["bytes_before"] / certificate["bytes_after"], "task": change}
+            record |= {
+                "output_fvu": certificate["output_fvu"]["held_out"],
+                "ranks": [r["rank"] for r in certificate["layers"]],
+            }
+            records.append(record)
+    return {"n_train": len(x), "n_val": len(held), "records": records}
+
+
+def models() -> dict[str, Any]:
+    """Ranks and baselines on whole models; those named in $COMPRESS_MODELS only, the rest kept as they were."""
+    from benchmarks.compress_models import MODELS, compare_models
+
+    wanted = os.environ.get("COMPRESS_MODELS", " ".join(MODELS)).split()
+    found = compare_models(DATA, wanted)
+    known = read_json(RESULT, SCHEMA).get("models", {}).get("models", {}) if RESULT.is_file() else {}
+    return {**found, "models": {**known, **found["models"]}}
+
+
+def large() -> dict[str, Any]:
+    """A random ESM-2 of the 650M shape (33 layers, 1280 wide): seconds and peak memory of its compression."""
+    import esm
+
+    from distil_rank.layers.models import compress_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = esm.ESM2(33, 1280, 20, "ESM-1b").eval().requires_grad_(False)
+    loaded = peak()
+    source = generator(0, "tokens")
+    batches = [torch.randint(4, 24, (2, 258), generator=source) for _ in range(3)]
+    for tokens in batches:
+        tokens[:, 0], tokens[:, -1] = 0, 2
+    start, used = time.perf_counter(), time.process_time()
+    _, report = compress_model(model, batches, ratio=0.5, memory=2 << 30)
+    seconds, used = time.perf_counter() - start, time.process_time() - used
+    return {
+        "parameters": report.parameters,
+        "parameters_after": report.parameters_after,
+        "residues": sum(b.shape[0] * (b.shape[1] - 2) for b in batches),
+        "seconds": seconds,
+        "processor_seconds": used,
+        "peak_gb": peak(),
+        "peak_gb_before": loaded,
+        "threads": torch.get_num_threads(),
+        "machine_dependent": ["seconds", "processor_seconds", "peak_gb", "peak_gb_before"],
+    }
+
+
+def peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kilobytes on Linux
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "cells": cells,
+    "prior": prior,
+    "int8": int8,
+    "head": head,
+    "models": models,
+    "large": large,
+}
+
+
+def main(names: list[str]) -> None:
+    unknown = set(names) - set(PARTS)
+    if unknown:
+        raise SystemExit(f"parts out of {', '.join(PARTS)} required, got {', '.join(sorted(unknown))}")
+    for name in names or [n for n in PARTS if n != "large"]:
+        start = time.perf_counter()
+        found = PARTS[name]()
+        record = read_json(RESULT, SCHEMA) if RESULT.is_file() else {"schema": SCHEMA}
+        record[name] = {**found, "environment": environment(), "part_seconds": time.perf_counter() - start}
+        record["data"] = {
+            "peptides": {
+                "source": "UniDL4BioPep, ESM-2 8M",
+                "sha256": sha256(DATA / "esm2_8m_peptides/embeddings_train.pt"),
+            },
+            "gb1": {"source": "GB1 of plm-finetune-eval, ESM-2 8M", "sha256": sha256(DATA / "esm2_8m_gb1/train.npz")},
+        }
+        RESULT.parent.mkdir(parents=True, exist_ok=True)
+        write_json(RESULT, record)
+        print(f"{name}: {record[name]['part_seconds']:.0f} s")
+        for key, value in found.items():
+            if key not in ("records", "same_rank", "equal_bytes", "models"):
+                print(f"  {key}: {value}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

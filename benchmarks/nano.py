@@ -1,0 +1,183 @@
+"""Train, measure and use the nano family: small models of the ESM-2 architecture on real proteins (not ESM-2).
+
+    python -m benchmarks.nano train nano-64 work/        # one size; resumable; writes models/nano-64.pt
+    python -m benchmarks.nano evaluate                   # held-out perplexity by size: models/nano.json
+    python -m benchmarks.nano card                       # models/README.md from models/nano.json
+    python -m benchmarks.nano embed work/                # embeddings_{train,val}.pt of held-out proteins, by the largest
+
+The proteins and the split are those of `benchmarks.nano_data` and need the shared data folder.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.nano_data import input_hashes, split
+from distil_rank.proteins import embeddings, pretrain
+from distil_rank.proteins.fasta import AMINO_ACIDS, Protein, write_fasta
+from distil_rank.proteins.masked import load_checkpoint, masked_losses, new_model
+from distil_rank.proteins.pretrain import Config
+from distil_rank.randomness import generator
+from distil_rank.records import ROOT, config_record, environment, interval, read_json, sha256, write_json, write_text
+from distil_rank.statistics.intervals import bootstrap_counts, percentile_interval
+
+MODELS = ROOT / "models"
+TRAIN = Path("train.fasta.gz")
+NOTE = (
+    "nano-128 and nano-256 were begun with larger budgets (3e6; 6e6, then 3e6) and continued with --tokens 2e6 after "
+    "1.00e6 and 1.16e6 residues, so up to there their learning rate fell more slowly than a single run's."
+)
+SIZES = {
+    "nano-64": Config(TRAIN, Path("nano-64.pt"), layers=4, width=64, heads=4, tokens=2e6, learning_rate=3e-3),
+    "nano-128": Config(TRAIN, Path("nano-128.pt"), layers=6, width=128, heads=4, tokens=2e6),
+    "nano-256": Config(
+        TRAIN, Path("nano-256.pt"), layers=6, width=256, heads=4, tokens=2e6, crop=192, learning_rate=1e-3, bf16=True
+    ),
+}
+
+
+def train(name: str, folder: Path) -> None:
+    if not (folder / TRAIN).exists():
+        write_fasta(folder / TRAIN, split().train)
+    config = SIZES[name]
+    pretrain.run(replace(config, fasta=folder / TRAIN, out=folder / config.out))
+    shutil.copy(folder / config.out, MODELS / config.out)
+
+
+def evaluate() -> None:
+    """Perplexity of each size on the same masked residues, so that differences between sizes are paired."""
+    parts = split()
+    sequences = [protein.sequence[:512] for protein in parts.held_out[::4]]
+    draws = bootstrap_counts(len(sequences), 1000, generator(0, "bootstrap")).numpy()
+    models, before = {}, None
+    untrained = {name: new_model(c.layers, c.width, c.heads, c.seed) for name, c in SIZES.items()}
+    for name, config in SIZES.items():
+        model = load_checkpoint(MODELS / f"{name}.pt")
+        sums, counts = masked_losses(model, sequences)
+        untrained_sums, _ = masked_losses(untrained[name].eval(), sequences[::10])
+        sampled = (draws @ sums) / (draws @ counts)
+        value = float(np.exp(sums.sum() / counts.sum()))
+        card = {
+            "sha256": sha256(MODELS / f"{name}.pt"),
+            "parameters": sum(p.numel() for p in {id(p): p for p in model.parameters()}.values()),
+            "config": config_record(config),
+            "perplexity": interval(value, *percentile_interval(np.exp(sampled)), False),
+            "perplexity_untrained": float(np.exp(untrained_sums.sum() / counts[::10].sum())),
+        }
+        if before is not None:
+            ratio = float(np.exp((sums - before).sum() / counts.sum()))
+            drawn = np.exp((draws @ (sums - before)) / (draws @ counts))
+            card["perplexity_over_next_smaller"] = interval(ratio, *percentile_interval(drawn), False)
+        models[name], before = card, sums
+        print(name, card["perplexity"], card.get("perplexity_over_next_smaller"), flush=True)
+    record = {
+        "schema": "nano/1",
+        "label": "nano: small models of the ESM-2 architecture trained on public proteins; not ESM-2",
+        "data": {
+            "inputs_sha256": input_hashes(),
+            "heldout_list_sha256": sha256(MODELS / "nano-heldout.txt"),
+            "train_proteins": len(parts.train),
+            "train_residues": sum(len(protein.sequence) for protein in parts.train),
+            "heldout_proteins": len(parts.held_out),
+            "heldout_clusters": len(set(parts.clusters)),
+            "measured_proteins": len(sequences),
+            "dropped_as_related_to_train": parts.dropped,
+            "masked_residues": int(counts.sum()),
+            "unigram": unigram(parts.train, sequences),
+        },
+        "note": NOTE,
+        "models": models,
+        "environment": environment(),
+        "machine_dependent": ["environment"],
+    }
+    write_json(MODELS / "nano.json", record)
+
+
+def unigram(train: list[Protein], held_out: list[str]) -> float:
+    """Perplexity of predicting every residue from the amino-acid frequencies of the training proteins."""
+
+    def counts(sequences: Iterable[str]) -> np.ndarray:
+        return np.array([[s.count(a) for a in AMINO_ACIDS] for s in sequences]).sum(0)
+
+    frequencies, seen = counts(protein.sequence for protein in train), counts(held_out)
+    return float(np.exp(-(seen * np.log(frequencies / frequencies.sum())).sum() / seen.sum()))
+
+
+CARD = """\
+# The nano family
+
+Small protein language models with **ESM-2's architecture**, trained for this project on public proteins so that it runs
+and is tested without a download. They are not ESM-2 and know far less: use them to try things, not for biology.
+
+| model | layers x width | parameters | residues seen | held-out perplexity (95 %) | over the next smaller (95 %) | untrained |
+|---|---|---|---|---|---|---|
+{rows}
+
+* **Perplexity**: exp of the mean cross-entropy of {masked_residues:,} masked residues (15 %, every one replaced by
+  `<mask>`) in every fourth held-out protein ({measured_proteins:,}, their first 512 residues). Intervals: bootstrap over
+  proteins; the ratios compare the same residues. Predicting with the frequencies of the 20 amino acids gives {unigram:.2f}.
+* **Data**: {train_proteins:,} distinct sequences with {train_residues:,} residues from Pfam domains (maalbadri/esm2_pfam, MIT),
+  human, yeast and *E. coli* Swiss-Prot proteins (Wang-lab-UCSD/TUnA, MIT) and DeepLoc (HannesStark/protein-localization,
+  MIT). {heldout_proteins:,} proteins of {heldout_clusters:,} clusters are held out: `nano-heldout.txt` lists what was not
+  trained on, and {dropped_as_related_to_train:,} of the list, in one cluster with a
+  trained protein, are not used for results (`distil_rank/proteins/splits.py`).
+* **Training**: masked language modelling (15 %, 80/10/10), fair-esm's own `ESM2` class, AdamW, cosine schedule; on two
+  shared CPU cores. {note}
+* **Format**: fair-esm checkpoints, float16, without contact regression. `distil-rank embed --model nano-256` finds them.
+* **Made by** `python -m benchmarks.nano`; every figure here stands in `nano.json`.
+"""
+
+
+def card() -> None:
+    """models/README.md: a pure function of models/nano.json."""
+    record = read_json(MODELS / "nano.json", "nano/1")
+
+    def cell(metric: dict | None, digits: int) -> str:
+        return (
+            f"{metric['value']:.{digits}f} ({metric['low']:.{digits}f} to {metric['high']:.{digits}f})"
+            if metric
+            else ""
+        )
+
+    rows = [
+        f"| {name} | {m['config']['layers']} x {m['config']['width']} | {m['parameters']:,} | {m['config']['tokens']:,.0f} "
+        f"| {cell(m['perplexity'], 2)} | {cell(m.get('perplexity_over_next_smaller'), 4)} | {m['perplexity_untrained']:.1f} |"
+        for name, m in record["models"].items()
+    ]
+    write_text(MODELS / "README.md", CARD.format(rows="\n".join(rows), note=record["note"], **record["data"]))
+
+
+def embed(folder: Path) -> None:
+    """Held-out proteins of up to 1022 residues, by the largest model, split by clusters; copied to the top level."""
+    fasta, store = folder / "heldout.fasta.gz", folder / "store"
+    write_fasta(fasta, (protein for protein in split().held_out if len(protein.sequence) <= 1022))
+    embeddings.run(embeddings.Config(fasta, "nano-256", store, dtype="float16", split=0.2))
+    for name in ("embeddings_train.pt", "embeddings_val.pt"):
+        rows = torch.load(store / name, weights_only=True).clone()
+        temporary = ROOT / f"{name}.tmp{os.getpid()}"
+        torch.save(rows, temporary)
+        temporary.replace(ROOT / name)
+    card = json.loads((store / "embeddings.json").read_text())
+    card |= {"data": input_hashes(), "note": "real proteins held out from the training of nano-256 (models/README.md)"}
+    write_json(ROOT / "embeddings.json", card)
+
+
+if __name__ == "__main__":
+    command, *arguments = sys.argv[1:]
+    if command == "train":
+        train(arguments[0], Path(arguments[1]))
+    elif command == "evaluate":
+        evaluate()
+    elif command == "card":
+        card()
+    elif command == "embed":
+        embed(Path(arguments[0]))
+    else:
+        sys.exit(__doc__)

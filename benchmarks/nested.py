@@ -1,0 +1,207 @@
+"""The bars of the nested wing, measured against the obvious alternative in one run.
+
+    python -m benchmarks.nested                  # everything; several minutes
+    python -m benchmarks.nested --only ridge     # some of it; the other figures stay
+
+stream  one stage, 320 -> 480: joint moments and closed form, against scikit-learn's LinearRegression (one fit on all rows)
+        followed by IncrementalPCA of the residual (partial_fit, its default batch of 5 x 480 rows) on the same float32
+        arrays; both sides alternate on the CPU, with one and with two threads each.
+memory  peak resident memory of the same stage read from embedding stores on disk, by number of residues.
+ridge   nested cross-validation over 5 x 4 folds and 21 penalties, against a loop of scikit-learn's Ridge, same predictions.
+
+Writes benchmarks/results/nested.json and prints it.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+
+from distil_rank.nested.chain import NestedChain
+from distil_rank.nested.ridge import RidgePath
+from distil_rank.nested.rows import TensorRows, joint_moments
+from distil_rank.proteins.store import INDEX, PROVENANCE, SCHEMA, IndexWriter, ShardWriter, shard_path
+from distil_rank.randomness import generator
+from distil_rank.records import ROOT, environment, read_json, write_json
+from tests.reference_nested import ridge_loop
+
+RECORD = "distil-rank/benchmark-nested/1"
+OUT = ROOT / "benchmarks" / "results" / "nested.json"
+SMALL, LARGE, PROTEIN = 320, 480, 250  # widths, residues per protein
+
+
+@dataclass(frozen=True)
+class Config:
+    only: tuple[Literal["stream", "memory", "ridge"], ...] = ("stream", "memory", "ridge")
+    rows: int = 200_000  # residues of the timing; both sides are linear in it
+    rounds: int = 3  # interleaved repetitions
+    residues: tuple[int, ...] = field(default=(250_000, 1_000_000))  # of the memory measurement
+
+
+def arrays(rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Raw embeddings (rows, 320) and (rows, 480), float32, with a common part and falling spectra."""
+    draw = generator(0, "benchmark")
+    latent = torch.randn(rows, 200, generator=draw) * torch.logspace(0, -1, 200)
+    small = latent @ torch.randn(200, SMALL, generator=draw) + 0.3 * torch.randn(rows, SMALL, generator=draw) + 1
+    large = latent @ torch.randn(200, LARGE, generator=draw) + 0.3 * torch.randn(rows, LARGE, generator=draw) + 1
+    return small.numpy(), large.numpy()
+
+
+def ours(small: np.ndarray, large: np.ndarray) -> float:
+    """Residual variance kept by 160 directions, from one pass."""
+    rows = {
+        n: TensorRows(torch.from_numpy(x), [PROTEIN] * (len(x) // PROTEIN)) for n, x in (("s", small), ("l", large))
+    }
+    moments, _ = joint_moments(rows, 0)
+    (stage,) = NestedChain.fit_moments(moments, {"s": SMALL, "l": LARGE}, "ols").stages
+    return float(stage.eigenvalues[: stage.added].sum())
+
+
+def theirs(small: np.ndarray, large: np.ndarray) -> float:
+    from sklearn.decomposition import IncrementalPCA
+    from sklearn.linear_model import LinearRegression
+
+    regression = LinearRegression().fit(small, large)
+    pca = IncrementalPCA(n_components=LARGE - SMALL)
+    batch = 5 * LARGE
+    for start in range(0, len(small) - len(small) % batch, batch):
+        stop = len(small) if start + 2 * batch > len(small) else start + batch
+        pca.partial_fit(large[start:stop] - regression.predict(small[start:stop]))
+    return float(pca.explained_variance_.sum() * (len(small) - 1) / len(small))
+
+
+def stream(config: Config) -> dict[str, Any]:
+    from threadpoolctl import threadpool_limits
+
+    small, large = arrays(config.rows - config.rows % PROTEIN)
+    ours(small[:5000], large[:5000]), theirs(small[:5000], large[:5000])  # warm
+    cases, kept = [], {}
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+        with threadpool_limits(threads):
+            for _ in range(config.rounds):
+                for name, run in (("ours", ours), ("theirs", theirs)):
+                    start = time.perf_counter()
+                    kept[name] = run(small, large)
+                    seconds[name].append(time.perf_counter() - start)
+        ratios = [b / a for a, b in zip(seconds["ours"], seconds["theirs"])]
+        ratio = {"median": median(ratios), "low": min(ratios), "high": max(ratios), "bar": 8}
+        cases.append({"threads": threads, "seconds": seconds, "ratio": ratio})
+    return {"rows": len(small), "cases": cases, "residual_variance_kept_by_160_directions": kept}
+
+
+def write_store(folder: Path, width: int, residues: int) -> None:
+    """A float32 store of residues in the layout of `distil-rank embed`, filled with noise."""
+    folder.mkdir()
+    per_shard = 131_072 // PROTEIN
+    proteins = residues // PROTEIN
+    shards = -(-proteins // per_shard)
+    provenance = {"schema": SCHEMA, "model": f"noise-{width}", "weights_sha256": "", "pool": "residues", "layers": [1]}
+    provenance |= {"dim": width, "dtype": "float32", "compute": "float32", "long": "error", "max_length": 1022}
+    provenance |= {"proteins": proteins, "residues": proteins * PROTEIN, "rows": proteins * PROTEIN, "shards": shards}
+    provenance |= {"proteins_sha256": ""}
+    write_json(folder / PROVENANCE, provenance)
+    draw = generator(width, "store")
+    noise = torch.randn(per_shard * PROTEIN, width, generator=draw)
+    index = IndexWriter(folder)
+    for shard in range(shards):
+        count = min(per_shard, proteins - shard * per_shard)
+        writer = ShardWriter(shard_path(folder, shard), [1], count * PROTEIN, width, torch.float32)
+        writer.write(0, noise[None, : count * PROTEIN])
+        writer.close()
+        for i in range(count):
+            position = shard * per_shard + i
+            index.add(position, str(position), PROTEIN, PROTEIN, str(position), shard, i * PROTEIN)
+    index.close()
+    assert (folder / INDEX).exists()
+
+
+# VmHWM, because ru_maxrss of a child starts at its parent's
+PEAK = """
+import re, sys, torch
+from distil_rank.nested.chain import NestedChain
+from distil_rank.nested.stores import StoreRows
+torch.set_num_threads(1)
+if len(sys.argv) > 1:
+    chain = NestedChain.fit({"s": StoreRows(sys.argv[1]), "l": StoreRows(sys.argv[2])}, "ols", held_out=0)
+    assert chain.dims == {"s": 320, "l": 480}
+print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024)
+"""
+
+
+def peak(*stores: Path) -> int:
+    """Bytes of the largest resident set of a process that fits a chain on these stores, or only imports."""
+    command = [sys.executable, "-c", PEAK, *map(str, stores)]
+    return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+
+
+def memory(config: Config) -> dict[str, Any]:
+    peaks = {}
+    for residues in config.residues:
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [Path(folder) / name for name in ("s", "l")]
+            for path, width in zip(paths, (SMALL, LARGE)):
+                write_store(path, width, residues)
+            peaks[str(residues)] = peak(*paths)
+    return {"peak_bytes": peaks, "bytes_after_import": peak(), "bar": 500_000_000}
+
+
+def ridge(config: Config) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    draw = generator(0, "ridge benchmark")
+    rows = []
+    for n, d in ((400, 320), (400, 1280), (1000, 1280)):
+        x = torch.randn(n, d, generator=draw, dtype=torch.float64) * torch.logspace(0, -2, d)
+        y = x @ torch.randn(d, generator=draw, dtype=torch.float64) + torch.randn(
+            n, generator=draw, dtype=torch.float64
+        )
+        fold = torch.arange(n) % 5
+        RidgePath(x[:50]).nested(y[:50], fold[:50])  # warm
+        seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+        for _ in range(config.rounds):
+            start = time.perf_counter()
+            path = RidgePath(x)
+            fast, chosen = path.nested(y, fold)
+            seconds["ours"].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            slow, slow_chosen = ridge_loop(x.numpy(), y.numpy(), fold.numpy(), path.penalties.numpy())
+            seconds["theirs"].append(time.perf_counter() - start)
+        ratios = [b / a for a, b in zip(seconds["ours"], seconds["theirs"])]
+        assert np.allclose(chosen.numpy(), slow_chosen)
+        rows.append(
+            {
+                "n": n,
+                "d": d,
+                "seconds": seconds,
+                "ratio": {"median": median(ratios), "low": min(ratios), "high": max(ratios), "bar": 10},
+                "largest_difference": float(np.abs(fast.numpy() - slow).max() / np.abs(slow).max()),
+            }
+        )
+    return {"threads": 1, "cases": rows}
+
+
+MEASUREMENTS: dict[str, Callable[[Config], dict[str, Any]]] = {"stream": stream, "memory": memory, "ridge": ridge}
+
+
+def run(config: Config) -> None:
+    record = read_json(OUT, RECORD) if OUT.exists() else {"schema": RECORD, "widths": [SMALL, LARGE]}
+    for name in config.only:
+        record[name] = {**MEASUREMENTS[name](config), "environment": environment()}
+        OUT.parent.mkdir(exist_ok=True)
+        write_json(OUT, record)
+        print(name, json.dumps({k: v for k, v in record[name].items() if k != "environment"}, indent=1))
+
+
+if __name__ == "__main__":
+    run(tyro.cli(Config, description=__doc__))

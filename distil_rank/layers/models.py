@@ -1,0 +1,261 @@
+"""Compress every linear layer of a model under one budget.
+
+    small, report = compress_model(model, batches, ratio=0.5)
+
+Any nn.Module: fair-esm ESM2, transformers EsmModel, EsmForMaskedLM, GPT-2 (whose Conv1D counts as a linear layer). `batches` are
+what the model is called with: token tensors, mappings (model(**batch)) or tuples (model(*batch)).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distil_rank.errors import InputError
+from distil_rank.layers.calibration import MEMORY, Fidelity, Mask, collect, measure, spectrum
+from distil_rank.layers.lowrank import LowRankLinear
+from distil_rank.layers.prior import FOLDS, Blend, blended_spectrum
+from distil_rank.layers.ranks import METHODS, Allocation, Layer, allocate
+from distil_rank.layers.sites import Batch, Site, evaluating, find_sites, trace
+from distil_rank.layers.solutions import Spectrum
+from distil_rank.statistics.moments import Moments
+
+Loss = Callable[[nn.Module, Batch], Tensor]  # summed over the predicted tokens of a batch
+Prior = Mapping[str, tuple[str, Moments]]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What happened to one linear layer."""
+
+    name: str
+    d_in: int
+    d_out: int
+    rank: int | None  # None: dense
+    note: str  # why it stayed dense, or ""
+    parameters: int  # before, bias excluded
+    parameters_after: int
+    fvu: float | None = None  # expected on the calibration rows, which is the floor there
+    held_out_fvu: float | None = None  # as stored, on the dense model's held-out activations
+    held_out_floor_fvu: float | None = None  # no student of this rank is below it there
+    prior_weight: float | None = None
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """The whole compression, as it goes into the JSON."""
+
+    ratio: float | None
+    method: str
+    unit: str
+    sequential: bool
+    layers: list[LayerReport]
+    parameters: int  # of the whole model
+    parameters_after: int
+    allocation: dict[str, Any] | None  # cost, loss, Lagrange bound, relative gap, multiplier
+
+    @property
+    def mean_fvu(self) -> float:
+        """Over all chosen layers, dense ones counting 0; held out where measured."""
+        values = [x.fvu if x.held_out_fvu is None else x.held_out_fvu for x in self.layers if x.rank is not None]
+        return sum(v for v in values if v is not None) / max(1, len(self.layers))
+
+    def record(self) -> dict[str, Any]:
+        return {**asdict(self), "mean_fvu": self.mean_fvu}
+
+
+def compress_model(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    ratio: float | None = None,
+    *,
+    ranks: int | Mapping[str, int | None] | None = None,
+    method: str = "budget",
+    unit: str = "parameters",
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    held_out: Iterable[Batch] | None = None,
+    mask: Mask | None = None,
+    loss: Loss | None = None,
+    sequential: bool = False,
+    prior: Prior | None = None,
+    never_slower: bool = True,
+    memory: int = MEMORY,
+) -> tuple[nn.Module, ModelReport]:
+    """Copy of `model` whose linear layers (names matching `include` and not `exclude`) are low-rank, and what was lost.
+
+    ratio: parameters (or FLOPs, `unit`) of those layers after / before, in (0, 1]; or `ranks`, one for all or by name.
+    method: uniform, energy or budget (see `ranks`). loss: weigh layers by the gradient of this loss (see `sensitivity`).
+    mask(batch): positions (B, T) that count; by default those that are neither padding nor special tokens.
+    sequential: fit each block on what the compressed blocks before it put out. never_slower: factors that would not be smaller
+    stay dense. The model itself is not changed.
+    """
+    batches = list(batches)
+    check_request(batches, ratio, ranks, method, unit)
+    sites = find_sites(model, include, exclude)
+    with evaluating(model):
+        calls = trace(model, batches[0], sites)
+    called = [s for s in sites if s.name in calls]
+    if not called:
+        raise InputError("a linear layer that runs in the forward pass required, none of the chosen ones was called")
+    from distil_rank.layers.sensitivity import layer_importance
+
+    importance = layer_importance(model, batches, called, calls, loss, mask) if loss is not None else {}
+    spectra: dict[str, Spectrum] = {}
+    blends: dict[str, Blend] = {}
+    guess = _guess(ranks, ratio)
+    for part in collect(model, batches, called, calls, mask, FOLDS if prior else 1, memory):
+        for site in called:
+            if site.name not in part:
+                continue
+            statistics, limit = part[site.name], rank_limit(site, never_slower)
+            if limit < 1:
+                continue
+            known = prior.get(site.name) if prior else None
+            if prior and (known is None or known[0] != statistics.side):
+                raise InputError(
+                    f"prior moments of layer {site.name} required, the prior has none; make it with this model"
+                )
+            if known is None:
+                spectra[site.name] = spectrum(site, statistics.side, statistics.moments, limit)
+            else:
+                spectra[site.name], blends[site.name] = blended_spectrum(
+                    site.weight, site.bias, *(statistics.side, statistics.folds, known[1], guess(site), limit)
+                )
+    rows = {name: call.rows if unit == "flops" else 1.0 for name, call in calls.items()}
+    allocation, chosen = choose_ranks(called, spectra, ratio, ranks, method, importance, rows, never_slower)
+    if sequential:
+        from distil_rank.layers.sequential import sequential_students
+
+        small = sequential_students(model, batches, called, calls, chosen, spectra, mask)
+    else:
+        small = replaced(model, {s.name: student_of(s, spectra[s.name], r) for s in called if (r := chosen[s.name])})
+    found: dict[str, Fidelity] = {}
+    if held_out is not None:
+        modules = dict(small.named_modules())
+        students = {s.name: modules[s.name] for s in called if chosen[s.name]}
+        found = measure(model, students, list(held_out), called, calls, mask, memory)
+    reports = [_layer_report(s, s.name in calls, chosen, spectra, found, blends) for s in sites]
+    return small, ModelReport(
+        ratio,
+        method if ranks is None else "given",
+        unit,
+        sequential,
+        reports,
+        count_parameters(model),
+        count_parameters(small),
+        allocation,
+    )
+
+
+def check_request(batches: list, ratio: float | None, ranks: Any, method: str, unit: str) -> None:
+    if not batches:
+        raise InputError("at least one calibration batch required, got none; give proteins")
+    if (ratio is None) == (ranks is None):
+        raise InputError(f"exactly one of ratio and ranks required, got ratio={ratio}, ranks={ranks}")
+    if ratio is not None and not 0 < ratio <= 1:
+        raise InputError(f"ratio must be above 0 and at most 1, got {ratio}; 0.5 halves the linear layers")
+    if method not in METHODS:
+        raise InputError(f"a method out of {', '.join(METHODS)} required, got {method!r}")
+    if unit not in ("parameters", "flops"):
+        raise InputError(f"unit parameters or flops required, got {unit!r}")
+
+
+def rank_limit(site: Site, never_slower: bool) -> int:
+    """Largest rank worth solving for: factors smaller than the dense layer, or any."""
+    full = min(site.d_in, site.d_out)
+    return min(full, (site.parameters - 1) // (site.d_in + site.d_out)) if never_slower else full
+
+
+def _guess(ranks: Any, ratio: float | None) -> Callable[[Site], int]:
+    """A rank near the final one, at which the weight of a prior is chosen."""
+
+    def guess(site: Site) -> int:
+        if ratio is not None:
+            return max(1, int(ratio * site.parameters / (site.d_in + site.d_out)))
+        rank = ranks if isinstance(ranks, int) else ranks.get(site.name)
+        return max(1, min(rank or 1, site.d_in, site.d_out))
+
+    return guess
+
+
+def choose_ranks(
+    sites: Sequence[Site],
+    spectra: Mapping[str, Spectrum],
+    ratio: float | None,
+    ranks: int | Mapping[str, int | None] | None,
+    method: str,
+    importance: Mapping[str, float],
+    rows: Mapping[str, float],
+    never_slower: bool,
+) -> tuple[dict[str, Any] | None, dict[str, int | None]]:
+    """Rank by name (None: dense) and, where they were allocated, the certificate."""
+    if ranks is not None:
+        chosen: dict[str, int | None] = {}
+        for site in sites:
+            rank = ranks if isinstance(ranks, int) else ranks.get(site.name)
+            if rank is not None and rank < 1:
+                raise InputError(f"a rank of at least 1 required, got {rank} for layer {site.name}")
+            rank = None if rank is None else min(rank, site.d_in, site.d_out)
+            chosen[site.name] = rank if rank is not None and rank <= rank_limit(site, never_slower) else None
+        return None, chosen
+    assert ratio is not None
+    layers = [
+        Layer(s.name, s.d_in, s.d_out, _tails(spectra.get(s.name)), importance.get(s.name), rows[s.name]) for s in sites
+    ]
+    found: Allocation = allocate(layers, ratio * sum(x.dense_cost for x in layers), method)
+    fields = ("budget", "cost", "loss", "bound", "gap", "multiplier")
+    return {name: float(getattr(found, name)) for name in fields}, found.ranks
+
+
+def _tails(spectrum: Spectrum | None):
+    return torch.zeros(1).numpy() if spectrum is None else spectrum.tails.cpu().numpy()
+
+
+def student_of(site: Site, spectrum: Spectrum, rank: int) -> LowRankLinear:
+    student = spectrum.student(site.weight, site.bias, rank)
+    return student.train(site.module.training)
+
+
+def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
+    """Deep copy of the model in which the named modules are others; what they replace is not copied."""
+    old = dict(model.named_modules())
+    return copy.deepcopy(model, {id(old[name]): module for name, module in modules.items()})
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters, tied ones counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def _layer_report(
+    site: Site,
+    called: bool,
+    chosen: Mapping[str, int | None],
+    spectra: Mapping[str, Spectrum],
+    found: Mapping[str, Fidelity],
+    blends: Mapping[str, Blend],
+) -> LayerReport:
+    rank = chosen.get(site.name)
+    if rank is None:
+        note = "factors would not be smaller" if called else "not called in the forward pass"
+        return LayerReport(site.name, site.d_in, site.d_out, None, note, site.parameters, site.parameters)
+    held = found.get(site.name)
+    return LayerReport(
+        site.name,
+        site.d_in,
+        site.d_out,
+        rank,
+        "",
+        site.parameters,
+        rank * (site.d_in + site.d_out),
+        spectra[site.name].fvu(rank),
+        held.fvu if held else None,
+        held.floor if held else None,
+        blends[site.name].weight if site.name in blends else None,
+    )

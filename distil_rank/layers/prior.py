@@ -1,0 +1,150 @@
+"""Prior moments: what other proteins say about the covariance, for users with few of their own.
+
+The blend (1 - a) S_own + a S_prior, with a chosen by cross-validation over folds of the user's proteins, is worth far more than
+shrinkage to the identity. Zero is allowed, and a must earn its place: it is used only where the held-out loss falls by
+more than one standard error over the folds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from distil_rank.errors import InputError
+from distil_rank.layers.lowrank import leading_eigenpairs
+from distil_rank.layers.solutions import Spectrum
+from distil_rank.statistics.moments import SCHEMA as MOMENTS_SCHEMA
+from distil_rank.statistics.moments import Moments, symmetric_product
+
+SCHEMA = "distil-rank/model-moments/1"
+WEIGHTS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 1.0)
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Chosen weights of the prior, and the held-out loss they are expected to have, relative to no prior."""
+
+    weight: float  # of the prior covariance
+    mean_weight: float  # of the prior mean
+    relative_loss: float  # cross-validated loss over that without a prior; 1 where the prior is not used
+
+
+def mapped(moments: Moments, matrix: Tensor) -> Moments:
+    """Moments of matrix @ x (k,) from those of x (d,)."""
+    result = Moments(len(matrix), moments.mean.device)
+    result.count, result.mean = moments.count, matrix @ moments.mean
+    result._upper = symmetric_product(matrix @ moments.scatter, matrix.T)
+    return result
+
+
+def merged(parts: list[Moments]) -> Moments:
+    total = Moments(parts[0].dim, parts[0].mean.device)
+    for part in parts:
+        total.merge(part)
+    return total
+
+
+def blended(own: Moments, prior: Moments, blend: Blend) -> tuple[Tensor, Tensor]:
+    """Mean (d,) and covariance (d, d) of the blend."""
+    a, m = blend.weight, blend.mean_weight
+    mean = (1 - m) * own.mean + m * prior.mean.to(own.mean)
+    return mean, (1 - a) * own.covariance + a * prior.covariance.to(own.mean)
+
+
+def choose(folds: list[Moments], prior: Moments, rank: int) -> Blend:
+    """Weights by cross-validation at one rank; folds and prior are moments of the layer's output (up to a rotation)."""
+    folds = [fold for fold in folds if fold.count > 0]
+    if len(folds) < 2:
+        return Blend(0.0, 0.0, 1.0)
+    choices = [Blend(0.0, 0.0, 1.0), *(Blend(a, m, 1.0) for a in WEIGHTS[1:] for m in (0.0, a))]
+    losses = torch.zeros(len(choices), len(folds), dtype=torch.float64)
+    for f, fold in enumerate(folds):
+        own = merged(folds[:f] + folds[f + 1 :])
+        bases = {a: leading_eigenpairs(blended(own, prior, Blend(a, 0, 1))[1], rank)[1] for a in WEIGHTS}
+        for i, choice in enumerate(choices):
+            U = bases[choice.weight]
+            shift = fold.mean - ((1 - choice.mean_weight) * own.mean + choice.mean_weight * prior.mean.to(own.mean))
+            missed = fold.covariance.trace() - ((fold.covariance @ U) * U).sum()
+            losses[i, f] = missed + shift @ shift - (U.T @ shift).square().sum()
+    counts = torch.tensor([fold.count for fold in folds], dtype=torch.float64)
+    weights = counts / counts.sum()
+    totals = losses @ weights
+    best = int(totals.argmin())
+    saved = losses[0] - losses[best]
+    error = (weights.square() @ (saved - weights @ saved).square()).sqrt()
+    if best == 0 or float(totals[0] - totals[best]) <= float(error) or totals[0] <= 0:
+        return choices[0]
+    return Blend(choices[best].weight, choices[best].mean_weight, float(totals[best] / totals[0]))
+
+
+def blended_spectrum(
+    weight: Tensor, bias: Tensor | None, side: str, folds: list[Moments], prior: Moments, rank: int, limit: int
+) -> tuple[Spectrum, Blend]:
+    """`solutions.spectrum_*` from the user's folds and a prior of the same side; the weight is chosen at `rank`.
+
+    The spectrum (the expected loss at each rank) is that of the blend.
+    """
+    if prior.dim != folds[0].dim:
+        raise InputError(f"a prior of {folds[0].dim} features required for this layer, got {prior.dim}; make it anew")
+    lift = None
+    centre_shift = None if bias is None else bias.detach()
+    if side == "input":
+        W = weight.detach().to(folds[0].mean)
+        matrix, centre_shift = W, None
+        if len(W) > W.shape[1]:
+            lift, matrix = torch.linalg.qr(W)
+        folds, prior = [mapped(fold, matrix) for fold in folds], mapped(prior, matrix)
+    blend = choose(folds, prior, min(rank, folds[0].dim))
+    mean, covariance = blended(merged(folds), prior, blend)
+    eigenvalues, basis = leading_eigenpairs(covariance, min(limit, len(covariance)))
+    if lift is not None:
+        basis, mean = lift @ basis, lift @ mean
+    centre = mean if centre_shift is None else mean - centre_shift.to(mean)
+    return Spectrum(eigenvalues, basis, centre, float(covariance.trace())), blend
+
+
+def save_prior(path: str | Path, statistics: Mapping[str, tuple[str, Moments]], **provenance: object) -> None:
+    """Write the moments of many layers, name -> (side, moments), as one safetensors file; atomic."""
+    tensors: dict[str, Tensor] = {}
+    written: dict[int, str] = {}
+    for name, (_, moments) in statistics.items():
+        if id(moments) not in written:  # query, key and value share one
+            written[id(moments)] = name
+            tensors |= {f"{name}/{key}": value.contiguous() for key, value in moments.state().items()}
+    layers = {name: {"side": side, "from": written[id(moments)]} for name, (side, moments) in statistics.items()}
+    metadata = {"schema": SCHEMA, "layers": json.dumps(layers), "provenance": json.dumps(provenance, sort_keys=True)}
+    temporary = Path(f"{path}.tmp{os.getpid()}")
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_prior(path: str | Path) -> dict[str, tuple[str, Moments]]:
+    """Prior moments by layer name; a file of `distil-rank moments` (one matrix of inputs) has the name ""."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("schema") == MOMENTS_SCHEMA:
+                return {"": ("input", Moments.load(path))}
+            if metadata.get("schema") != SCHEMA:
+                raise InputError(f"a file of prior moments required, got {path}; make one with `distil-rank moments`")
+            layers = json.loads(metadata["layers"])
+            made: dict[str, Moments] = {}
+            for origin in {layer["from"] for layer in layers.values()}:
+                count, mean, scatter = (file.get_tensor(f"{origin}/{key}") for key in ("count", "mean", "scatter"))
+                made[origin] = Moments(len(mean), mean.device)
+                made[origin].count, made[origin].mean, made[origin]._upper = float(count), mean, scatter
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"a readable safetensors file of prior moments required, got {path}: {error}") from None
+    return {name: (layer["side"], made[layer["from"]]) for name, layer in layers.items()}

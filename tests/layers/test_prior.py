@@ -1,0 +1,94 @@
+"""Prior moments: used where they help, left out where they do not, the same in files."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from distil_rank.errors import InputError
+from distil_rank.layers.calibration import collect
+from distil_rank.layers.models import compress_model
+from distil_rank.layers.prior import FOLDS, Blend, blended, blended_spectrum, choose, load_prior, mapped, save_prior
+from distil_rank.layers.sites import find_sites, trace
+from distil_rank.layers.solutions import spectrum_from_inputs
+from distil_rank.statistics.moments import Moments
+from tests.layers.small_models import small_model, token_batches
+
+
+def rows(n: int, seed: int, domain: int = 0, d: int = 60) -> Tensor:
+    source = torch.Generator().manual_seed(1000 + domain)
+    mix = torch.randn(d, d, generator=source, dtype=torch.float64) * torch.logspace(0, -2, d, dtype=torch.float64)
+    mean = torch.randn(d, generator=source, dtype=torch.float64)
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) @ mix.T + mean
+
+
+def loss(W: Tensor, x: Tensor, spectrum, rank: int) -> float:
+    student = spectrum.student(W, None, rank)
+    return float((student(x) - x @ W.T).square().sum().detach())
+
+
+@pytest.mark.parametrize("shape", [(60, 60), (20, 60), (90, 60)])
+def test_a_good_prior_helps_and_a_bad_one_is_not_used(shape):
+    W = torch.randn(*shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    own, held = rows(25, seed=1), rows(2000, seed=2)
+    folds = [Moments.of(own[f::FOLDS]) for f in range(FOLDS)]
+    alone = loss(W, held, spectrum_from_inputs(W, Moments.of(own)), 8)
+    good, blend = blended_spectrum(W, None, "input", folds, Moments.of(rows(3000, seed=5)), 8, 15)
+    full = loss(W, held, spectrum_from_inputs(W, Moments.of(rows(3000, seed=5))), 8)
+    assert blend.weight > 0 and blend.relative_loss < 1
+    assert loss(W, held, good, 8) < 0.8 * alone and loss(W, held, good, 8) < 1.25 * full
+    bad, blend = blended_spectrum(W, None, "input", folds, Moments.of(rows(3000, seed=5, domain=1)), 8, 15)
+    assert loss(W, held, bad, 8) < 1.01 * alone
+
+
+def test_zero_weight_is_no_prior():
+    W, own = torch.eye(60, dtype=torch.float64), rows(500, seed=1)
+    folds = [Moments.of(own[f::FOLDS]) for f in range(FOLDS)]
+    found, blend = blended_spectrum(W, None, "input", folds, Moments.of(-own * 3 + 7), 5, 20)
+    plain = spectrum_from_inputs(W, Moments.of(own), 20)
+    if blend.weight == 0:
+        torch.testing.assert_close(found.eigenvalues, plain.eigenvalues)
+    assert choose(folds[:1], Moments.of(own), 5) == Blend(0.0, 0.0, 1.0)  # one fold: nothing to validate on
+
+
+def test_blend_and_map_are_what_they_say():
+    a, b = Moments.of(rows(50, seed=1, d=6)), Moments.of(rows(70, seed=2, domain=1, d=6))
+    mean, covariance = blended(a, b, Blend(0.3, 0.1, 1.0))
+    torch.testing.assert_close(covariance, 0.7 * a.covariance + 0.3 * b.covariance)
+    torch.testing.assert_close(mean, 0.9 * a.mean + 0.1 * b.mean)
+    W = torch.randn(4, 6, dtype=torch.float64)
+    direct = Moments.of(rows(50, seed=1, d=6) @ W.T)
+    torch.testing.assert_close(mapped(a, W).scatter, direct.scatter)
+    torch.testing.assert_close(mapped(a, W).mean, direct.mean)
+
+
+def test_files_round_trip_and_are_checked(tmp_path):
+    model = small_model("fair-esm")
+    batches = token_batches(model)
+    sites = find_sites(model, include=("layers.*",))
+    (found,) = collect(model, batches, sites, trace(model, batches[0], sites))
+    save_prior(tmp_path / "prior.safetensors", {k: (s.side, s.moments) for k, s in found.items()}, model="small")
+    loaded = load_prior(tmp_path / "prior.safetensors")
+    assert loaded.keys() == found.keys()
+    for name, (side, moments) in loaded.items():
+        assert side == found[name].side and torch.equal(moments.scatter, found[name].moments.scatter)
+    assert loaded["layers.0.self_attn.q_proj"][1] is loaded["layers.0.self_attn.k_proj"][1]  # stored once
+    Moments.of(torch.randn(20, 8)).save(tmp_path / "plain.safetensors")
+    assert load_prior(tmp_path / "plain.safetensors")[""][1].dim == 8
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing")
+    for name in ("broken.safetensors", "absent.safetensors"):
+        with pytest.raises(InputError, match="readable"):
+            load_prior(tmp_path / name)
+
+
+def test_a_models_prior_improves_a_model_fitted_on_little(tmp_path):
+    model = small_model("EsmModel")
+    sites = find_sites(model, exclude=("*contact*", "*pooler*"))
+    many, tests = token_batches(model, count=12, seed=1), token_batches(model, count=4, seed=2)
+    (found,) = collect(model, many, sites, trace(model, many[0], sites))
+    prior = {k: (s.side, s.moments) for k, s in found.items()}
+    few = token_batches(model, count=5, rows=1, length=9, seed=3)
+    options = {"ratio": 0.4, "held_out": tests, "method": "uniform", "exclude": ("*contact*", "*pooler*")}
+    _, alone = compress_model(model, few, **options)
+    _, helped = compress_model(model, few, prior=prior, **options)
+    assert helped.mean_fvu < alone.mean_fvu
+    assert any(x.prior_weight for x in helped.layers)

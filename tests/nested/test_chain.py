@@ -1,0 +1,263 @@
+"""A chain: exact prefixes, fitted on what it is applied to, saved whole, and clear about what it cannot do."""
+
+import itertools
+import os
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distil_rank.errors import InputError
+from distil_rank.nested.chain import NestedChain
+from distil_rank.nested.rows import TensorRows, joint_moments
+from distil_rank.statistics.moments import Moments
+from tests import reference_nested as reference
+from tests.nested.data import family
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("regression", ["ols", "ridge", "pcr"])
+def test_every_prefix_is_the_smaller_embedding_bit_for_bit(dtype, regression, tmp_path):
+    raws = family(dtype=dtype, widths=(6, 10, 17, 20))
+    chain = NestedChain.fit(raws, regression)
+    chain.save(tmp_path / "chain")
+    for same in (chain, NestedChain.load(tmp_path / "chain")):
+        chain = same
+        whole = chain.embed(raws)
+        assert whole.dtype == dtype and whole.shape[-1] == 20
+        assert torch.equal(whole[:, :6], raws["a"])
+        for (name, dim), upto in zip(chain.dims.items(), range(1, 5)):
+            some = {k: raws[k] for k in list(raws)[:upto]}
+            assert name == chain.sizes[upto - 1] and torch.equal(chain.embed(some, dim), whole[:, :dim])
+            if upto > 1:
+                smaller = NestedChain(dict(itertools.islice(chain.widths.items(), upto)), chain.stages[: upto - 1])
+                assert torch.equal(smaller.embed(some), whole[:, :dim])
+        for dim in range(6, 21):
+            torch.testing.assert_close(chain.embed(raws, dim), whole[:, :dim], rtol=2e-3, atol=2e-3)
+            assert torch.equal(chain.embed(raws, dim)[:, :6], raws["a"])
+
+
+def test_equal_to_brute_force():
+    raws = family(widths=(6, 10, 17))
+    fast = NestedChain.fit(raws, "ols", held_out=0).embed(raws)
+    slow = reference.chain([x.numpy() for x in raws.values()], reference.ols, [4, 7])
+    np.testing.assert_allclose(fast.numpy(), slow, atol=1e-8)
+
+
+def test_new_blocks_are_uncorrelated_with_their_prefix():
+    raws = family(2000, (8, 12, 20, 26), dtype=torch.float32)
+    chain = NestedChain.fit(raws, "ols", held_out=0)
+    z = chain.embed(raws)
+    correlation = np.corrcoef(z.double().numpy().T)
+    for low, high in itertools.pairwise(chain.dims.values()):
+        assert np.abs(correlation[:low, low:high]).max() <= 1e-6
+
+
+def test_fitted_on_raw_and_applied_to_nested_is_not_orthogonal():
+    """The published pitfall, and what it costs; our stages are fitted on nested_r."""
+    raws = family(2000, (8, 12, 20))
+    chain = NestedChain.fit(raws, "ols", held_out=0)
+    z = chain.embed(raws)
+    wrong = reference.ols(raws["b"].numpy(), raws["c"].numpy())
+    block = raws["c"].numpy() - z[:, :12].numpy() @ wrong
+    assert np.abs(np.corrcoef(z[:, :12].numpy().T, block.T)[:12, 12:]).max() > 0.3
+
+
+def test_reconstruction_error_is_the_tail():
+    raws = family()
+    chain = NestedChain.fit(raws, "ols", held_out=0)
+    z = chain.embed(raws)
+    for stage, size in zip(chain.stages, "bc"):
+        error = (raws[size] - chain.reconstruct(z, size)).square().sum(1).mean()
+        torch.testing.assert_close(error, stage.eigenvalues[stage.added :].sum(), rtol=1e-8, atol=1e-8)
+    assert torch.equal(chain.reconstruct(z, "a"), raws["a"])
+
+
+def test_mean_of_nested_is_nested_of_mean_and_shapes_lead():
+    raws = family(120)
+    chain = NestedChain.fit(raws)
+    pooled = chain.embed({k: v.mean(0) for k, v in raws.items()})
+    torch.testing.assert_close(pooled, chain.embed(raws).mean(0))
+    folded = chain.embed({k: v.view(4, 30, -1) for k, v in raws.items()})
+    torch.testing.assert_close(folded.view(120, -1), chain.embed(raws))
+
+
+def test_normalised_after_the_cut():
+    raws = family()
+    chain = NestedChain.fit(raws)
+    short = chain.embed(raws, 10, normalize=True)
+    torch.testing.assert_close(short.norm(dim=1), torch.ones(600).double())
+    torch.testing.assert_close(short, torch.nn.functional.normalize(chain.embed(raws)[:, :10], dim=1))
+
+
+def test_held_out_r2_is_that_of_the_rows_left_out():
+    raws = family()
+    rows = {k: TensorRows(v, [3] * 200) for k, v in raws.items()}
+    chain = NestedChain.fit(rows, "ols", held_out=0.3)
+    fitted, held_out = joint_moments(rows, 0.3)
+    assert fitted.count + held_out.count == 600 and 100 < held_out.count < 260 and held_out.count % 3 == 0
+    from distil_rank.nested.rows import is_held_out
+
+    out = torch.tensor([is_held_out(str(i), 0.3) for i in range(200)]).repeat_interleave(3)
+    other = {k: v[out] for k, v in raws.items()}
+    z = chain.embed(other)
+    rest = (other["c"] - chain.reconstruct(z[:, :10], "c")).square().sum()  # from the prefix alone
+    total = (other["c"] - other["c"].mean(0)).square().sum()
+    assert chain.record["r2"]["c"]["held_out"]["regression"] == pytest.approx(float(1 - rest / total), abs=1e-9)
+
+
+def test_directions_may_be_fewer():
+    raws = family(40)
+    chain = NestedChain.fit(raws, "pcr", 3, directions={"b": 2, "c": 5}, held_out=0)
+    assert chain.dims == {"a": 6, "b": 8, "c": 13}
+    assert chain.sizes_for(8) == ["a", "b"] and chain.sizes_for(9) == ["a", "b", "c"]
+    assert chain.config()["matryoshka_dims"] == [6, 8, 13]
+
+
+def test_random_completion_is_seeded_and_keeps_the_prefix():
+    raws = family()
+    moments, _ = joint_moments(raws, 0)
+    widths = {k: v.shape[1] for k, v in raws.items()}
+    one, two, three = (NestedChain.fit_moments(moments, widths, "ols", random_seed=s).embed(raws) for s in (1, 1, 2))
+    assert torch.equal(one, two) and not torch.equal(one, three) and torch.equal(one[:, :6], raws["a"])
+
+
+def test_merged_shards_are_one_pass():
+    raws = {k: TensorRows(v, [5] * 120) for k, v in family().items()}
+    whole = joint_moments(raws, 0.2)
+    parts = [joint_moments(raws, 0.2, shard=(i, 4)) for i in range(4)]
+    for side in (0, 1):
+        merged = Moments(33)
+        for part in parts:
+            merged.merge(part[side])
+        assert merged.count == whole[side].count
+        torch.testing.assert_close(merged.covariance, whole[side].covariance, rtol=1e-9, atol=1e-9)
+
+
+def test_kill_and_resume_is_equal(tmp_path, monkeypatch):
+    monkeypatch.setattr("distil_rank.nested.rows.BATCH", 16)
+    monkeypatch.setattr("distil_rank.nested.rows.SAVE_EVERY", 3)
+    raws = family()
+    whole = joint_moments(raws, 0.2, tmp_path / "never-killed")
+    for stop_after in (1, 40, 130, 400, 599):
+        checkpoint = tmp_path / f"{stop_after}"
+        seen = 0
+
+        def killed(rows, stop_after=stop_after):
+            nonlocal seen
+            seen += rows
+            if seen >= stop_after:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            joint_moments(raws, 0.2, checkpoint, progress=killed)
+        again = joint_moments(raws, 0.2, checkpoint)
+        for a, b in zip(whole, again):
+            assert a.count == b.count and torch.equal(a.mean, b.mean) and torch.equal(a.scatter, b.scatter)
+    with pytest.raises(InputError, match="the same stores and options"):
+        joint_moments(raws, 0.3, checkpoint)
+
+
+def test_two_fits_agree_bit_for_bit(tmp_path):
+    raws = family()
+    for name in ("one", "two"):
+        NestedChain.fit(raws).save(tmp_path / name)
+    one, two = (load_file(tmp_path / name / "chain.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_esm2_reference_outputs(shared_data):
+    """103 real residues determine 102 directions: too few for any native stage (160 at least), enough for 20 per stage."""
+    raws = {}
+    for name in ("8m", "35m", "150m", "650m", "3b"):
+        file = load_file(shared_data / "esm2_reference_outputs" / f"esm2_{name}.safetensors")
+        raws[name] = file["output__last_hidden_state"][file["residue_mask"]]
+    assert raws["8m"].shape == (103, 320) and raws["3b"].shape == (103, 2560)
+    with pytest.raises(InputError, match=r"8m -> 35m: at least \d+ rows required .*, got 103"):
+        NestedChain.fit(raws, "pcr", 20, held_out=0)
+    chain = NestedChain.fit(raws, "pcr", 20, directions=dict.fromkeys(list(raws)[1:], 20), held_out=0)
+    assert list(chain.dims.values()) == [320, 340, 360, 380, 400]
+    z = chain.embed(raws)
+    assert torch.equal(z[:, :320], raws["8m"])
+    for upto, dim in enumerate(chain.dims.values(), start=1):
+        assert torch.equal(chain.embed({k: raws[k] for k in list(raws)[:upto]}, dim), z[:, :dim])
+    for size, stage in zip(list(raws)[1:], chain.stages):
+        error = (raws[size].double() - chain.reconstruct(z.double(), size)).square().sum(1).mean()
+        assert float(error) == pytest.approx(float(stage.eigenvalues[20:].sum()), rel=1e-5)  # float32 rows
+
+
+BAD_FITS = {
+    "unaligned rows": (lambda r: {**r, "b": TensorRows(r["b"].values[:-1])}, "599 proteins"),
+    "other sequences": (
+        lambda r: {**r, "b": TensorRows(r["b"].values, keys=["x", *map(str, range(1, 600))])},
+        "position 1",
+    ),
+    "tokenisation": (
+        lambda r: {k: TensorRows(v.values, [2, 4] * 100 if k == "b" else [3] * 200) for k, v in r.items()},
+        "3 rows in a and 2 in b",
+    ),
+    "NaN": (
+        lambda r: {**r, "c": TensorRows(r["c"].values.masked_fill(torch.eye(600, 17) > 0, torch.nan))},
+        "17 rows of c",
+    ),
+    "order": (lambda r: {"b": r["b"], "a": r["a"], "c": r["c"]}, r"growing width required, got b \(10\)"),
+    "one size": (lambda r: {"a": r["a"]}, "at least two sizes"),
+    "few rows": (lambda r: {k: TensorRows(v.values[:12]) for k, v in r.items()}, "rows required"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FITS)
+def test_bad_fit(case):
+    spoil, message = BAD_FITS[case]
+    rows = {k: TensorRows(v) for k, v in family().items()}
+    with pytest.raises(InputError, match=message):
+        NestedChain.fit(spoil(rows), "ols", held_out=0)
+
+
+BAD_EMBEDS = {
+    "missing size": (lambda r: {k: r[k] for k in "ac"}, "got none of b"),
+    "other width": (lambda r: {**r, "b": r["c"]}, "10 features required for b"),
+    "unaligned": (lambda r: {**r, "b": r["b"][:-1]}, "row-wise aligned"),
+    "NaN": (lambda r: {**r, "c": r["c"] * torch.nan}, "NaN or infinity in c"),
+    "integers": (lambda r: {**r, "a": r["a"].long()}, "float embeddings"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_EMBEDS)
+def test_bad_embed(case):
+    spoil, message = BAD_EMBEDS[case]
+    raws = family()
+    chain = NestedChain.fit(raws)
+    with pytest.raises(InputError, match=message):
+        chain.embed(spoil(raws))
+
+
+def test_bad_dims_and_folders(tmp_path):
+    raws = family()
+    chain = NestedChain.fit(raws)
+    for dim in (0, 5, 18):
+        with pytest.raises(InputError, match="between 6 and 17"):
+            chain.embed(raws, dim)
+    with pytest.raises(InputError, match="one of the sizes"):
+        chain.reconstruct(chain.embed(raws), "z")
+    with pytest.raises(InputError, match="at least 10 dims"):
+        chain.reconstruct(raws["a"], "c")
+    with pytest.raises(InputError, match="directions of b, c"):
+        NestedChain.fit(raws, directions={"a": 3})
+    with pytest.raises(InputError, match="chain folder required"):
+        NestedChain.load(tmp_path)
+    (tmp_path / "chain.safetensors").write_bytes(b"not safetensors at all")
+    with pytest.raises(InputError, match="chain folder required"):
+        NestedChain.load(tmp_path)
+    assert os.listdir(tmp_path) == ["chain.safetensors"]
+
+
+def test_a_value_too_large_for_float16_is_an_error():
+    raws = family(widths=(6, 10))
+    raws = {"a": raws["a"].half(), "b": raws["b"] * 1e6}
+    chain = NestedChain.fit(raws)
+    with pytest.raises(InputError, match=r"torch\.float16 can hold"):
+        chain.embed(raws)

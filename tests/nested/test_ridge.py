@@ -1,0 +1,89 @@
+"""The ridge path predicts what refitting without the rows would: against scikit-learn, fold by fold."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distil_rank.errors import InputError
+from distil_rank.nested.ridge import PENALTIES, RidgePath
+from distil_rank.randomness import generator
+from tests.reference_nested import ridge_loop
+
+
+def problem(n, d, outputs=1, seed=0):
+    draw = generator(seed, "ridge")
+    x = torch.randn(n, d, generator=draw, dtype=torch.float64) * torch.logspace(0, -2, d) + 5
+    y = x @ torch.randn(d, outputs, generator=draw, dtype=torch.float64)
+    return x, y + 0.3 * torch.randn(n, outputs, generator=draw, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("n", "d"), [(60, 8), (60, 59), (60, 60), (60, 61), (40, 200)])
+def test_nested_equals_a_loop_of_fits(n, d):
+    x, y = problem(n, d)
+    fold = torch.arange(n) % 5
+    path = RidgePath(x)
+    predictions, chosen = path.nested(y[:, 0], fold)
+    slow, slow_chosen = ridge_loop(x.numpy(), y[:, 0].numpy(), fold.numpy(), path.penalties.numpy())
+    np.testing.assert_allclose(chosen.numpy(), slow_chosen)
+    np.testing.assert_allclose(predictions.numpy(), slow, atol=1e-7 * float(y.abs().max()))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(6, 40), st.integers(1, 60), st.integers(1, 3), st.integers(0, 10**6), st.data())
+def test_leaving_out_equals_refitting(n, d, outputs, seed, data):
+    x, y = problem(n, d, outputs, seed)
+    size = data.draw(st.integers(1, n - 3))
+    rows = torch.randperm(n, generator=generator(seed, "rows"))[:size]
+    rest = torch.ones(n, dtype=torch.bool)
+    rest[rows] = False
+    path = RidgePath(x)
+    for i in (4, 10, 20):  # the smallest penalties are compared in the test above
+        centred = x[rest] - x[rest].mean(0)
+        gram = centred.T @ centred + path.penalties[i] * torch.eye(d).double()
+        weights = torch.linalg.solve(gram, centred.T @ (y[rest] - y[rest].mean(0)))
+        slow = (x[rows] - x[rest].mean(0)) @ weights + y[rest].mean(0)
+        torch.testing.assert_close(path.leave_out(y, rows)[i], slow, rtol=1e-6, atol=1e-6)
+
+
+def test_prediction_of_new_rows_and_choice():
+    x, y = problem(80, 30, 2)
+    path = RidgePath(x[:60])
+    penalty = path.choose(y[:60], torch.arange(60) % 4)
+    assert penalty in path.penalties
+    centred = x[:60] - x[:60].mean(0)
+    weights = torch.linalg.solve(centred.T @ centred + penalty * torch.eye(30).double(), centred.T @ y[:60])
+    expected = (x[60:] - x[:60].mean(0)) @ weights + y[:60].mean(0)
+    torch.testing.assert_close(path.predict(y[:60], penalty, x[60:]), expected)
+
+
+def test_the_outer_fold_is_never_seen():
+    """Whatever the labels of the outer fold, its predictions stay."""
+    x, y = problem(50, 20)
+    fold = torch.arange(50) % 5
+    path = RidgePath(x)
+    one, _ = path.nested(y[:, 0], fold)
+    spoiled = y[:, 0].clone()
+    spoiled[fold == 2] += 100 * torch.randn(10, generator=generator(1, "labels"), dtype=torch.float64)
+    two, _ = path.nested(spoiled, fold)
+    torch.testing.assert_close(one[fold == 2], two[fold == 2], rtol=1e-6, atol=1e-6)
+
+
+def test_rotation_changes_nothing_and_constant_features_predict_the_mean():
+    x, y = problem(50, 20)
+    turn = torch.linalg.qr(torch.randn(20, 20, generator=generator(2, "turn"), dtype=torch.float64))[0]
+    fold = torch.arange(50) % 5
+    one, two = (RidgePath(z).nested(y[:, 0], fold)[0] for z in (x, x @ turn))
+    torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
+    constant, _ = RidgePath(torch.ones(50, 4)).nested(y[:, 0], fold)
+    for f in range(5):
+        torch.testing.assert_close(constant[fold == f], y[fold != f].mean().expand(10))
+
+
+def test_bad_input():
+    with pytest.raises(InputError, match="finite features"):
+        RidgePath(torch.full((5, 2), torch.nan))
+    with pytest.raises(InputError, match="at least 3 folds"):
+        RidgePath(torch.eye(6)).nested(torch.arange(6.0), torch.arange(6) % 2)
+    assert len(PENALTIES) == 21

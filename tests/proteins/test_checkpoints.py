@@ -1,0 +1,224 @@
+import argparse
+import json
+import os
+import pickle
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from distil_rank.errors import InputError
+from distil_rank.proteins import checkpoints
+from distil_rank.proteins.checkpoints import FAMILIES, load_model
+from distil_rank.proteins.esm2 import tokenise
+from distil_rank.records import sha256
+from tests.proteins import reference
+from tests.proteins.test_esm2 import distance
+
+PROTEINS = ["MKTAYIAKQRQISFVKSHFSRQ", "GAVLKK", "XBUZO"]
+
+
+def embedded(model):
+    return model(tokenise(PROTEINS))[0]
+
+
+def test_the_table_names_the_esm2_models_of_fair_esm():
+    import esm
+
+    theirs = {name for name in dir(esm.pretrained) if name.startswith("esm2_")}
+    assert {member.name for member in FAMILIES["esm2"].values()} == theirs
+    for size, member in FAMILIES["esm2"].items():
+        assert f"_t{member.layers}_{size}_" in member.name
+
+
+@pytest.mark.parametrize("size", FAMILIES["nano"])
+def test_the_table_describes_the_nano_models(size):
+    member = FAMILIES["nano"][size]
+    if not (checkpoints.MODELS / f"{member.name}.pt").is_file():
+        pytest.skip(f"{member.name} has not been trained")
+    loaded = load_model(member.name)
+    assert (loaded.name, loaded.model.width, len(loaded.model.layers)) == (member.name, member.width, member.layers)
+
+
+def test_fair_esm_checkpoint_gives_what_fair_esm_reads_from_it(checkpoint):
+    import esm
+
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
+        data = torch.load(checkpoint, weights_only=True)
+        theirs, _ = esm.pretrained.load_model_and_alphabet_core("esm2_tiny", data)
+    loaded = load_model(str(checkpoint))
+    assert (loaded.name, loaded.sha256) == ("tiny", sha256(checkpoint))
+    for key, tensor in loaded.model.state_dict().items():
+        assert torch.equal(tensor, theirs.state_dict()[key])
+
+
+def test_float16_weights_are_computed_in_float32(fair_esm, tmp_path):
+    half = reference.fair_esm_model(3, 48, 4).half()
+    reference.save_fair_esm(half, tmp_path / "half.pt")
+    model = load_model(str(tmp_path / "half.pt")).model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert torch.equal(model.layers[1].fc1.weight, half.layers[1].fc1.weight.float())
+
+
+def test_a_name_of_fair_esm_is_downloaded_once(checkpoint, tmp_path, monkeypatch):
+    fetched = []
+
+    def download(url, path):
+        fetched.append(url)
+        shutil.copy(checkpoint, path)
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for _ in range(2):
+        assert load_model("esm2_t6_8M_UR50D").name == "esm2_t6_8M_UR50D"
+    assert fetched == ["https://dl.fbaipublicfiles.com/fair-esm/models/esm2_t6_8M_UR50D.pt"]
+    assert (tmp_path / "hub/checkpoints/esm2_t6_8M_UR50D.pt").is_file()
+
+
+def test_no_network_is_one_sentence(tmp_path, monkeypatch):
+    def offline(url, path):
+        raise OSError("no route")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(InputError, match=r"no route.*fetch https"):
+        load_model("esm2_t6_8M_UR50D")
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory) -> Path:
+    """A small random transformers.EsmForMaskedLM, saved as transformers saves it."""
+    import transformers
+
+    config = transformers.EsmConfig(
+        vocab_size=33,
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=192,
+        pad_token_id=1,
+        mask_token_id=32,
+        position_embedding_type="rotary",
+        token_dropout=True,
+        layer_norm_eps=1e-5,
+        emb_layer_norm_before=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.EsmForMaskedLM(config)
+        for parameter in model.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    folder = tmp_path_factory.mktemp("hf") / "esm2_tiny"
+    model.save_pretrained(folder)
+    return folder
+
+
+def transformers_hidden(folder):
+    import transformers
+
+    model = transformers.EsmForMaskedLM.from_pretrained(folder).eval()
+    tokens = tokenise(PROTEINS)
+    with torch.no_grad():
+        return model(tokens, attention_mask=tokens.ne(1), output_hidden_states=True).hidden_states[-1]
+
+
+def test_hugging_face_folder_gives_what_transformers_computes(hugging_face):
+    loaded = load_model(str(hugging_face))
+    expected, real = transformers_hidden(hugging_face), tokenise(PROTEINS) != 1
+    assert distance(embedded(loaded.model)[real], expected[real]) < 1e-5
+    assert (loaded.name, loaded.sha256) == ("esm2_tiny", sha256(hugging_face / "model.safetensors"))
+
+
+def test_hugging_face_shards_and_base_model_give_the_same(hugging_face, tmp_path):
+    import transformers
+
+    whole = transformers.EsmForMaskedLM.from_pretrained(hugging_face)
+    whole.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    whole.esm.save_pretrained(tmp_path / "base")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    expected = embedded(load_model(str(hugging_face)).model)
+    for name in ("sharded", "base"):
+        assert torch.equal(embedded(load_model(str(tmp_path / name)).model), expected)
+
+
+def test_a_hub_name_is_fetched_without_pickles(hugging_face, monkeypatch):
+    import huggingface_hub
+
+    def snapshot(name, allow_patterns):
+        assert name == "facebook/esm2_tiny"
+        assert all(pattern.endswith((".json", ".safetensors")) for pattern in allow_patterns)
+        return str(hugging_face)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    loaded = load_model("facebook/esm2_tiny")
+    assert loaded.name == "esm2_tiny"
+    assert torch.equal(embedded(loaded.model), embedded(load_model(str(hugging_face)).model))
+
+
+def test_an_unreachable_hub_is_one_sentence(monkeypatch):
+    import huggingface_hub
+
+    def offline(name, allow_patterns):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("cannot reach the hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(InputError, match="someone/esm2"):
+        load_model("someone/esm2")
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("place", ["alone", "in a checkpoint", "plain pickle"])
+def test_a_pickle_is_never_executed(tmp_path, place):
+    path, trap = tmp_path / "model.pt", tmp_path / "executed"
+    if place == "plain pickle":
+        path.write_bytes(pickle.dumps(Malicious(trap), protocol=2))
+    else:
+        torch.save(Malicious(trap) if place == "alone" else {"cfg": {"model": Malicious(trap)}, "model": {}}, path)
+    with pytest.raises(InputError):
+        load_model(str(path))
+    assert not trap.exists()
+
+
+def test_damaged_checkpoints_are_one_sentence(fair_esm, checkpoint, tmp_path):
+    whole = checkpoint.read_bytes()
+    for name, content in [("cut", whole[: len(whole) // 2]), ("empty", b""), ("text", b"not a model\n" * 99)]:
+        (tmp_path / f"{name}.pt").write_bytes(content)
+        with pytest.raises(InputError):
+            load_model(str(tmp_path / f"{name}.pt"))
+    torch.save({"weights": torch.ones(3)}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="fair-esm ESM-2 checkpoint"):
+        load_model(str(tmp_path / "other.pt"))
+    partial = reference.fair_esm_model(3, 48, 4)
+    partial.layers = partial.layers[:2]
+    reference.save_fair_esm(partial, tmp_path / "partial.pt")
+    with pytest.raises(InputError, match=r"layers\.2.*got nothing"):
+        load_model(str(tmp_path / "partial.pt"))
+
+
+def test_models_that_are_not_esm2_are_refused(hugging_face, tmp_path):
+    for name, change in [("bert", {"model_type": "bert"}), ("esm1b", {"position_embedding_type": "absolute"})]:
+        shutil.copytree(hugging_face, tmp_path / name)
+        config = json.loads((hugging_face / "config.json").read_text()) | change
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        with pytest.raises(InputError, match="required an ESM-2 model"):
+            load_model(str(tmp_path / name))
+
+
+def test_missing_models_are_one_sentence(tmp_path, hugging_face, monkeypatch):
+    for name in ("esm2_t6_9M_UR50D", str(tmp_path / "nothing.pt"), "models/nothing.pt", "/no/such/folder", ""):
+        with pytest.raises(InputError, match="required a model name"):
+            load_model(name)
+    with pytest.raises(InputError, match="pickles are not read"):
+        load_model(str(tmp_path))
+    monkeypatch.setattr(checkpoints, "MODELS", tmp_path)
+    with pytest.raises(InputError, match="required a checkpoint at"):
+        load_model("nano-64")

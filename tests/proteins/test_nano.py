@@ -1,0 +1,90 @@
+"""The committed nano models, their card and the embeddings made with them."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from distil_rank.proteins.checkpoints import FAMILIES, load_model
+from distil_rank.proteins.masked import load_checkpoint, new_model, perplexity
+from distil_rank.proteins.splits import related
+from distil_rank.records import ROOT, read_json, sha256
+
+NAMES = [member.name for member in FAMILIES["nano"].values()]
+MODELS = ROOT / "models"
+
+
+@pytest.fixture(scope="module")
+def card() -> dict:
+    return read_json(MODELS / "nano.json", "nano/1")
+
+
+@pytest.mark.parametrize("member", FAMILIES["nano"].values(), ids=NAMES)
+def test_weights_are_those_of_the_card_and_load_by_name(member, card):
+    loaded = load_model(member.name)
+    assert loaded.sha256 == card["models"][member.name]["sha256"] == sha256(MODELS / f"{member.name}.pt")
+    assert (loaded.model.width, len(loaded.model.layers)) == (member.width, member.layers)
+    config = card["models"][member.name]["config"]
+    assert (config["width"], config["layers"]) == (member.width, member.layers)
+
+
+def test_the_family_is_small():
+    assert sum((MODELS / f"{name}.pt").stat().st_size for name in NAMES) <= 24 * 2**20
+
+
+def test_perplexity_falls_with_size_and_training_matters(card):
+    cards = [card["models"][name] for name in NAMES]
+    for larger in cards[1:]:
+        assert larger["perplexity_over_next_smaller"]["high"] < 1
+    for one in cards:
+        assert one["perplexity"]["high"] < 0.7 * one["perplexity_untrained"]
+
+
+def test_embeddings_at_the_top_level_are_real_held_out_proteins(card):
+    train, val = (torch.load(ROOT / f"embeddings_{part}.pt", weights_only=True) for part in ("train", "val"))
+    record = json.loads((ROOT / "embeddings.json").read_text())
+    assert train.dtype == val.dtype == torch.float16
+    assert train.shape[1] == val.shape[1] == 256
+    assert (len(train), len(val)) == (record["n_train"], record["n_val"])
+    assert len(train) + len(val) >= 5000
+    assert torch.isfinite(train).all()
+    assert torch.isfinite(val).all()
+    assert len(train.unique(dim=0)) == len(train)
+    assert record["weights_sha256"] == card["models"]["nano-256"]["sha256"]
+    assert sum((ROOT / f"embeddings_{part}.pt").stat().st_size for part in ("train", "val")) <= 16 * 2**20
+
+
+def test_location_is_read_better_from_the_largest_than_from_composition():
+    record = read_json(ROOT / "benchmarks" / "results" / "nano_deeploc.json", "nano-deeploc/1")
+    assert record["results"]["nano-256"]["accuracy_above_composition"]["low"] > 0
+
+
+@pytest.fixture(scope="module")
+def parts():
+    from benchmarks import nano_data
+
+    if not nano_data.DATA.is_dir():
+        pytest.skip("real data is not here: set DISTIL_RANK_DATA to its folder")
+    return nano_data.split()
+
+
+@pytest.mark.slow
+def test_the_split_is_rebuilt_and_cuts_no_relatives(parts, card):
+    assert (len(parts.train), len(parts.held_out)) == (card["data"]["train_proteins"], card["data"]["heldout_proteins"])
+    rng = random.Random(0)
+    held_out, train = rng.sample(parts.held_out, 40), rng.sample(parts.train, 2000)
+    straddling = {p.id for p in held_out for q in train if related(p.sequence, q.sequence)}
+    assert len(straddling) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_perplexity_is_as_the_card_says(name, parts, card):
+    sequences = [protein.sequence for protein in parts.held_out[::10]]
+    measured = perplexity(load_checkpoint(MODELS / f"{name}.pt"), sequences)
+    published = card["models"][name]["perplexity"]["value"]
+    assert measured["low"] * 0.99 < published < measured["high"] * 1.01
+    config = card["models"][name]["config"]
+    untrained = new_model(config["layers"], config["width"], config["heads"], seed=1).eval()
+    assert measured["high"] < 0.7 * perplexity(untrained, sequences[:50])["value"]

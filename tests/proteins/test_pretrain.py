@@ -1,0 +1,298 @@
+import argparse
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from distil_rank.errors import InputError
+from distil_rank.proteins import pretrain
+from distil_rank.proteins.checkpoints import load_model
+from distil_rank.proteins.esm2 import CLS, EOS, MASK, PAD, tokenise
+from distil_rank.proteins.fasta import AMINO_ACIDS, Protein, write_fasta
+from distil_rank.proteins.masked import logits_at, mask, new_model, perplexity, save_checkpoint
+from distil_rank.proteins.pretrain import Config, batches, schedule, train
+from distil_rank.randomness import generator
+
+
+def proteins(count: int, longest: int = 60, seed: int = 0) -> list[str]:
+    """Proteins with a rule to learn: residues repeat with period three."""
+    rng = random.Random(seed)
+    return ["".join(itertools.islice(itertools.cycle(rng.choices(AMINO_ACIDS, k=3)), rng.randint(1, longest)))
+            for _ in range(count)]  # fmt: skip
+
+
+SMALL = Config(Path("x"), Path("y"), layers=2, width=16, heads=2, tokens=4000, batch_tokens=200, crop=40, save_every=3)
+
+
+def test_logits_are_those_of_fair_esm():
+    model = new_model(2, 32, 4, seed=0)
+    tokens, chosen = mask(tokenise(["ACDEFGHIKL" * 3, "WY", "ACXUBZO", "MKT" * 20]), generator(0, "mask"))
+    with torch.no_grad():
+        expected, got = model(tokens)["logits"][chosen], logits_at(model, tokens, chosen)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = logits_at(model, tokens, chosen)
+    assert chosen.sum() > 5
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(half.float(), expected, rtol=0.05, atol=0.05)
+
+
+def test_masks_have_the_published_shares():
+    batch = tokenise([AMINO_ACIDS * 50, "XUBZO" * 200] * 100)
+    tokens, chosen = mask(batch, generator(0, "mask"))
+    residues = torch.isin(batch, tokenise([AMINO_ACIDS])[0, 1:-1])
+    assert not (chosen & ~residues).any()
+    assert torch.equal(tokens[~chosen], batch[~chosen])
+    n = int(chosen.sum())
+    share = {
+        "chosen": (n / int(residues.sum()), 0.15),
+        "masked": (int((tokens == MASK).sum()) / n, 0.8),
+        # 10 % are redrawn from 20 amino acids: one in twenty of those comes out as it was
+        "other": (int((chosen & (tokens != MASK) & (tokens != batch)).sum()) / n, 0.1 * 19 / 20),
+        "kept": (int((chosen & (tokens == batch)).sum()) / n, 0.1 + 0.1 / 20),
+    }
+    for got, expected in share.values():
+        assert got == pytest.approx(expected, abs=5 * (expected * (1 - expected) / n) ** 0.5)
+    assert torch.isin(tokens[chosen & (tokens != MASK)], batch[residues]).all()
+
+
+def test_an_epoch_shows_every_protein_once_within_the_budget():
+    sequences = proteins(300)
+    encoded = [tokenise([s])[0, 1:-1] for s in sequences]
+    config = replace(SMALL, crop=60, batch_tokens=250)
+    seen: list[str] = []
+    letters = {int(i): a for a, i in zip(AMINO_ACIDS, tokenise([AMINO_ACIDS])[0, 1:-1])}
+    for batch in batches(encoded, config):
+        assert (batch[:, 0] == CLS).all()
+        assert (batch == EOS).sum() == len(batch)
+        assert batch.shape[0] * (batch.shape[1] - 2) <= 250
+        for row in batch:
+            end = int((row == EOS).nonzero())
+            assert (row[end + 1 :] == PAD).all()
+            seen.append("".join(letters[int(i)] for i in row[1:end]))
+        if len(seen) == len(sequences):
+            break
+    assert sorted(seen) == sorted(sequences)
+
+
+def test_crops_are_windows_and_differ_between_epochs():
+    whole = tokenise([AMINO_ACIDS * 5])[0, 1:-1]
+    config = replace(SMALL, crop=30)
+    crops = [b[0, 1:-1] for b in itertools.islice(batches([whole], config), 6)]
+    assert all(any(torch.equal(crop, whole[i : i + 30]) for i in range(71)) for crop in crops)
+    assert len({tuple(crop.tolist()) for crop in crops}) > 1
+
+
+@pytest.mark.parametrize("skip", [1, 13, 60])
+def test_skipping_batches_changes_none_of_the_later_ones(skip):
+    encoded = [tokenise([s])[0, 1:-1] for s in proteins(100)]
+    expected = list(itertools.islice(batches(encoded, SMALL), skip, skip + 5))
+    for got, batch in zip(batches(encoded, SMALL, skip=skip), expected):
+        assert torch.equal(got, batch)
+
+
+def test_fresh_models_come_from_their_seed_and_leave_the_global_generator_alone():
+    before = torch.random.get_rng_state()
+    one, same, other = (new_model(1, 16, 2, seed).state_dict() for seed in (0, 0, 1))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(one[k], same[k]) for k in one)
+    assert not torch.equal(one["embed_tokens.weight"], other["embed_tokens.weight"])
+
+
+def test_schedule_rises_then_falls_to_a_tenth():
+    rates = [schedule(i / 100, 0.1) for i in range(101)]
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert max(rates) == pytest.approx(1)
+    assert rates[-1] == pytest.approx(0.1)
+
+
+def test_training_learns_the_rule(tmp_path):
+    held_out = proteins(50, seed=1)
+    before = perplexity(new_model(2, 16, 2, 0), held_out)
+    config = replace(
+        SMALL, tokens=60_000, batch_tokens=500, learning_rate=1e-2, out=tmp_path / "m.pt", save_every=10**6
+    )
+    after = perplexity(train(config, proteins(400)), held_out)
+    assert before["low"] > 15
+    assert after["high"] < 8
+    assert after["low"] < after["value"] < after["high"]
+    assert [p.name for p in tmp_path.iterdir()] == ["m.pt"]
+
+
+def test_bf16_trains_too(tmp_path):
+    config = replace(SMALL, bf16=True, out=tmp_path / "m.pt", tokens=1000)
+    assert all(torch.isfinite(p).all() for p in train(config, proteins(30)).parameters())
+
+
+def test_perplexity_of_a_model_without_opinion_is_the_size_of_its_alphabet():
+    model = new_model(1, 16, 2, 0)
+    torch.nn.init.zeros_(model.embed_tokens.weight)
+    assert perplexity(model, proteins(20))["value"] == pytest.approx(33, rel=1e-5)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    model = new_model(2, 16, 2, seed=3)
+    save_checkpoint(model, tmp_path / "esm2_small.pt")
+    return model, tmp_path / "esm2_small.pt"
+
+
+def rounded(model):
+    """The model with its weights rounded to float16."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.half())
+    return model
+
+
+def test_fair_esm_loads_the_checkpoint_by_its_own_code(checkpoint):
+    import esm
+
+    model, path = checkpoint
+    regression = {"contact_head.regression." + k: v for k, v in model.contact_head.regression.state_dict().items()}
+    torch.save({"model": regression}, path.with_name("esm2_small-contact-regression.pt"))
+    with torch.serialization.safe_globals([argparse.Namespace]):  # torch.load's default is weights_only=True
+        loaded, _ = esm.pretrained.load_model_and_alphabet_local(path)
+    assert type(loaded) is type(model)
+    tokens = tokenise(["MKTAYIAKQR", "GAVL"])
+    torch.testing.assert_close(loaded.eval()(tokens)["logits"], rounded(model).eval()(tokens)["logits"], rtol=0, atol=0)
+
+
+def test_the_checkpoint_is_float16_and_loads_here(checkpoint):
+    model, path = checkpoint
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(path, weights_only=True)
+    assert {v.dtype for k, v in content["model"].items() if not k.endswith("inv_freq")} == {torch.float16}
+    tokens = tokenise(["MKTAYIAKQR", "GAVL"])
+    expected = rounded(model).eval()(tokens, repr_layers=[2])["representations"][2]
+    (got,) = load_model(str(path)).model(tokens)
+    for row, length in enumerate((12, 6)):
+        torch.testing.assert_close(got[row, :length], expected[row, :length], rtol=1e-5, atol=1e-5)
+
+
+def command(fasta: Path, out: Path, *more: str) -> list[str]:
+    flags = [
+        "--layers",
+        "2",
+        "--width",
+        "16",
+        "--heads",
+        "2",
+        "--tokens",
+        "30000",
+        "--batch-tokens",
+        "200",
+        "--crop",
+        "40",
+    ]
+    return [
+        sys.executable,
+        "-m",
+        "distil_rank",
+        "pretrain",
+        str(fasta),
+        "--out",
+        str(out),
+        *flags,
+        "--save-every",
+        "5",
+        *more,
+    ]
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def test_killed_at_any_time_it_ends_bit_equal(tmp_path):
+    write_fasta(tmp_path / "p.fasta", [Protein(str(i), str(i), s) for i, s in enumerate(proteins(300))])
+    subprocess.run(command(tmp_path / "p.fasta", tmp_path / "whole.pt"), check=True, env=ENVIRONMENT)
+    rng, kills = random.Random(0), 0
+    state = tmp_path / "killed.pt.state"
+    while not (tmp_path / "killed.pt").exists():
+        before = state.stat().st_mtime_ns if state.exists() else 0
+        process = subprocess.Popen(command(tmp_path / "p.fasta", tmp_path / "killed.pt"), env=ENVIRONMENT)
+        while kills < 3 and process.poll() is None and (state.stat().st_mtime_ns if state.exists() else 0) == before:
+            time.sleep(0.01)
+        if kills < 3:
+            time.sleep(rng.uniform(0, 0.2))
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills == 3
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        whole, killed = (
+            torch.load(tmp_path / f"{name}.pt", weights_only=True)["model"] for name in ("whole", "killed")
+        )
+    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+    assert sorted(p.name for p in tmp_path.iterdir() if ".tmp" not in p.name) == ["killed.pt", "p.fasta", "whole.pt"]
+
+
+def interrupted(config: Config, monkeypatch) -> None:
+    """Leave the state of three steps, as a kill in the fourth would."""
+    steps = iter(range(3))
+
+    def stumbling(*arguments):
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return logits_at(*arguments)
+
+    monkeypatch.setattr(pretrain, "logits_at", stumbling)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, proteins(30))
+    monkeypatch.undo()
+
+
+def test_a_state_with_other_settings_or_damage_is_refused(tmp_path, monkeypatch):
+    config = replace(SMALL, out=tmp_path / "m.pt")
+    interrupted(config, monkeypatch)
+    with pytest.raises(InputError, match="another width, seed"):
+        train(replace(config, width=32, seed=1), proteins(30))
+    state = tmp_path / "m.pt.state"
+    state.write_bytes(state.read_bytes()[:-1000])
+    with pytest.raises(InputError, match="damaged"):
+        train(config, proteins(30))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"width": 20, "heads": 4}, "divisible"),
+        ({"heads": 0}, "heads above 0"),
+        ({"tokens": float("nan")}, "tokens above 0"),
+        ({"crop": 300}, "crop <= batch_tokens"),
+        ({"warmup": 1.0}, "warmup"),
+        ({"out": Path("nowhere/m.pt")}, "existing folder"),
+    ],
+)
+def test_impossible_settings_are_refused_before_any_work(tmp_path, change, says):
+    config = replace(SMALL, out=tmp_path / "m.pt")
+    with pytest.raises(InputError, match=says):
+        pretrain.run(replace(config, **change))
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_is_one_line_and_exit_status_two(tmp_path):
+    (tmp_path / "p.fasta").write_text(">a\nAC1\n>b\nACD\n")
+    done = subprocess.run(command(tmp_path / "p.fasta", tmp_path / "m.pt"), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "1 protein: a (1)" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["p.fasta"]
+
+
+def test_a_run_may_go_on_with_another_budget(tmp_path, monkeypatch, capsys):
+    config = replace(SMALL, out=tmp_path / "m.pt", save_every=1)
+    interrupted(config, monkeypatch)
+    capsys.readouterr()
+    train(replace(config, tokens=1000), proteins(30))
+    steps = capsys.readouterr().out.splitlines()
+    assert steps[0].startswith("step 4 ")
+    assert 1000 <= int(steps[-1].split()[3]) < 1000 + config.batch_tokens

@@ -1,0 +1,118 @@
+import hashlib
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distil_rank.errors import InputError
+from distil_rank.proteins.embeddings import Config, run
+from distil_rank.proteins.fasta import Protein, write_fasta
+from distil_rank.proteins.store import EmbeddingStore, ShardWriter, shard_path
+from tests.proteins import reference
+
+IDS = ["../../etc/passwd", "a/b", "twin", "twin", "", "ü{}'\";--", "sp|P1|X", "A" * 300]
+
+
+@pytest.fixture(scope="module")
+def proteins(tmp_path_factory):
+    draw = random.Random(0)
+    records = [Protein(id, f"{id} words after", reference.random_sequence(draw, 5 + 9 * i)) for i, id in enumerate(IDS)]
+    path = tmp_path_factory.mktemp("odd") / "odd.fasta"
+    write_fasta(path, records)
+    return path, records
+
+
+@pytest.fixture(scope="module", params=["mean", "bos", "residues"])
+def store(request, proteins, checkpoint, tmp_path_factory):
+    out = tmp_path_factory.mktemp("store") / "s"
+    run(Config(proteins[0], str(checkpoint), out, pool=request.param, shard_residues=60, layers=(1, -1)))
+    return EmbeddingStore(out)
+
+
+def expected(fair_esm, sequence, pool, layer=3):
+    state = reference.hidden(fair_esm, sequence, layer)
+    return {"mean": state[1:-1].mean(0), "bos": state[0], "residues": state[1:-1]}[pool]
+
+
+def test_every_protein_by_position_equals_fair_esm_alone(store, proteins, fair_esm):
+    assert len(store) == len(IDS) and store.provenance["shards"] > 2
+    for i, protein in enumerate(proteins[1]):
+        torch.testing.assert_close(store[i], expected(fair_esm, protein.sequence, store.pool), rtol=1e-5, atol=1e-5)
+
+
+def test_ids_are_data_in_the_order_of_the_file(store, proteins):
+    assert store.ids == IDS
+    assert sorted(path.name for path in store.path.iterdir()) == sorted(
+        ["store.json", "index.sqlite", *(shard_path(store.path, i).name for i in range(store.provenance["shards"]))]
+    )
+    for i, protein in enumerate(proteins[1]):
+        entry = store.describe(i)
+        assert (entry["id"], entry["length"]) == (protein.id, len(protein.sequence))
+        assert entry["sha256"] == hashlib.sha256(protein.sequence.encode()).hexdigest()
+        if protein.id != "twin":
+            assert torch.equal(store[protein.id], store[i])
+
+
+def test_repeated_and_unknown_ids_are_not_guessed(store):
+    assert store.positions("twin") == [2, 3]
+    with pytest.raises(KeyError, match=r"got 2: use store\.positions"):
+        store["twin"]
+    with pytest.raises(KeyError, match="got 0"):
+        store["nobody"]
+    with pytest.raises(IndexError):
+        store[len(IDS)]
+    assert torch.equal(store[-1], store[len(IDS) - 1])
+
+
+def test_batches_and_residues_run_in_order_whatever_the_batch(store):
+    rows = torch.cat([store[i].reshape(-1, store.dim) for i in range(len(store))])
+    for size in (1, 7, 8192):
+        batches = list(store.batches(size))
+        assert max(map(len, batches)) <= size
+        assert torch.equal(torch.cat(batches), rows)
+    assert store.rows == len(rows)
+    index, vectors = zip(*store.residues())
+    assert index == tuple(range(len(store))) and torch.equal(torch.cat(vectors), rows)
+
+
+def test_ranks_share_the_shards(store):
+    parts = [list(store.batches(rank=rank, world=3)) for rank in range(3)]
+    assert sum(len(batch) for part in parts for batch in part) == store.rows
+
+
+def test_layers_are_kept_apart(store, proteins, fair_esm):
+    first = EmbeddingStore(store.path, layer=1)
+    torch.testing.assert_close(
+        first[4], expected(fair_esm, proteins[1][4].sequence, store.pool, layer=1), rtol=1e-5, atol=1e-5
+    )
+    with pytest.raises(InputError, match=r"a layer of \[1, 3\] required, got 2"):
+        EmbeddingStore(store.path, layer=2)
+
+
+def test_no_store_and_an_unfinished_one_are_refused(store, tmp_path):
+    with pytest.raises(InputError):
+        EmbeddingStore(tmp_path)
+    (tmp_path / "store.json").write_bytes((store.path / "store.json").read_bytes())
+    with pytest.raises(InputError, match="finished store required"):
+        EmbeddingStore(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_shards_are_safetensors_whatever_the_order_of_writing(tmp_path, dtype):
+    rows = torch.arange(2 * 5 * 3).reshape(2, 5, 3).float()
+    writer = ShardWriter(tmp_path / "x.safetensors", [0, 9], rows=5, dim=3, dtype=dtype)
+    for start, stop in [(3, 5), (0, 1), (1, 3)]:
+        writer.write(start, rows[:, start:stop])
+        assert not (tmp_path / "x.safetensors").exists()
+    writer.close()
+    read = load_file(tmp_path / "x.safetensors")
+    assert torch.equal(read["layer_0"], rows[0].to(dtype)) and torch.equal(read["layer_9"], rows[1].to(dtype))
+
+
+def test_values_that_the_dtype_cannot_hold_are_refused(tmp_path):
+    writer = ShardWriter(tmp_path / "x.safetensors", [0], rows=1, dim=2, dtype=torch.float16)
+    with pytest.raises(InputError, match="use --dtype float32"):
+        writer.write(0, torch.tensor([[[1.0, 1e6]]]))
+    with pytest.raises(InputError, match="NaN"):
+        writer.write(0, torch.tensor([[[1.0, float("nan")]]]))

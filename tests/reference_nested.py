@@ -1,0 +1,82 @@
+"""Slow, obvious versions of what the nested wing computes in closed form: the data in full, float64, one step after the other."""
+
+import numpy as np
+
+
+def centred(x):
+    return x - x.mean(0)
+
+
+def ols(z, x):
+    """Coefficients (k_z, k_x) of centred least squares."""
+    return np.linalg.lstsq(centred(z), centred(x), rcond=None)[0]
+
+
+def ridge(z, x, penalty):
+    """Least squares on data augmented by sqrt(n penalty) I."""
+    n, k = z.shape
+    rows = np.vstack([centred(z), np.sqrt(n * penalty) * np.eye(k)])
+    return np.linalg.lstsq(rows, np.vstack([centred(x), np.zeros((k, x.shape[1]))]), rcond=None)[0]
+
+
+def gcv(z, x, penalties):
+    """The penalty with the least GCV score, from the explicit hat matrix of every penalty."""
+    n, scores = len(z), []
+    for penalty in penalties:
+        gram = centred(z).T @ centred(z) + n * penalty * np.eye(z.shape[1])
+        hat = np.ones((n, n)) / n + centred(z) @ np.linalg.solve(gram, centred(z).T)
+        scores.append(n * np.sum((x - hat @ x) ** 2) / (n - np.trace(hat)) ** 2)
+    return penalties[int(np.argmin(scores))]
+
+
+def pcr(z, x, components):
+    """Least squares on the scores of the first principal components."""
+    basis = np.linalg.svd(centred(z), full_matrices=False)[2][:components].T
+    return basis @ np.linalg.lstsq(centred(z) @ basis, centred(x), rcond=None)[0]
+
+
+def stage(z, x, coefficients, added):
+    """Residual, its principal directions (k_x, added) and all its variances, by SVD of the residual itself."""
+    residual = centred(x) - centred(z) @ coefficients
+    _, singular, basis = np.linalg.svd(residual, full_matrices=False)
+    basis = basis[:added].T
+    basis = basis * np.sign(basis[np.abs(basis).argmax(0), np.arange(added)])
+    return residual, basis, singular**2 / len(z)
+
+
+def chain(raws, fit, added):
+    """Nested embedding of a list of raw embeddings; fit(z, x) returns coefficients."""
+    z = raws[0]
+    for x, count in zip(raws[1:], added):
+        residual, basis, _ = stage(z, x, fit(z, x), count)
+        z = np.hstack([z, residual @ basis])
+    return z
+
+
+def ridge_loop(x, y, folds, penalties):
+    """Nested cross-validation by scikit-learn, one fit after the other: predictions and the penalty of each outer fold."""
+    from sklearn.linear_model import Ridge
+
+    predictions, chosen = np.empty(len(y)), []
+    numbers = np.unique(folds)
+    for outer in numbers:
+        errors = [
+            sum(
+                np.sum(
+                    (
+                        Ridge(alpha=penalty)
+                        .fit(x[train := (folds != outer) & (folds != inner)], y[train])
+                        .predict(x[folds == inner])
+                        - y[folds == inner]
+                    )
+                    ** 2
+                )
+                for inner in numbers
+                if inner != outer
+            )
+            for penalty in penalties
+        ]
+        chosen.append(penalties[int(np.argmin(errors))])
+        model = Ridge(alpha=chosen[-1]).fit(x[folds != outer], y[folds != outer])
+        predictions[folds == outer] = model.predict(x[folds == outer])
+    return predictions, np.array(chosen)
