@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 SCHEMA = "distil-rank/generator-study/1"
+WEAK = 0.3  # a teacher this little below token frequencies is called weak
 CELLS = ("baseline", "uncertainty", "calibration", "both")
 
 
@@ -18,6 +19,14 @@ def paper(study: dict[str, Any]) -> str:
     runs = next(iter(schedules.values()))["contrasts"]["interaction"]["runs"]
     claims = {name: part["contrasts"]["words"]["published_claim"] for name, part in schedules.items()}
     preset = study["config"]["preset_values"]
+    gain = 1 - teacher["perplexity"]["value"] / data["token_frequencies_perplexity"]
+    weak = (
+        f"\n**The teacher is weak**: its perplexity is only {100 * gain:.1f} % below that of token frequencies alone, line breaks "
+        "and ends included. Students then have little to lose: a ratio near 1 is no praise, and the ablation tests the "
+        "harness more than the enhancements."
+        if gain < WEAK
+        else ""
+    )
     underpowered = (
         " **The evaluation is underpowered: fewer than 1,000 proteins.**" if _first(sizes)["underpowered"] else ""
     )
@@ -107,7 +116,7 @@ Chosen on validation with the baseline: temperature {study["temperature"]["chose
 ![Amino acids](../results/generators/amino_acids.png)
 
 ## Limits
-
+{weak}
 The numbers above are those of preset `{study["config"]["preset"]}`: they say what holds for this teacher, these
 students and {preset["steps"]:,} steps. ProtGPT2 itself takes `--preset protgpt2` and a GPU. Structures (pLDDT) are
 measured where ESMFold's weights are at hand. Commit {str(study["environment"]["commit"])[:12]},

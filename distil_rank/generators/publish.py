@@ -160,9 +160,8 @@ def _comparison(metrics: dict[str, Any], previous: str | None) -> str:
         return ""
     from huggingface_hub import ModelCard
 
-    before = {
-        r.metric_name: r.metric_value for r in ModelCard(previous, ignore_metadata_errors=True).data.eval_results or []
-    }
+    old = getattr(ModelCard(previous, ignore_metadata_errors=True).data, "eval_results", None) or []
+    before = {result.metric_name: result.metric_value for result in old}
     rows = [f"| {name} | {before[name]:.4f} | {m['value']:.4f} |" for name, m in metrics.items() if name in before]
     if not rows:
         return ""

@@ -50,7 +50,12 @@ def figures(study: dict[str, Any], curves: dict[str, Any]) -> Iterator[tuple[str
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    style: dict[Any, Any] = {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+    }
     for name in FIGURES:
         with rc_context(style):
             wide = name in ("ablation", "reliability", "uncertainty", "speed")
@@ -83,7 +88,7 @@ def _ablation(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> Non
         axis.set_yticks(range(len(rows)), rows)
         axis.set_title(name)
         axis.set_xlabel("change of perplexity (%), negative is better")
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(rows) - 0.6, -0.6)
     runs = next(iter(schedules.values()))["contrasts"]["interaction"]["runs"]
     _caption(figure, study, f"Paired differences, {runs} runs a cell, 95 % t intervals")
 

@@ -27,7 +27,7 @@ from distil_rank.generators.runs import Bench, Material, Run, make, uncertainty_
 from distil_rank.records import config_record, environment, require_writable, sha256, shown_path, write_json
 
 CURVES = "distil-rank/generator-study-curves/1"
-ENHANCEMENTS = {
+ENHANCEMENTS: dict[str, dict[str, Any]] = {
     "baseline": {},
     "uncertainty": {"uncertainty": True},
     "calibration": {"calibration": True},
@@ -130,7 +130,7 @@ def conduct(preset: Preset, config: Config) -> tuple[dict[str, Any], dict[str, A
     def sweep(field: str, values: tuple[float, ...], base: Objective) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for cell in ("baseline", "both"):
-            objectives = [replace(base, **{field: float(v)}, **ENHANCEMENTS[cell]) for v in values]
+            objectives = [replace(base, **ENHANCEMENTS[cell], **_one(field, v)) for v in values]
             done = outcomes([Run(shape, objective, middle) for objective in objectives])
             found[cell] = [
                 {field: v, "ratio": o["ratio"], "validation_nll": o["validation_nll"], "signed_gap": o["signed_gap"]}
@@ -241,6 +241,10 @@ def _sizes(
 
             save(student.to("cpu"), bench.tokenizer, config.save_students / name, torch.float16)
     return sizes, histories
+
+
+def _one(field: str, value: float) -> dict[str, Any]:
+    return {field: float(value)}
 
 
 def token_frequencies_perplexity(train: Encoded, test: Encoded) -> float:

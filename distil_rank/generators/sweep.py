@@ -107,7 +107,7 @@ def run(config: Config) -> None:
         return float(found["validation_nll"])
 
     study.optimize(objective, n_trials=config.trials or None)
-    finished = sorted((t for t in study.trials if t.state.name == "COMPLETE"), key=lambda t: t.value)
+    finished = sorted((t for t in study.trials if t.state.name == "COMPLETE"), key=lambda t: t.value or 0.0)
     write_json(
         folder / "sweep.json",
         {

@@ -107,9 +107,9 @@ def mutated(sequence, rate, rng):
 
 def test_relatives_and_duplicates_never_straddle_the_splits():
     rng = np.random.default_rng(0)
-    families = [[mutated(s, 0.2, rng) for _ in range(5)] for s in toy_sequences(40, low=90, high=140)]
+    families = [[mutated(s, 0.2, rng) for _ in range(5)] for s in toy_sequences(20, low=90, high=140)]
     sequences = [s for family in families for s in family]
-    splits = prepare(sequences * 2, held_out=0.15)
+    splits = prepare(sequences * 2, held_out=0.2)
     assert splits.counts["duplicates_removed"] == len(sequences)
     parts = [set(splits.train), set(splits.validation), set(splits.test)]
     assert sum(map(len, parts)) == len(sequences) and set.union(*parts) == set(sequences)

@@ -160,11 +160,11 @@ def test_published_formula_agrees_where_it_should_and_differs_where_it_is_known_
         published_loss(student[i : i + 1], teacher[i : i + 1], labels[i : i + 1], mask[i : i + 1], Objective())
         for i in range(4)
     ]
-    assert abs(float(whole) - float(sum(parts) / 4)) > 1e-4
+    assert abs(whole.item() - sum(parts).item() / 4) > 1e-4
     # a left-padded sequence: the first real token is predicted from padding and counted
     left = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1]])
     found = published_loss(student[:1], teacher[:1], tokens[:1], left, Objective(alpha=0.0))
-    assert abs(float(found) - float(mean_loss(student[:1], teacher[:1], tokens[:1], left, Objective(alpha=0.0)))) > 1e-4
+    assert abs(found.item() - float(mean_loss(student[:1], teacher[:1], tokens[:1], left, Objective(alpha=0.0)))) > 1e-4
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
