@@ -26,6 +26,13 @@ REPORTS = {
 # `<!-- begin NAME FILE -->` ... `<!-- end -->` in a document is replaced by BLOCKS[NAME](FILE)
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "summary": lambda path: tables.documentation(read_json(path, tables.SCHEMA)),
+    "findings": lambda folder: tables.findings(
+        [
+            read_json(path, tables.SCHEMA)
+            for path in sorted(folder.rglob("distil_rank_summary.json"))
+            if path.parent.name != "quick"
+        ]
+    ),
     "compress": lambda path: compress_tables.bars(read_json(path, compress_tables.SCHEMA)),
     "compress-models": lambda path: compress_tables.models(read_json(path, compress_tables.SCHEMA)),
     "compress-pairs": lambda path: compress_tables.pairs(read_json(path, compress_tables.SCHEMA)),
