@@ -138,16 +138,16 @@ def findings(summaries: list[dict[str, Any]]) -> str:
         first = next(iter(summary["experiments"].values()))["latency"][0]
         slow.append(f"{first['speedup']['median']:.2f} with {summary['input_dim']} features")
     worse, better, equal = (outcomes.count(name) for name in ("worse", "better", "equal"))
-    return "\n".join(
-        [
-            f"- Of {len(outcomes)} cells (teacher and data), distillation in its best form is above the closed form in held-out FVU in "
-            f"{worse}, below it in {better} and indistinguishable in {equal}; its FVU is {min(ratios):.3f} to {max(ratios):.3f} "
-            "times the optimum's.",
-            f"- The cosine-aware closed form changes the held-out cosine by {min(cosines):+.1e} to {max(cosines):+.1e}: |y| hardly "
-            "varies between proteins, so neither do the weights.",
-            f"- At batch {first['batch']} the speed-up is {', '.join(slow)}: there calling two layers costs much of what the arithmetic saves.",
-        ]
-    )
+    counts = f"above the closed form in held-out FVU in {worse}, below it in {better} and indistinguishable in {equal}"
+    times = f"its FVU is {min(ratios):.3f} to {max(ratios):.3f} times the optimum's"
+    change = f"{min(cosines):+.1e} to {max(cosines):+.1e}"
+    lines = [
+        f"- Of {len(outcomes)} cells (teacher and data), distillation in its best form is {counts}; {times}.",
+        f"- The cosine-aware closed form changes the held-out cosine by {change}: where |y| hardly varies between",
+        "  proteins, the weights of the rows hardly do.",
+        f"- At batch {first['batch']} the speed-up is {', '.join(slow)}: two calls cost much of what the arithmetic saves.",
+    ]
+    return "\n".join(lines)
 
 
 def closing_table(summary: dict[str, Any]) -> str:
