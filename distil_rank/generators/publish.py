@@ -123,7 +123,7 @@ A GPT-2 for proteins with {evaluation["student"]["parameters"]["total"]:,} param
 from transformers import pipeline
 
 generator = pipeline("text-generation", model="{repo}")
-generator("<|endoftext|>", max_length=200, do_sample=True)
+generator("<|endoftext|>", max_length={min(200, evaluation["student"]["shape"]["n_positions"])}, do_sample=True)
 ```
 
 ## Evaluation
