@@ -74,10 +74,14 @@ def run_model(config: Config) -> None:
     if config.recover:
         checkpoint = out.absolute().parent / f".{out.name}.recovery.safetensors"
         record["before_recovery"] = compare(architecture, dense, small, tests, seed=config.seed)
+        start = small
         small, losses = recover(
             architecture, dense, small, raw, config.recover, seed=config.seed, checkpoint=checkpoint
         )
         record["recovery_loss"] = losses
+        record["recovery_kept"] = any(
+            not torch.equal(a, b) for a, b in zip(start.state_dict().values(), small.state_dict().values())
+        )
     if config.int8:
         small, certificates = quantise_model(small, batches)
         record["int8"] = {name: vars(c) for name, c in certificates.items()}

@@ -23,6 +23,7 @@ from distil_rank.layers.sites import Batch, evaluating
 from distil_rank.randomness import generator
 
 SAVE_EVERY = 50  # steps
+CHECKED = 16  # batches on which the result must beat the start
 
 
 def recover(
@@ -36,7 +37,8 @@ def recover(
     seed: int = 0,
     checkpoint: str | Path | None = None,
 ) -> tuple[nn.Module, list[float]]:
-    """A copy of `small` whose factors were trained for `steps` AdamW steps (linear decay), and the loss of every step.
+    """A copy of `small` whose factors were trained for `steps` AdamW steps (short warm-up, linear decay), and
+    the loss of every step. Where training has not lowered the loss of the first batches, the start is given back.
 
     loss = KL(dense || small) per token + hidden_weight * MSE of the last hidden state / its variance, over residues; of masked
     models a seventh of the residues is masked, in a new random phase every step.
@@ -59,7 +61,7 @@ def recover(
     with evaluating(dense), evaluating(student):
         for step in range(len(losses), steps):
             for group in optimiser.param_groups:
-                group["lr"] = lr * (1 - step / steps)
+                group["lr"] = lr * min(1.0, (step + 1) / max(1, steps // 10)) * (1 - step / steps)
             value = _loss(architecture, dense, student, batches[int(order[step])], int(phases[step]), hidden_weight)
             optimiser.zero_grad()
             value.backward()
@@ -67,8 +69,15 @@ def recover(
             losses.append(float(value.detach()))
             if path is not None and (step + 1) % SAVE_EVERY == 0 and step + 1 < steps:
                 _save(path, setting, parameters, optimiser, losses)
+        with torch.no_grad():
+            first = batches[:CHECKED]
+            start, end = (
+                sum(float(_loss(architecture, dense, m, b, 0, hidden_weight)) for b in first) for m in (small, student)
+            )
     if path is not None:
         path.unlink(missing_ok=True)
+    if not end < start:
+        student = copy.deepcopy(small)
     return student.requires_grad_(False), losses
 
 
