@@ -8,6 +8,7 @@ python main.py --teacher head.safetensors --key classifier.dense --rank 32    # 
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -330,9 +331,14 @@ def main(arguments: list[str] | None = None) -> None:
         config = check(config)
         out = require_writable(config.out)
         summary, curves = run(config)
-        write_json(out / "distil_rank_curves.json", curves)
-        write_json(out / "distil_rank_summary.json", summary)
-        report.draw(out)
+        with TemporaryDirectory(
+            prefix=".unfinished-", dir=out
+        ) as folder:  # the three files change together, at the end
+            write_json(Path(folder) / "distil_rank_curves.json", curves)
+            write_json(Path(folder) / "distil_rank_summary.json", summary)
+            report.draw(folder)
+            for path in Path(folder).iterdir():
+                path.replace(out / path.name)
         print(tables.closing_table(summary))
         print(f"written: {out}/distil_rank_summary.json, distil_rank_curves.json, distil_rank_final_report.png")
 
