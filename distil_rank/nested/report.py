@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -123,52 +124,55 @@ def caption(record: Mapping[str, Any]) -> str:
 
 
 def stages(axis: Any, record: Mapping[str, Any]) -> None:
-    """Held-out R^2 of each size, from the prefix alone and with the new directions."""
+    """What is left unexplained of each size, 1 - R^2, from the prefix alone and with the new directions."""
     found = stage_scores(record["chain"])
     dims, colour = record["chain"]["dims"], COLOURS[record["chain"]["regression"]]
-    for i, (_, values) in enumerate(found.items()):
+    for i, values in enumerate(found.values()):
         for kind, face, shift in (("regression", "white", -0.06), ("reconstruction", colour, 0.06)):
-            v = values[kind]
+            v = {end: max(1 - values[kind][end], 1e-9) for end in ("value", "low", "high")}
             axis.plot([i + shift] * 2, [v["low"], v["high"]], color=colour, lw=2, zorder=2)
             axis.plot(i + shift, v["value"], "o", ms=9, mfc=face, mec=colour, mew=1.8, zorder=3)
-            side = {"ha": "right", "xytext": (-9, 0)} if shift < 0 else {"ha": "left", "xytext": (9, 0)}
-            axis.annotate(f"{v['value']:.3f}", (i + shift, v["value"]), textcoords="offset points", va="center", **side)
+            side: Any = {"ha": "right", "xytext": (-9, 0)} if shift < 0 else {"ha": "left", "xytext": (9, 0)}
+            axis.annotate(f"{v['value']:.2g}", (i + shift, v["value"]), textcoords="offset points", va="center", **side)
     names = list(dims)
-    axis.set_xticks(range(len(found)), [f"{a} → {b}\n({dims[a]} → {dims[b]} dims)" for a, b in zip(names, names[1:])])  # noqa: RUF007
+    ticks = [f"{a} → {b}\n({dims[a]} → {dims[b]} dims)" for a, b in pairwise(names)]
+    axis.set_xticks(range(len(found)), ticks)
     axis.set_xlim(-0.6, len(found) - 0.4)
-    axis.set_ylim(0, 1.03)
-    where = "held out" if record["chain"]["held_out_r2"] else "fitted rows"
-    axis.set_ylabel(f"R² of the larger raw embedding, {where}")
+    axis.set_yscale("log")
+    axis.margins(y=0.18)
+    where = "held-out proteins" if record["chain"]["held_out_r2"] else "fitted rows"
+    axis.set_ylabel(f"1 − R² of the larger raw embedding, {where}")
     axis.grid(axis="x", visible=False)
     axis.plot([], [], "o", ms=8, mfc="white", mec=colour, mew=1.8, label="from the prefix alone")
     axis.plot([], [], "o", ms=8, color=colour, label="with the new directions")
-    axis.legend(loc="lower right")
+    axis.legend(loc="center left")
     axis.set_title("The prefix predicts, the new block completes")
 
 
 def spectra(axis: Any, record: Mapping[str, Any]) -> None:
     """Residual variance that is left after the first directions of every stage."""
     shades = ["#5bb0d1", "#0b6e99", "#083d56", "#22262b", "#d1793b"]
-    for i, ((size, tails), colour) in enumerate(zip(record["chain"]["residual_spectrum"].items(), shades)):
+    for (size, tails), colour in zip(record["chain"]["residual_spectrum"].items(), shades):
         added = record["chain"]["added"][size]
-        shown = [k for k, t in enumerate(tails) if t > 1e-6]
+        shown = [k for k, t in enumerate(tails) if t > 1e-8]
         axis.plot(shown, [tails[k] for k in shown], color=colour, lw=2, label=f"residual of {size}")
-        axis.plot(added, max(tails[added], 1e-6), "o", color=colour, ms=8, mec="white", zorder=3)
+        axis.plot(added, max(tails[added], 1e-8), "o", color=colour, ms=8, mec="white", zorder=3)
         axis.annotate(
-            f"{added} directions kept,\n{tails[added]:.1%} left",
-            (added, max(tails[added], 1e-6)),
+            f"{added} directions kept,\n{tails[added]:.2g} left",
+            (added, max(tails[added], 1e-8)),
             textcoords="offset points",
-            xytext=(10, 6) if i % 2 else (-10, -6),
-            ha="left" if i % 2 else "right",
-            va="bottom" if i % 2 else "top",
+            xytext=(8, 8),
+            ha="left",
+            va="bottom",
             color=colour,
             fontsize=9,
         )
     axis.set_yscale("log")
-    axis.set_ylim(3e-3, 1.3)
+    kept = [tails[record["chain"]["added"][size]] for size, tails in record["chain"]["residual_spectrum"].items()]
+    axis.set_ylim(max(min(kept), 1e-8) / 5, 1.5)
     axis.set_xlabel("residual directions")
     axis.set_ylabel("share of residual variance left")
-    axis.legend(loc="lower left")
+    axis.legend(loc="upper right")
     axis.set_title("Spectrum of the residuals")
 
 

@@ -101,7 +101,7 @@ def verdicts(record: Mapping[str, Any]) -> str:
     own, sizes = record["chain"]["regression"], list(record["chain"]["dims"])
     last, dim = sizes[-1], record["chain"]["dims"][sizes[-1]]
     other = "nested-ols" if own != "nested-ols" else "nested-pcr"
-    lines = []
+    lines = [power(record)]
     for pool, words in POOL_WORDS.items():
         by_pair = {
             (r["ours"], r["theirs"]): r["difference"] for r in record["comparisons"] if r["ours"].startswith(f"{pool}/")
@@ -120,6 +120,20 @@ def verdicts(record: Mapping[str, Any]) -> str:
                 f"* {words}: {kind} never falls along the family in {ranged(chain['monotone'], 2)} of the assays."
             )
     return "\n".join(lines)
+
+
+def power(record: Mapping[str, Any]) -> str:
+    """Whether the probe finds any signal at all: without it, no difference between embeddings means anything."""
+    cells = [(p, n, c["mean"]) for p, by_name in record["spearman"].items() for n, c in by_name.items()]
+    best = max(cells, key=lambda cell: cell[2]["value"])
+    found = [cell for cell in cells if cell[2]["low"] > 0]
+    used = sum(a["used"] for a in record["data"]["assays"]) / len(record["assays"])
+    if found:
+        return f"* {len(found)} of {len(cells)} embeddings predict the assays better than chance (interval above 0)."
+    return (
+        f"* **Underpowered**: with {used:.0f} mutants an assay, no embedding predicts them better than chance (best:"
+        f" {best[1]}, {POOL_WORDS[best[0]]}, {ranged(best[2])}), so the comparisons below decide nothing."
+    )
 
 
 def outcome(difference: Mapping[str, Any]) -> str:
