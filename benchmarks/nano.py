@@ -165,6 +165,7 @@ def embed(folder: Path) -> None:
         torch.save(rows, temporary)
         temporary.replace(ROOT / name)
     card = json.loads((store / "embeddings.json").read_text())
+    card["source"] = "mean-pooled embeddings of held-out proteins (Pfam domains, Swiss-Prot, DeepLoc)"
     card |= {"data": input_hashes(), "note": "real proteins held out from the training of nano-256 (models/README.md)"}
     write_json(ROOT / "embeddings.json", card)
 
