@@ -30,6 +30,7 @@ from distil_rank.statistics.intervals import bootstrap_counts, percentile_interv
 
 MODELS = ROOT / "models"
 TRAIN = Path("train.fasta.gz")
+SOURCE = "real proteins (Pfam, Swiss-Prot, DeepLoc) held out from the training of nano-256: models/README.md"
 NOTE = (
     "nano-128 and nano-256 were begun with larger budgets (3e6; 6e6, then 3e6) and continued with --tokens 2e6 after "
     "1.00e6 and 1.16e6 residues, so up to there their learning rate fell more slowly than a single run's."
