@@ -56,7 +56,10 @@ def test_embeddings_at_the_top_level_are_real_held_out_proteins(card):
 
 
 def test_location_is_read_better_from_the_largest_than_from_composition():
-    record = read_json(ROOT / "benchmarks" / "results" / "nano_deeploc.json", "nano-deeploc/1")
+    measured = ROOT / "benchmarks" / "results" / "nano_deeploc.json"
+    if not measured.exists():
+        pytest.skip("not measured on these weights yet: python -m benchmarks.nano_deeploc")
+    record = read_json(measured, "nano-deeploc/1")
     assert record["results"]["nano-256"]["accuracy_above_composition"]["low"] > 0
 
 
