@@ -80,7 +80,7 @@ def config_record(config: Any) -> dict[str, Any]:
     """A configuration dataclass as JSON values, with paths as results show them."""
 
     def plain(value: Any) -> Any:
-        if isinstance(value, Path):
+        if isinstance(value, Path) or (isinstance(value, str) and os.path.isabs(value)):
             return shown_path(value)
         if isinstance(value, tuple | list):
             return [plain(v) for v in value]

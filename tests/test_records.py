@@ -43,10 +43,11 @@ def test_the_passport_names_code_and_machine_but_no_place(tmp_path):
     class Config:
         inside: Path = ROOT / "results" / "x.json"
         outside: Path = tmp_path / "a" / "b.pt"
+        named: str = str(tmp_path / "a" / "model")  # a folder or a name of the hub
         many: tuple[int, ...] = (1, 2)
 
     record = config_record(Config())
-    assert record == {"inside": "results/x.json", "outside": "a/b.pt", "many": [1, 2]}
+    assert record == {"inside": "results/x.json", "outside": "a/b.pt", "named": "a/model", "many": [1, 2]}
 
 
 def test_a_folder_that_cannot_be_written_is_found(tmp_path):
