@@ -180,7 +180,7 @@ def bars(record: dict[str, Any]) -> str:
     if found := record.get("latency"):
         for row in found["rows"]:
             bar = found["bars"].get(f"batch {row['batch']}")
-            shown = f"{row['fraction_of_bound']:.0%} ({row['speedup']['median']:.2f} x)"
+            shown = f"{row['fraction_of_bound']:.1%} ({row['speedup']['median']:.2f} x)"
             rows.append(
                 [
                     f"latency at batch {row['batch']}, share of the FLOP bound {row['flop_bound']:.2f}",
