@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from distil_rank.errors import InputError
+from distil_rank.statistics.moments import add_upper_product, mirrored
 
 PENALTIES = torch.logspace(-8, 2, 21, dtype=torch.float64)  # in units of the mean squared norm of the centred rows
 
@@ -45,14 +46,17 @@ class RidgePath:
         # rank n - 1: the part of M that no penalty touches is exactly zero, and must not be left to rounding
         self._full = len(s) == n - 1
 
-    def _operator(self, i: int, rows: Tensor, columns: Tensor) -> Tensor:
-        """The block of M at these rows and columns, for the i-th penalty."""
-        U = self._U[rows]
-        damping = self.penalties[i] / (self._s + self.penalties[i])
+    def _operator(self, i: int, rows: Tensor) -> Tensor:
+        """The block of M at these rows and columns, for the i-th penalty; only its upper triangle is computed."""
+        U, damping = self._U[rows], self.penalties[i] / (self._s + self.penalties[i])
+        M = torch.zeros(len(rows), len(rows), dtype=torch.float64)
         if self._full:
-            return (U * damping) @ self._U[columns].T
-        # I - 1 1^T / n - U diag(s / (s + penalty)) U^T
-        return (rows[:, None] == columns).double() - 1 / len(self._U) - (U * (1 - damping)) @ self._U[columns].T
+            add_upper_product(M, U * damping, U.T)
+        else:  # I - 1 1^T / n - U diag(s / (s + penalty)) U^T
+            M -= 1 / len(self._U)
+            M.diagonal().add_(1)
+            add_upper_product(M, U * (damping - 1), U.T)
+        return M
 
     def _residuals(self, y: Tensor, i: int) -> Tensor:
         """M y (n, c)."""
@@ -62,7 +66,7 @@ class RidgePath:
 
     def leave_out(self, y: Tensor, rows: Tensor) -> Tensor:
         """Predictions (penalties, |rows|, c) at `rows` of the fits on all other rows; y (n, c)."""
-        blocks = (solve(self._operator(i, rows, rows), self._residuals(y, i)[rows]) for i in range(len(self.penalties)))
+        blocks = (solve(self._operator(i, rows), self._residuals(y, i)[rows]) for i in range(len(self.penalties)))
         return y[rows] - torch.stack(list(blocks))
 
     def nested(self, y: Tensor, folds: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,15 +84,15 @@ class RidgePath:
         parts = [slice(a, b) for a, b in pairwise(starts)]
         inner = torch.zeros(len(self.penalties), len(sizes), dtype=torch.float64)
         left_out = torch.empty(len(self.penalties), *target.shape, dtype=torch.float64)  # errors, in the order of folds
-        M = torch.zeros(len(order), len(order), dtype=torch.float64)
+        rows = torch.arange(len(order))
         for i in range(len(self.penalties)):
             residual = self._residuals(target, i)[order]
-            for part in parts:  # the upper triangle of blocks
-                M[part, part.start :] = self._operator(i, order[part], order[part.start :])
+            M = self._operator(i, order)
+            for part in parts:
                 left_out[i, part] = solve(M[part, part], residual[part])
             for (a, p), (b, q) in combinations(enumerate(parts), 2):
-                both = torch.cat([torch.cat([M[p, p], M[p, q]], 1), torch.cat([M[p, q].T, M[q, q]], 1)])
-                error = solve(both, torch.cat([residual[p], residual[q]])).square().sum(1)
+                both = torch.cat([rows[p], rows[q]])
+                error = solve(M[both[:, None], both], residual[both]).square().sum(1)
                 inner[i, a] += error[sizes[a] :].sum()  # outer a, inner b
                 inner[i, b] += error[: sizes[a]].sum()
         best = inner.argmin(0)
@@ -114,6 +118,8 @@ class RidgePath:
 
 
 def solve(M: Tensor, residual: Tensor) -> Tensor:
-    """M^-1 residual for a positive definite block; by LU where rounding has made it indefinite."""
-    factor, failed = torch.linalg.cholesky_ex(M)
-    return torch.linalg.solve(M, residual) if int(failed) else torch.cholesky_solve(residual, factor)
+    """M^-1 residual for a positive definite M given by its upper triangle; by LU where rounding has made it indefinite."""
+    factor, failed = torch.linalg.cholesky_ex(M, upper=True)
+    return (
+        torch.linalg.solve(mirrored(M), residual) if int(failed) else torch.cholesky_solve(residual, factor, upper=True)
+    )
