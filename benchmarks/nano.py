@@ -2,7 +2,8 @@
 
     python -m benchmarks.nano train nano-64 work/        # one size; resumable; writes models/nano-64.pt
     python -m benchmarks.nano evaluate                   # held-out perplexity by size: models/nano.json
-    python -m benchmarks.nano card                       # models/README.md from models/nano.json
+    python -m benchmarks.nano_deeploc                    # locations by a linear probe: benchmarks/results/nano_deeploc.json
+    python -m benchmarks.nano card                       # models/README.md from the two
     python -m benchmarks.nano embed work/                # embeddings_{train,val}.pt of held-out proteins, by the largest
 
 The proteins and the split are those of `benchmarks.nano_data` and need the shared data folder.
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks import nano_deeploc
 from benchmarks.nano_data import input_hashes, split
 from distil_rank.proteins import embeddings, pretrain
 from distil_rank.proteins.fasta import AMINO_ACIDS, Protein, write_fasta
@@ -122,6 +124,9 @@ and is tested without a download. They are not ESM-2 and know far less: use them
   `<mask>`) in every fourth held-out protein ({measured_proteins:,}, their first 512 residues). Intervals: bootstrap over
   proteins; the ratios compare the same residues. Predicting with the frequencies of the 20 amino acids gives {unigram:.2f}.
   *80/10/10*: the same where, as in training, a tenth of the predicted residues is shown, which flatters by about a fifth.
+* **Against composition**: accuracy of a linear probe for the subcellular location ({classes} places) of {n_test:,} held-out
+  DeepLoc proteins: {accuracies}.
+  nano-256 above composition: {above}.
 * **Data**: {train_proteins:,} distinct sequences with {train_residues:,} residues from Pfam domains (maalbadri/esm2_pfam, MIT),
   human, yeast and *E. coli* Swiss-Prot proteins (Wang-lab-UCSD/TUnA, MIT) and DeepLoc (HannesStark/protein-localization,
   MIT). {heldout_proteins:,} proteins of {heldout_clusters:,} clusters are held out: `nano-heldout.txt` lists what was not
@@ -130,13 +135,15 @@ and is tested without a download. They are not ESM-2 and know far less: use them
 * **Training**: masked language modelling (15 %, 80/10/10), fair-esm's own `ESM2` class, AdamW, cosine schedule; one
   CPU thread each.
 * **Format**: fair-esm checkpoints, float16, without contact regression. `distil-rank embed --model nano-256` finds them.
-* **Made by** `python -m benchmarks.nano`; every figure here stands in `nano.json`.
+* **Made by** `python -m benchmarks.nano`; the figures stand in `nano.json`, those of locations in
+  `benchmarks/results/nano_deeploc.json`.
 """
 
 
 def card() -> None:
-    """models/README.md: a pure function of models/nano.json."""
-    record = read_json(MODELS / "nano.json", "nano/1")
+    """models/README.md: a pure function of models/nano.json and the record of `benchmarks.nano_deeploc`."""
+    record, probe = read_json(MODELS / "nano.json", "nano/1"), read_json(nano_deeploc.OUT, nano_deeploc.SCHEMA)
+    found = probe["results"]
 
     def cell(metric: dict | None, digits: int) -> str:
         return (
@@ -151,7 +158,13 @@ def card() -> None:
         f"| {m['perplexity_80_10_10']:.2f} | {m['perplexity_untrained']:.1f} |"
         for name, m in record["models"].items()
     ]
-    write_text(MODELS / "README.md", CARD.format(rows="\n".join(rows), **record["data"]))
+    locations = {
+        "classes": len(probe["data"]["train_and_test_by_class"]),
+        "n_test": probe["n_test"],
+        "accuracies": ", ".join(f"{name} {cell(found[name]['accuracy'], 3)}" for name in found),
+        "above": cell(found["nano-256"]["accuracy_above_composition"], 3),
+    }
+    write_text(MODELS / "README.md", CARD.format(rows="\n".join(rows), **record["data"], **locations))
 
 
 def embed(folder: Path) -> None:
