@@ -124,6 +124,7 @@ and is tested without a download. They are not ESM-2 and know far less: use them
   `<mask>`) in every fourth held-out protein ({measured_proteins:,}, their first 512 residues). Intervals: bootstrap over
   proteins; the ratios compare the same residues. Predicting with the frequencies of the 20 amino acids gives {unigram:.2f}.
   *80/10/10*: the same where, as in training, a tenth of the predicted residues is shown, which flatters by about a fifth.
+* **Size**: {verdict}
 * **Against composition**: accuracy of a linear probe for the subcellular location ({classes} places) of {n_test:,} held-out
   DeepLoc proteins: {accuracies}.
   nano-256 above composition: {above}.
@@ -164,7 +165,20 @@ def card() -> None:
         "accuracies": ", ".join(f"{name} {cell(found[name]['accuracy'], 3)}" for name in found),
         "above": cell(found["nano-256"]["accuracy_above_composition"], 3),
     }
-    write_text(MODELS / "README.md", CARD.format(rows="\n".join(rows), **record["data"], **locations))
+    text = CARD.format(rows="\n".join(rows), verdict=size_verdict(record["models"]), **record["data"], **locations)
+    write_text(MODELS / "README.md", text)
+
+
+def size_verdict(models: dict) -> str:
+    """Whether perplexity falls with size, in words computed from the paired ratios."""
+    ratios = [m["perplexity_over_next_smaller"] for m in models.values() if "perplexity_over_next_smaller" in m]
+    if all(ratio["high"] < 1 for ratio in ratios):
+        return "perplexity falls with every size."
+    most = max(abs(ratio["value"] - 1) for ratio in ratios)
+    return (
+        f"perplexity does **not** fall with every size. Neighbours differ by at most {most:.1%}: after so few residues all\n"
+        "  sizes predict from composition and near neighbours, and capacity is not what they lack."
+    )
 
 
 def embed(folder: Path) -> None:

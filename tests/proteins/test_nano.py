@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from benchmarks import nano
 from distil_rank.proteins.checkpoints import FAMILIES, load_model
 from distil_rank.proteins.masked import load_checkpoint, new_model, perplexity
 from distil_rank.proteins.splits import related
@@ -33,12 +34,17 @@ def test_the_family_is_small():
     assert sum((MODELS / f"{name}.pt").stat().st_size for name in NAMES) <= 24 * 2**20
 
 
-def test_perplexity_falls_with_size_and_training_matters(card):
-    cards = [card["models"][name] for name in NAMES]
-    for larger in cards[1:]:
-        assert larger["perplexity_over_next_smaller"]["high"] < 1
-    for one in cards:
+def test_training_matters_and_beats_amino_acid_frequencies(card):
+    for one in (card["models"][name] for name in NAMES):
         assert one["perplexity"]["high"] < 0.7 * one["perplexity_untrained"]
+        assert one["perplexity"]["high"] < card["data"]["unigram"]
+
+
+def test_the_card_says_whether_perplexity_falls_with_size(card):
+    text = (MODELS / "README.md").read_text()
+    ratios = [card["models"][name]["perplexity_over_next_smaller"] for name in NAMES[1:]]
+    assert ("perplexity falls with every size" in text) == all(ratio["high"] < 1 for ratio in ratios)
+    assert nano.size_verdict(card["models"]) in text
 
 
 def test_embeddings_at_the_top_level_are_real_held_out_proteins(card):
