@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from distil_rank.layers.heads import compress_head
-from distil_rank.layers.prior import FOLDS, blended_spectrum
+from distil_rank.layers.prior import FOLDS, blended_moments
 from distil_rank.layers.quantise import certify_int8, equal_bytes_curve, imitated, quantise
 from distil_rank.layers.solutions import Drift, spectrum_from_inputs
 from distil_rank.layers.tasks import task_change
@@ -122,8 +122,8 @@ def prior() -> dict[str, Any]:
                 alone = spectrum_from_inputs(W, Moments.of(own)).student(W, c, rank)
                 record["no_prior"] = fvu(W, c, detached(alone), val)
                 for name, rows in (("in_domain", others), ("out_of_domain", variants)):
-                    spectrum, blend = blended_spectrum(W, c, "input", folds, Moments.of(rows), rank, rank)
-                    record[name] = fvu(W, c, detached(spectrum.student(W, c, rank)), val)
+                    moments, blend = blended_moments(W, "input", folds, Moments.of(rows), rank)
+                    record[name] = fvu(W, c, detached(spectrum_from_inputs(W, moments).student(W, c, rank)), val)
                     record[f"{name}_weight"] = blend.weight
                 records.append(record)
     return {
@@ -199,7 +199,7 @@ def head() -> dict[str, Any]:
             optimiser.step()
         mlp.eval().requires_grad_(False)
         bytes = 4 * sum(p.numel() for p in mlp.parameters()) // 10
-        for metric, eight in (("own", False), ("next", False), ("output", False), ("own", True), ("output", True)):
+        for metric, eight in (("output", False), ("next", False), ("own", False), ("output", True), ("own", True)):
             small, certificate = compress_head(mlp, x, held, bytes=bytes, metric=metric, int8=eight, seed=seed)
             change = task_change(mlp(held), small(held), y_held, seed)
             record = {"seed": seed, "metric": metric, "int8": eight, "flops_ratio": certificate["flops_ratio"]}

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from distil_rank.errors import InputError
 from distil_rank.layers.compress import Config, parse_bytes, unused
-from distil_rank.layers.heads import Request, check_rows, compress_head
+from distil_rank.layers.head_plan import Request
+from distil_rank.layers.heads import check_rows, compress_head
 from distil_rank.layers.latency import compare_latency
 from distil_rank.layers.storage import ACTIVATIONS, save
 from distil_rank.layers.tasks import choose_metric, load_labels, task_change

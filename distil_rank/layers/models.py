@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from distil_rank.errors import InputError
 from distil_rank.layers.calibration import MEMORY, Fidelity, Mask, collect, measure, spectrum
 from distil_rank.layers.lowrank import LowRankLinear
-from distil_rank.layers.prior import FOLDS, Blend, blended_spectrum
+from distil_rank.layers.prior import FOLDS, Blend, blended_moments
 from distil_rank.layers.ranks import METHODS, Allocation, Layer, allocate
 from distil_rank.layers.sites import Batch, Site, evaluating, find_sites, trace
 from distil_rank.layers.solutions import Spectrum
@@ -121,12 +121,12 @@ def compress_model(
                 raise InputError(
                     f"prior moments of layer {site.name} required, the prior has none; make it with this model"
                 )
-            if known is None:
-                spectra[site.name] = spectrum(site, statistics.side, statistics.moments, limit)
-            else:
-                spectra[site.name], blends[site.name] = blended_spectrum(
-                    site.weight, site.bias, *(statistics.side, statistics.folds, known[1], guess(site), limit)
+            moments = statistics.moments
+            if known is not None:
+                moments, blends[site.name] = blended_moments(
+                    site.weight, statistics.side, statistics.folds, known[1], guess(site)
                 )
+            spectra[site.name] = spectrum(site, statistics.side, moments, limit)
     rows = {name: call.rows if unit == "flops" else 1.0 for name, call in calls.items()}
     allocation, chosen = choose_ranks(called, spectra, ratio, ranks, method, importance, rows, never_slower)
     if sequential:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from distil_rank.errors import InputError
-from distil_rank.layers.heads import compress_head, squared_jacobian
+from distil_rank.layers.head_plan import squared_jacobian
+from distil_rank.layers.heads import compress_head
 from distil_rank.layers.lowrank import LowRankLinear
 from distil_rank.layers.tasks import accuracy, auroc, choose_metric, load_labels, task_change
 from distil_rank.statistics.moments import Moments
