@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from distil_rank.errors import InputError
-from distil_rank.layers.calibration import MEMORY, Fidelity, Mask, collect, measure, spectrum
+from distil_rank.layers.calibration import MEMORY, Fidelity, Mask, Statistics, collect, measure, spectrum
 from distil_rank.layers.lowrank import LowRankLinear
 from distil_rank.layers.prior import FOLDS, Blend, blended_moments
 from distil_rank.layers.ranks import METHODS, Allocation, Layer, allocate
@@ -106,27 +106,8 @@ def compress_model(
     from distil_rank.layers.sensitivity import layer_importance
 
     importance = layer_importance(model, batches, called, calls, loss, mask) if loss is not None else {}
-    spectra: dict[str, Spectrum] = {}
-    blends: dict[str, Blend] = {}
-    guess = _guess(ranks, ratio)
-    for part in collect(model, batches, called, calls, mask, FOLDS if prior else 1, memory):
-        for site in called:
-            if site.name not in part:
-                continue
-            statistics, limit = part[site.name], rank_limit(site, never_slower)
-            if limit < 1:
-                continue
-            known = prior.get(site.name) if prior else None
-            if prior and (known is None or known[0] != statistics.side):
-                raise InputError(
-                    f"prior moments of layer {site.name} required, the prior has none; make it with this model"
-                )
-            moments = statistics.moments
-            if known is not None:
-                moments, blends[site.name] = blended_moments(
-                    site.weight, statistics.side, statistics.folds, known[1], guess(site)
-                )
-            spectra[site.name] = spectrum(site, statistics.side, moments, limit)
+    statistics = collect(model, batches, called, calls, mask, FOLDS if prior else 1, memory)
+    spectra, blends = _solved(called, statistics, prior, _guess(ranks, ratio), never_slower)
     rows = {name: call.rows if unit == "flops" else 1.0 for name, call in calls.items()}
     allocation, chosen = choose_ranks(called, spectra, ratio, ranks, method, importance, rows, never_slower)
     if sequential:
@@ -151,6 +132,38 @@ def compress_model(
         count_parameters(small),
         allocation,
     )
+
+
+def _solved(
+    sites: Sequence[Site],
+    groups: Iterable[Mapping[str, Statistics]],
+    prior: Prior | None,
+    guess: Callable[[Site], int],
+    never_slower: bool,
+) -> tuple[dict[str, Spectrum], dict[str, Blend]]:
+    """Students of every rank of every layer that can shrink, group by group of moments, and what was blended in."""
+    from tqdm import tqdm
+
+    spectra: dict[str, Spectrum] = {}
+    blends: dict[str, Blend] = {}
+    with tqdm(total=len(sites), unit="layer", desc="layers", disable=None) as bar:
+        for part in groups:
+            for site in [s for s in sites if s.name in part]:
+                side, moments, limit = part[site.name].side, part[site.name].moments, rank_limit(site, never_slower)
+                bar.update()
+                if limit < 1:
+                    continue
+                if prior:
+                    known = prior.get(site.name)
+                    if known is None or known[0] != side:
+                        raise InputError(
+                            f"prior moments of layer {site.name} required, the prior has none; make it with this model"
+                        )
+                    moments, blends[site.name] = blended_moments(
+                        site.weight, side, part[site.name].folds, known[1], guess(site)
+                    )
+                spectra[site.name] = spectrum(site, side, moments, limit)
+    return spectra, blends
 
 
 def check_request(batches: list, ratio: float | None, ranks: Any, method: str, unit: str) -> None:

@@ -53,6 +53,8 @@ def recover(
     for p in parameters:
         p.requires_grad_(True)
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, betas=(0.9, 0.98))
+    from tqdm import tqdm
+
     draws = generator(seed, "recovery batches")
     order = torch.randint(len(batches), (steps,), generator=draws)
     phases = torch.randint(7, (steps,), generator=draws)
@@ -60,7 +62,8 @@ def recover(
     setting = json.dumps([steps, lr, hidden_weight, seed, _digest([*parameters, *map(_tokens, batches)])])
     losses = _resume(path, setting, parameters, optimiser)
     with evaluating(dense), evaluating(student):
-        for step in range(len(losses), steps):
+        done = len(losses)
+        for step in tqdm(range(done, steps), initial=done, total=steps, unit="step", desc="recovery", disable=None):
             for group in optimiser.param_groups:
                 group["lr"] = lr * min(1.0, (step + 1) / max(1, steps // 10)) * (1 - step / steps)
             value = _loss(architecture, dense, student, batches[int(order[step])], int(phases[step]), hidden_weight)

@@ -8,7 +8,8 @@ import torch
 
 from distil_rank.errors import InputError
 from distil_rank.layers import recovery
-from distil_rank.layers.architectures import AMINO_ACIDS, MASK, describe, load_dense
+from distil_rank.layers.architectures import AMINO_ACIDS, MASK, describe
+from distil_rank.layers.dense_models import load_dense
 from distil_rank.layers.evaluate import compare, cost, mutation_effects, mutation_scores, perplexity, read_assays
 from distil_rank.layers.models import compress_model
 from distil_rank.layers.quantise import module_bytes
