@@ -2,6 +2,7 @@
 
     python -m benchmarks.embedding                   # measures everything, writes benchmarks/results/embedding.json
     python -m benchmarks.embedding --seconds 150     # stops after that long; run again to go on
+    python -m benchmarks.embedding --memory-only     # peak memory again; the timings stay
 
 The classic way is fair-esm's own extraction loop: its model, its token batches (4,096 tokens, sorted by length), float32,
 one .pt file per protein. Both sides read the same 400 random proteins (log-normal lengths, median 270, at most 1000) with a
@@ -35,7 +36,7 @@ from distil_rank.proteins.esm2 import ESM2, _Attention, _rotation
 from distil_rank.proteins.fasta import Protein, clean_proteins, read_fasta, write_fasta
 from distil_rank.proteins.pooling import embed_batch
 from distil_rank.proteins.store import ShardWriter
-from distil_rank.records import config_record, environment, write_json
+from distil_rank.records import config_record, environment, read_json, write_json
 
 SCHEMA = "distil-rank/benchmark-embedding/1"
 LAYERS, WIDTH, HEADS, BATCH_TOKENS = 12, 480, 20, 4096
@@ -58,6 +59,7 @@ class Config:
     threads: int = 2  # threads of both sides
     seed: int = 0  # of sequences and weights
     seconds: float = 1e9  # stop after that long and go on in the next call
+    memory_only: bool = False  # measure peak memory again, and keep the timings of the record
     out: Path = Path("benchmarks/results/embedding.json")
 
 
@@ -305,10 +307,11 @@ def summary(config: Config, done: dict[str, dict[str, float]]) -> dict[str, Any]
     ]
     for before, after in zip([steps[0], *steps], steps):
         after["factor"] = after["residues_per_second"] / before["residues_per_second"]
-    peak = {name: done[f"memory {number}"]["mib"] for number, name in enumerate(MEMORY)}
     return {
         "schema": SCHEMA,
-        "config": {key: value for key, value in config_record(config).items() if key not in ("seconds", "out")},
+        "config": {
+            key: value for key, value in config_record(config).items() if key not in ("seconds", "memory_only", "out")
+        },
         "data": {
             "source": "random proteins, log-normal lengths (median 270, sigma 0.6, 30 to 1000), random weights",
             "model": f"ESM-2 architecture, {LAYERS} layers x {WIDTH}",
@@ -320,19 +323,31 @@ def summary(config: Config, done: dict[str, dict[str, float]]) -> dict[str, Any]
         "seconds": {name: total(name) for name in ("classic", "float32", "bfloat16")},
         "ladder": steps,
         "padding": {name: done[f"{name} 0"]["padding"] for name in ("classic", "float32")},
-        "memory": {
-            "peak_mib": peak,
-            "run_over_model_plus_one_batch": (peak["large 64"] - peak["import"]) / (peak["one batch"] - peak["import"]),
-            "four_times_the_proteins": peak["large 64"] / peak["large 16"],
-            "ten_times_the_proteins": peak["small 10000"] / peak["small 1000"],
-        },
+        "memory": memory_summary({name: done[f"memory {number}"]["mib"] for number, name in enumerate(MEMORY)}),
         "environment": {**environment(), "threads": config.threads},
         "machine_dependent": ["speedup", "seconds", "ladder", "memory"],
     }
 
 
+def memory_summary(peak: dict[str, float]) -> dict[str, Any]:
+    return {
+        "peak_mib": peak,
+        "run_over_model_plus_one_batch": (peak["large 64"] - peak["import"]) / (peak["one batch"] - peak["import"]),
+        "four_times_the_proteins": peak["large 64"] / peak["large 16"],
+        "ten_times_the_proteins": peak["small 10000"] / peak["small 1000"],
+        "environment": environment(),
+    }
+
+
 def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
+    if config.memory_only:
+        record = read_json(config.out, SCHEMA)
+        with tempfile.TemporaryDirectory() as name:
+            record["memory"] = memory_summary({part: memory(config, Path(name), part) for part in MEMORY})
+        write_json(config.out, record)
+        print(json.dumps(record["memory"], indent=1))
+        return
     progress = config.out.with_suffix(".json.tmp")
     config.out.parent.mkdir(parents=True, exist_ok=True)
     done: dict[str, dict[str, float]] = json.loads(progress.read_text()) if progress.exists() else {}

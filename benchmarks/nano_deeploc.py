@@ -21,10 +21,12 @@ from distil_rank.proteins.esm2 import ESM2
 from distil_rank.proteins.fasta import AMINO_ACIDS, clean_sequence, read_fasta
 from distil_rank.proteins.pooling import embed
 from distil_rank.randomness import generator
-from distil_rank.records import ROOT, environment, interval, write_json
+from distil_rank.records import ROOT, environment, interval, sha256, write_json
 from distil_rank.statistics.intervals import bootstrap_counts, percentile_interval
 
+SCHEMA = "nano-deeploc/1"
 MODELS = ("nano-64", "nano-256")
+OUT = ROOT / "benchmarks" / "results" / "nano_deeploc.json"
 
 
 def labelled() -> dict[str, str]:
@@ -104,18 +106,19 @@ def main() -> None:
         print(name, {k: round(v["value"], 4) for k, v in results[name].items() if isinstance(v, dict)}, flush=True)
     counts = {str(place): [int((y == i).sum()), int((y_test == i).sum())] for i, place in enumerate(classes)}
     record = {
-        "schema": "nano-deeploc/1",
+        "schema": SCHEMA,
         "data": {
             "sha256": {k: v for k, v in input_hashes().items() if k in DEEPLOC},
             "train_and_test_by_class": counts,
         },
+        "weights_sha256": {name: sha256(ROOT / "models" / f"{name}.pt") for name in MODELS},
         "n_train": len(train),
         "n_test": len(test),
         "results": results,
         "environment": environment(),
         "machine_dependent": ["environment"],
     }
-    write_json(ROOT / "benchmarks" / "results" / "nano_deeploc.json", record)
+    write_json(OUT, record)
 
 
 def vectors(model: ESM2, sequences: list[str]) -> NDArray[np.float64]:

@@ -1,21 +1,25 @@
-"""Ridge regression with nested cross-validation over a whole penalty path, exact, from one eigendecomposition.
+"""Ridge regression with nested cross-validation over a whole penalty path, exact.
 
-With centred features X = U diag(s)^1/2 V^T and an unpenalised intercept, the residual of a fit on all n rows is M y,
+With centred features X = Z - mean Z and an unpenalised intercept, the predictions of a fit on the rows T are
 
-    M = I - 1 1^T / n - U diag(s / (s + penalty)) U^T
+    mean y_T + (z - mean z_T) (X_T^T X_T + penalty I)^-1 X_T^T (y_T - mean y_T)
+  = mean y_T + (z - mean z_T) X_T^T (X_T X_T^T + penalty I)^-1 (y_T - mean y_T)
 
-and leaving out any set g of rows changes the residuals there to (M_gg)^-1 (M y)_g: exactly what a fit without g would give.
-So one eigendecomposition serves every penalty, every outer fold and every pair of an outer and an inner fold.
+and the smaller of the two systems is solved, by Cholesky. Leaving out the folds a and b gives the error of b for the
+outer fold a and that of a for the outer fold b: k folds need k (k + 1) / 2 training sets, and with more features than
+rows all of them share one matrix of inner products.
 """
 
 from __future__ import annotations
 
-from itertools import combinations, pairwise
+from itertools import combinations
 
 import torch
+from scipy.linalg.lapack import dposv
 from torch import Tensor
 
 from distil_rank.errors import InputError
+from distil_rank.statistics.moments import symmetric_product
 
 PENALTIES = torch.logspace(-8, 2, 21, dtype=torch.float64)  # in units of the mean squared norm of the centred rows
 
@@ -27,43 +31,18 @@ class RidgePath:
         if features.ndim != 2 or len(features) < 3 or not bool(features.isfinite().all()):
             raise InputError(f"finite features (n >= 3, d) required, got shape {tuple(features.shape)}")
         x = features.double()
+        self._mean = x.mean(0)
+        self._x = x - self._mean
+        spread = float(self._x.square().sum()) / len(x)
+        self.penalties = penalties * (spread if spread > 0 else 1)  # constant features: only the intercept is fitted
         n, d = x.shape
-        self.mean = x.mean(0)
-        self._x = x - self.mean
-        if d < n:
-            s, V = torch.linalg.eigh(self._x.T @ self._x)
-            U = self._x @ V
-        else:
-            s, U = torch.linalg.eigh(self._x @ self._x.T)
-        varies = s > torch.finfo(torch.float64).eps * max(n, d) * s.max().clamp_min(1e-300)
-        s = s[varies]
-        U = U[:, varies] / s.sqrt() if d < n else U[:, varies]
-        self._s, self._U = s, U
-        self.penalties = penalties * float(self._x.square().sum()) / n
-        if len(s) == 0:
-            self.penalties = penalties.clone()  # constant features: only the intercept is fitted
-        # rank n - 1: the part of M that no penalty touches is exactly zero, and must not be left to rounding
-        self._full = len(s) == n - 1
-
-    def _operator(self, i: int, rows: Tensor, columns: Tensor) -> Tensor:
-        """The block of M at these rows and columns, for the i-th penalty."""
-        U = self._U[rows]
-        damping = self.penalties[i] / (self._s + self.penalties[i])
-        if self._full:
-            return (U * damping) @ self._U[columns].T
-        # I - 1 1^T / n - U diag(s / (s + penalty)) U^T
-        return (rows[:, None] == columns).double() - 1 / len(self._U) - (U * (1 - damping)) @ self._U[columns].T
-
-    def _residuals(self, y: Tensor, i: int) -> Tensor:
-        """M y (n, c)."""
-        damping = (self.penalties[i] / (self._s + self.penalties[i]))[:, None]
-        projected = self._U.T @ y
-        return self._U @ (damping * projected) if self._full else y - y.mean(0) - self._U @ ((1 - damping) * projected)
+        self._products = symmetric_product(self._x, self._x.T) if 2 * d > n else None
 
     def leave_out(self, y: Tensor, rows: Tensor) -> Tensor:
         """Predictions (penalties, |rows|, c) at `rows` of the fits on all other rows; y (n, c)."""
-        blocks = (solve(self._operator(i, rows, rows), self._residuals(y, i)[rows]) for i in range(len(self.penalties)))
-        return y[rows] - torch.stack(list(blocks))
+        rest = torch.ones(len(self._x), dtype=torch.bool)
+        rest[rows] = False
+        return self._fits(y.double(), torch.nonzero(rest)[:, 0], rows)
 
     def nested(self, y: Tensor, folds: Tensor) -> tuple[Tensor, Tensor]:
         """Out-of-fold predictions (as y) and the penalty of each outer fold (folds,), for fold numbers (n,).
@@ -72,29 +51,21 @@ class RidgePath:
         fold's rows; then the fit on all other folds predicts it.
         """
         target = y.double() if y.ndim == 2 else y.double()[:, None]
-        order = folds.argsort(stable=True)
-        sizes = folds.unique(return_counts=True)[1].tolist()
-        if len(sizes) < 3:
-            raise InputError(f"at least 3 folds with rows required, got {len(sizes)}; give more rows")
-        starts = [0, *torch.tensor(sizes).cumsum(0).tolist()]
-        parts = [slice(a, b) for a, b in pairwise(starts)]
-        inner = torch.zeros(len(self.penalties), len(sizes), dtype=torch.float64)
-        left_out = torch.empty(len(self.penalties), *target.shape, dtype=torch.float64)  # errors, in the order of folds
-        M = torch.zeros(len(order), len(order), dtype=torch.float64)
-        for i in range(len(self.penalties)):
-            residual = self._residuals(target, i)[order]
-            for part in parts:  # the upper triangle of blocks
-                M[part, part.start :] = self._operator(i, order[part], order[part.start :])
-                left_out[i, part] = solve(M[part, part], residual[part])
-            for (a, p), (b, q) in combinations(enumerate(parts), 2):
-                both = torch.cat([torch.cat([M[p, p], M[p, q]], 1), torch.cat([M[p, q].T, M[q, q]], 1)])
-                error = solve(both, torch.cat([residual[p], residual[q]])).square().sum(1)
-                inner[i, a] += error[sizes[a] :].sum()  # outer a, inner b
-                inner[i, b] += error[: sizes[a]].sum()
+        numbers = folds.unique()
+        if len(numbers) < 3:
+            raise InputError(f"at least 3 folds with rows required, got {len(numbers)}; give more rows")
+        parts = [torch.nonzero(folds == number)[:, 0] for number in numbers]
+        inner = torch.zeros(len(self.penalties), len(parts), dtype=torch.float64)
+        for (a, p), (b, q) in combinations(enumerate(parts), 2):
+            rows = torch.cat([p, q])
+            error = (self.leave_out(target, rows) - target[rows]).square().sum(2)
+            inner[:, a] += error[:, len(p) :].sum(1)  # outer a, inner b
+            inner[:, b] += error[:, : len(p)].sum(1)
         best = inner.argmin(0)
         predictions = torch.empty_like(target)
         for part, choice in zip(parts, best):
-            predictions[order[part]] = target[order[part]] - left_out[choice, part]
+            rest = torch.nonzero(folds != folds[part[0]])[:, 0]
+            predictions[part] = self._fits(target, rest, part, self.penalties[choice, None])[0]
         return predictions.view(y.shape), self.penalties[best]
 
     def choose(self, y: Tensor, folds: Tensor) -> Tensor:
@@ -102,18 +73,44 @@ class RidgePath:
         error = torch.zeros(len(self.penalties), dtype=torch.float64)
         for fold in folds.unique():
             rows = torch.nonzero(folds == fold)[:, 0]
-            error += (self.leave_out(y.double(), rows) - y[rows]).square().sum((1, 2))
+            error += (self.leave_out(y, rows) - y[rows]).square().sum((1, 2))
         return self.penalties[error.argmin()]
 
     def predict(self, y: Tensor, penalty: Tensor, features: Tensor) -> Tensor:
         """Predictions (m, c) for new features (m, d) of the fit of y (n, c) on all rows with this penalty."""
-        y = y.double()
-        # w = X^T (K + penalty I)^-1 (y - mean y), on the range of X
-        weights = self._x.T @ (self._U / (self._s + penalty) @ (self._U.T @ y))
-        return (features.double() - self.mean) @ weights + y.mean(0)
+        mean = y.double().mean(0)
+        centred = y - mean
+        if self._products is None:
+            weights = solve(symmetric_product(self._x.T, self._x), penalty, self._x.T @ centred)
+        else:
+            weights = self._x.T @ solve(self._products, penalty, centred)
+        return (features.double() - self._mean) @ weights + mean
+
+    def _fits(self, y: Tensor, train: Tensor, test: Tensor, penalties: Tensor | None = None) -> Tensor:
+        """Predictions (penalties, |test|, c) of the fits on the rows `train`."""
+        penalties = self.penalties if penalties is None else penalties
+        mean = y[train].mean(0)
+        centred = y[train] - mean
+        if self._products is None:
+            z = self._x[train].mean(0)
+            x = self._x[train] - z
+            system, right, left = symmetric_product(x.T, x), x.T @ centred, self._x[test] - z
+        else:  # centring by the means over the training rows, on the inner products themselves
+            system, left = self._products[train[:, None], train], self._products[test[:, None], train]
+            z = system.mean(0)
+            left = left - left.mean(1, keepdim=True) - z + z.mean()
+            system, right = system - z[:, None] - z + z.mean(), centred
+        return mean + left @ torch.stack([solve(system, penalty, right) for penalty in penalties])
 
 
-def solve(M: Tensor, residual: Tensor) -> Tensor:
-    """M^-1 residual for a positive definite block; by LU where rounding has made it indefinite."""
-    factor, failed = torch.linalg.cholesky_ex(M)
-    return torch.linalg.solve(M, residual) if int(failed) else torch.cholesky_solve(residual, factor)
+def solve(system: Tensor, penalty: Tensor, right: Tensor) -> Tensor:
+    """(system + penalty I)^-1 right for a positive semi-definite system; by LU where rounding has made it indefinite.
+
+    LAPACK's posv in place, by scipy: half the time of torch's Cholesky, which copies.
+    """
+    shifted = system.numpy().copy()
+    shifted.flat[:: len(shifted) + 1] += float(penalty)
+    _, solution, failed = dposv(shifted.T, right.numpy(), lower=1, overwrite_a=1)
+    if failed:
+        return torch.linalg.solve(system + penalty * torch.eye(len(system)).to(system), right)
+    return torch.from_numpy(solution)

@@ -92,18 +92,22 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def masked_losses(
-    model: "ESM2", sequences: Sequence[str], seed: int = 0, longest: int = 1022
+    model: "ESM2",
+    sequences: Sequence[str],
+    seed: int = 0,
+    longest: int = 1022,
+    changed: tuple[float, float] = (1.0, 0.0),
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Summed cross-entropy (nats) of the masked residues of each protein, and their number; both (n,).
 
-    15 % of the amino acids are replaced by <mask>, none shown; of longer proteins the first `longest` residues count. The
-    masks depend on the sequences and the seed alone: models are compared on the same residues.
+    15 % of the amino acids are masked as in `mask`, by default all by <mask>, none shown; of longer proteins the first
+    `longest` residues count. The masks depend on the sequences and the seed alone: models are compared on the same residues.
     """
     sums, counts = np.zeros(len(sequences)), np.zeros(len(sequences))
     items = [window for i, s in enumerate(sequences) for window in windows(i, min(len(s), longest), longest)]
     for number, group in enumerate(batches(items, budget=8192)):
         batch = tokenise([sequences[item.protein][: item.stop] for item in group])
-        tokens, chosen = mask(batch, generator(seed, "perplexity", number), changed=(1.0, 0.0))
+        tokens, chosen = mask(batch, generator(seed, "perplexity", number), changed)
         loss = F.cross_entropy(logits_at(model, tokens, chosen).float(), batch[chosen], reduction="none")
         owner = torch.tensor([item.protein for item in group])[chosen.nonzero()[:, 0]].numpy()
         np.add.at(sums, owner, loss.double().numpy())

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 SCHEMA = "distil-rank/moments/1"
-ROWS = 2048  # rows turned to float64 at a time: bounds the memory beside the (d, d) scatter
-BLOCK = 256  # columns per block of the symmetric product: only the upper triangle is computed
+ROWS = 2048  # rows turned to float64 at a time, about: bounds the memory beside the (d, d) scatter
+BLOCK = 128  # columns per block of the symmetric product: only the upper triangle is computed
 
 
 class Moments:
@@ -67,9 +67,11 @@ class Moments:
             raise ValueError(f"rows of shape (n, {self.dim}) required, got {tuple(x.shape)}")
         if weights is not None and (weights.shape != x.shape[:1] or not bool((weights >= 0).all())):
             raise ValueError(f"weights must be ({len(x)},) and non-negative, got {tuple(weights.shape)}")
-        for start in range(0, len(x), ROWS):
-            rows = x[start : start + ROWS].to(self.mean.device, torch.float64)
-            w = None if weights is None else weights[start : start + ROWS].to(rows)
+        pieces = max(1, round(len(x) / ROWS))
+        parts = [None] * pieces if weights is None else weights.tensor_split(pieces)
+        for piece, part in zip(x.tensor_split(pieces), parts):
+            rows = piece.to(self.mean.device, torch.float64)
+            w = None if part is None else part.to(rows)
             count = float(len(rows)) if w is None else float(w.sum())
             if count == 0:
                 continue

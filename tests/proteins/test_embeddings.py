@@ -397,12 +397,12 @@ def _peak(config: Config, queue) -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads peak memory from /proc")
 def test_peak_memory_does_not_grow_with_the_number_of_proteins(config, processes, tmp_path):
     peak = {}
-    for count in (100, 3000):
-        reference.random_fasta(tmp_path / f"{count}.fasta", count, longest=100)
+    for count in (200, 2000):
+        reference.random_fasta(tmp_path / f"{count}.fasta", count, longest=900)
         small = replace(config, fasta=tmp_path / f"{count}.fasta", out=tmp_path / str(count), shard_residues=4000)
         queue = processes.Queue()
         process = processes.Process(target=_peak, args=(small, queue))
         process.start()
         peak[count] = queue.get(timeout=600)
         process.join()
-    assert peak[3000] < 1.05 * peak[100]
+    assert peak[2000] < 1.05 * peak[200]

@@ -55,11 +55,9 @@ def test_embeddings_at_the_top_level_are_real_held_out_proteins(card):
     assert sum((ROOT / f"embeddings_{part}.pt").stat().st_size for part in ("train", "val")) <= 16 * 2**20
 
 
-def test_location_is_read_better_from_the_largest_than_from_composition():
-    measured = ROOT / "benchmarks" / "results" / "nano_deeploc.json"
-    if not measured.exists():
-        pytest.skip("not measured on these weights yet: python -m benchmarks.nano_deeploc")
-    record = read_json(measured, "nano-deeploc/1")
+def test_location_is_read_better_from_the_largest_than_from_composition(card):
+    record = read_json(ROOT / "benchmarks" / "results" / "nano_deeploc.json", "nano-deeploc/1")
+    assert record["weights_sha256"]["nano-256"] == card["models"]["nano-256"]["sha256"]
     assert record["results"]["nano-256"]["accuracy_above_composition"]["low"] > 0
 
 
