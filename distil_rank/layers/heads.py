@@ -112,7 +112,12 @@ def _fit(
         new = part
         if isinstance(part, nn.Linear):
             target, rank = next(t for t in targets if t.place == i), chosen[i]
-            record = {"name": str(i), "d_in": part.in_features, "d_out": part.out_features, "rank": rank}
+            record: dict[str, Any] = {
+                "name": str(i),
+                "d_in": part.in_features,
+                "d_out": part.out_features,
+                "rank": rank,
+            }
             if rank is not None:
                 measured = None if dense_held is None else _drift(part, dense_held, held if changed else None)
                 new, more = _student(target, rank, x if changed else None, measured, int8)
@@ -149,9 +154,8 @@ def _student(
     new: nn.Module = student.to(layer.weight)
     record: dict[str, Any] = {}
     if int8:
-        integers = quantise(student, imitated(student, fitted))
-        record["int8"] = asdict(certify_int8(new, integers, held or drift))
-        new = integers
+        new = quantise(student, imitated(student, fitted))
+        record["int8"] = asdict(certify_int8(student, new, held or drift))
     record |= layer_certificate(layer, new, target.spectrum, drift, held)
     if changed is None and target.metric is None:
         record["equal_bytes"] = equal_bytes(layer, target.spectrum, fitted, held or drift, module_bytes(new))
