@@ -45,7 +45,8 @@ def bars(record: dict[str, Any]) -> str:
                 [f"GB1 head, {r['bytes_ratio']:.1f} x fewer bytes, seed {r['seed']}{metric}: Spearman", text, "-0.01"]
             )
     if found := record.get("large"):
-        rows.append(["650M shape: compression", f"{found['seconds'] / 60:.1f} min", ""])
+        minutes = found["processor_seconds"] / 60
+        rows.append([f"650M shape: processor time, {found['threads']} thread", f"{minutes:.1f} min", ""])
         rows.append(["650M shape: peak memory", f"{found['peak_gb']:.1f} GB", "24 GB"])
     return markdown(rows)
 
