@@ -2,7 +2,7 @@
 
     python -m benchmarks.compress                  # everything but `large`
     python -m benchmarks.compress cells int8       # some parts
-    python -m benchmarks.compress large            # a random ESM-2 of the 650M shape: about 10 GB, some minutes
+    python -m benchmarks.compress large            # a random ESM-2 of the 650M shape: about 11 GB, some minutes
 
 Each part replaces its own entry of benchmarks/results/compress.json. Real data: $DISTIL_RANK_DATA or ../shared/data beside
 the checkout.
