@@ -2,8 +2,8 @@
 
 The blend (1 - a) S_own + a S_prior, with a chosen by cross-validation over folds of the user's proteins, is worth far more than
 shrinkage to the identity, which is what remains where there is no prior (the weight's own prior: Cov y is drawn to W W^T). Zero
-is allowed, and a must earn its place: it is used only where the held-out loss falls by more than a hundredth and by more than
-one standard error over the folds.
+is allowed, and a must earn its place: it is used only where the held-out loss falls by more than one standard error over
+the folds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from distil_rank.statistics.moments import Moments, symmetric_product
 SCHEMA = "distil-rank/model-moments/1"
 WEIGHTS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 1.0)
 OWN_WEIGHTS = (0.0, 0.03, 0.1, 0.3)  # of the weight's own prior
-LEAST = 0.01  # share of the held-out loss that a prior has to save
 FOLDS = 5
 
 
@@ -91,7 +90,7 @@ def choose(folds: list[Moments], prior: Moments, rank: int, weights: tuple[float
     best = int(totals.argmin())
     saved = losses[0] - losses[best]
     error = (shares.square() @ (saved - shares @ saved).square()).sqrt()
-    if totals[0] <= 0 or float(totals[0] - totals[best]) <= max(float(error), LEAST * float(totals[0])):
+    if best == 0 or float(totals[0] - totals[best]) <= float(error) or totals[0] <= 0:
         return choices[0]
     return Blend(choices[best].weight, choices[best].mean_weight, float(totals[best] / totals[0]))
 
