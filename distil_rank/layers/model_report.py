@@ -62,7 +62,7 @@ def title(record: dict[str, Any]) -> str:
 def caption(record: dict[str, Any]) -> str:
     compression, data, evaluation = record["compression"], record["data"], record["evaluation"]
     how = f"{compression['method']} ranks at ratio {compression['ratio']:g}"
-    how += ", weighed by the model's own loss" if record["config"]["sensitivity"] else ""
+    how += " by sensitivity" if record["config"]["sensitivity"] else ""
     how += ", sequential" if compression["sequential"] else ""
     how += f", {len(record['recovery_loss'])} recovery steps" if record.get("recovery_loss") else ""
     how += ", int8 factors" if "int8" in record else ""
