@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distil_rank.layers.architectures import Architecture, load_dense, weights_file
+from distil_rank.layers.architectures import Architecture
 from distil_rank.layers.calibration import Fidelity, measure
+from distil_rank.layers.dense_models import load_dense, weights_file
 from distil_rank.layers.evaluate import perplexity
 from distil_rank.layers.lowrank import LowRankLinear
 from distil_rank.layers.models import compress_model, replaced

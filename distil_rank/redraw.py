@@ -34,6 +34,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
         ]
     ),
     "compress": lambda path: compress_tables.bars(read_json(path, compress_tables.SCHEMA)),
+    "compress-cells": lambda path: compress_tables.cells(read_json(path, compress_tables.SCHEMA)),
     "compress-models": lambda path: compress_tables.models(read_json(path, compress_tables.SCHEMA)),
     "compress-pairs": lambda path: compress_tables.pairs(read_json(path, compress_tables.SCHEMA)),
     "compress-precision": lambda path: compress_tables.precision(read_json(path, compress_tables.SCHEMA)),

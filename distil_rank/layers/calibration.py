@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distil_rank.errors import InputError
+from distil_rank.layers.prior import merged
 from distil_rank.layers.sites import Batch, Call, Site, call, evaluating, residue_mask, rows_of, watching
 from distil_rank.layers.solutions import Spectrum, spectrum_from_inputs, spectrum_from_outputs
 from distil_rank.statistics.moments import Moments
@@ -32,12 +33,7 @@ class Statistics:
     @property
     def moments(self) -> Moments:
         """Of all folds together."""
-        if len(self.folds) == 1:
-            return self.folds[0]
-        total = Moments(self.folds[0].dim, self.folds[0].mean.device)
-        for fold in self.folds:
-            total.merge(fold)
-        return total
+        return self.folds[0] if len(self.folds) == 1 else merged(self.folds)
 
 
 def spectrum(site: Site, side: str, moments: Moments, limit: int | None = None) -> Spectrum:

@@ -43,11 +43,11 @@ class Config:
     )
     val_labels: Path | None = None  # one label a row of --val
     rank: int | None = None  # rank of every layer
-    fvu: float | None = None  # or: largest fraction of variance unexplained of every layer
+    fvu: float | None = None  # or: largest fraction of variance unexplained of every layer on its own
     speedup: float | None = None  # or: FLOPs before / after
     bytes: str | None = None  # or: bytes of all weights after, such as 400k or 2M
-    metric: Literal["own", "next", "output"] = (
-        "own"  # fit each layer for its own output, the next linear layer's or the head's
+    metric: Literal["own", "next", "output"] | None = (
+        None  # fit each layer for its own output (so with --fvu), the next linear layer's, or the head's (else)
     )
     onnx: bool = False  # also write model.onnx (layer or head)
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from distil_rank.errors import InputError
 from distil_rank.layers.compress import Config, parse_bytes, unused
-from distil_rank.layers.heads import Request, check_rows, compress_head
+from distil_rank.layers.head_plan import Request
+from distil_rank.layers.heads import check_rows, compress_head
 from distil_rank.layers.latency import compare_latency
 from distil_rank.layers.storage import ACTIVATIONS, save
 from distil_rank.layers.tasks import choose_metric, load_labels, task_change
@@ -36,6 +37,8 @@ def run_head(config: Config) -> None:
     first = head if isinstance(head, nn.Linear) else cast(nn.Linear, head[0])
     data = load_matrix(config.data)
     check_rows(data, first.in_features, "data")
+    if config.val_labels is not None and config.val is None:
+        raise InputError("--val required beside --val-labels, got none; labels of --data are --labels")
     labels = None if config.labels is None else load_labels(config.labels, len(data))
     if config.val is not None:
         train, held_out = data, load_matrix(config.val)

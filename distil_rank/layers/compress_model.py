@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from distil_rank.errors import InputError
-from distil_rank.layers.architectures import Architecture, load_dense, weights_file
+from distil_rank.layers.architectures import Architecture
 from distil_rank.layers.calibration import collect
 from distil_rank.layers.compress import Config, unused
+from distil_rank.layers.dense_models import load_dense, weights_file
 from distil_rank.layers.evaluate import compare, cost, mutation_effects, read_assays
 from distil_rank.layers.models import compress_model
 from distil_rank.layers.prior import load_prior, save_prior

@@ -17,18 +17,6 @@ def span(found: dict[str, float], digits: int = 3) -> str:
 def bars(record: dict[str, Any]) -> str:
     """The bars and what was measured."""
     rows = [["what", "measured", "bar"]]
-    if found := record.get("cells"):
-        for name in ("SVD-LLM", "alternating"):
-            for form in (name, f"{name}, refitted"):
-                against = found["against"][form]
-                rows.append([f"cells where no worse than {form}", f"{against['share_no_worse']:.1%}", "95 %"])
-                rows.append(
-                    ["the same, differences below 0.1 % aside", f"{against['share_no_worse_within_1e-3']:.1%}", ""]
-                )
-                enough = [r for r in found["records"] if r["n"] >= 1000]
-                share = np.mean([r["optimum"] <= r[form] * (1 + 1e-9) for r in enough])
-                rows.append([f"the same, {len(enough)} cells with more rows than features", f"{share:.1%}", ""])
-                rows.append([f"mean log FVU ratio, {form} / ours", span(against["mean_log_ratio"], 4), "not below 0"])
     if found := record.get("prior"):
         rows += [
             ["50 proteins with a prior in domain / all data", span(found["in_domain_over_full_data"]), "at most 1.10"],
@@ -49,7 +37,7 @@ def bars(record: dict[str, Any]) -> str:
         rows.append(["float32 FVU / int8 FVU at equal bytes, median (range)", text, "above 1"])
     if found := record.get("head"):
         for r in found["records"]:
-            metric = {"own": "", "next": ", next layer's metric", "output": ", head's metric"}[r["metric"]]
+            metric = {"own": ", own metric", "next": ", next layer's metric", "output": ""}[r["metric"]]
             metric += ", int8" if r["int8"] else ""
             change = r["task"]["change"]
             text = f"{change['value']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}]"
@@ -57,8 +45,24 @@ def bars(record: dict[str, Any]) -> str:
                 [f"GB1 head, {r['bytes_ratio']:.1f} x fewer bytes, seed {r['seed']}{metric}: Spearman", text, "-0.01"]
             )
     if found := record.get("large"):
-        rows.append(["650M shape: compression", f"{found['seconds'] / 60:.1f} min", ""])
+        minutes = found["processor_seconds"] / 60
+        rows.append([f"650M shape: processor time, {found['threads']} thread", f"{minutes:.1f} min", ""])
         rows.append(["650M shape: peak memory", f"{found['peak_gb']:.1f} GB", "24 GB"])
+    return markdown(rows)
+
+
+def cells(record: dict[str, Any]) -> str:
+    """Held-out FVU against other layer compressors, paired over cells; a log ratio above 0 says that ours is smaller."""
+    if "cells" not in record:
+        return "Not measured yet."
+    rows = [["ours", "against", "no worse", "within 0.1 %", "where n > d", "mean log FVU ratio, theirs / ours"]]
+    for ours, label in (("optimum", "optimum"), ("few rows", "optimum, few rows drawn to the weight")):
+        against = record["cells"]["against"][ours]
+        for name in [n for n in against if n.startswith(("SVD-LLM", "alternating", "optimum"))]:
+            keys = ("share_no_worse", "share_no_worse_within_1e-3", "share_no_worse_with_more_rows_than_features")
+            ratio = against[name]["mean_log_ratio"]
+            text = f"{ratio['value']:+.2g} [{ratio['low']:+.2g}, {ratio['high']:+.2g}]"
+            rows.append([label, name, *(f"{against[name][key]:.1%}" for key in keys), text])
     return markdown(rows)
 
 
@@ -89,19 +93,30 @@ def models(record: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+PAIRS = (
+    *[("budget", other) for other in ("uniform", "plain SVD", "ASVD")],
+    *[("uniform", other) for other in ("plain SVD", "ASVD")],
+    *[("budget, sensitivity", other) for other in ("uniform", "plain SVD", "ASVD")],
+)
+
+
 def pairs(record: dict[str, Any]) -> str:
-    """Paired comparisons of methods over calibration draws."""
+    """Paired comparisons of methods over calibration draws (all of them are in the JSON)."""
     if "models" not in record:
         return "Not measured yet."
-    rows = [["model, ratio", "first", "second", "log FVU ratio", "log perplexity ratio"]]
+    rows = [["model, ratio", "first", "second", "log FVU ratio", "", "log perplexity ratio", ""]]
     for name, found in record["models"]["models"].items():
         for v in found["verdicts"]:
-            cells = [
-                f"{v[k]['log_ratio']:+.4f} [{v[k]['low']:+.4f}, {v[k]['high']:+.4f}]"
-                for k in ("mean_layer_fvu", "perplexity")
-            ]
-            rows.append([f"{name}, {v['ratio']:g}", v["first"], v["second"], *cells])
+            if (v["first"], v["second"]) in PAIRS:
+                cells = [cell for key in ("mean_layer_fvu", "perplexity") for cell in _ordered(v[key])]
+                rows.append([f"{name}, {v['ratio']:g}", v["first"], v["second"], *cells])
     return markdown(rows)
+
+
+def _ordered(found: dict[str, float]) -> tuple[str, str]:
+    """A log ratio with its interval, and what it says about the order."""
+    word = "better" if found["high"] < 0 else "worse" if found["low"] > 0 else "open"
+    return f"{found['log_ratio']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]", word
 
 
 def precision(record: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SCHEMA = "distil-rank/compressed-model/1"
+LABEL = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6}
 PALETTE = ("#3767a6", "#2f8f63", "#c4502f", "#7c4fa0", "#b8860b", "#3a9aa8", "#a0476f", "#6b7a2f")
 
 
@@ -61,6 +62,7 @@ def title(record: dict[str, Any]) -> str:
 def caption(record: dict[str, Any]) -> str:
     compression, data, evaluation = record["compression"], record["data"], record["evaluation"]
     how = f"{compression['method']} ranks at ratio {compression['ratio']:g}"
+    how += " by sensitivity" if record["config"]["sensitivity"] else ""
     how += ", sequential" if compression["sequential"] else ""
     how += f", {len(record['recovery_loss'])} recovery steps" if record.get("recovery_loss") else ""
     how += ", int8 factors" if "int8" in record else ""
@@ -108,8 +110,8 @@ def ranks(axes: Axes, record: dict[str, Any], colours: dict[str, str]) -> None:
         colour = QUIET if layer["rank"] is None else colours[kind_of(layer["name"])]
         axes.bar(i, share, color=colour, width=0.8)
         if len(layers) <= 48:
-            label = "dense" if layer["rank"] is None else str(layer["rank"])
-            axes.text(i, share + 0.015, label, ha="center", va="bottom", size=8, rotation=90 if len(layers) > 24 else 0)
+            label, turn = "dense" if layer["rank"] is None else str(layer["rank"]), 90 if len(layers) > 24 else 0
+            axes.text(i, share + 0.015, label, ha="center", va="bottom", size=8, rotation=turn, bbox=LABEL)
     if record["compression"]["ratio"]:
         axes.axhline(record["compression"]["ratio"], color=INK, lw=1, ls="--")
     axes.set_title("Parameters kept by each layer, rank above   (-- the budget, grey: dense)")

@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from distil_rank.errors import InputError
-from distil_rank.layers.calibration import MEMORY, Fidelity, Mask, collect, measure, spectrum
+from distil_rank.layers.calibration import MEMORY, Fidelity, Mask, Statistics, collect, measure, spectrum
 from distil_rank.layers.lowrank import LowRankLinear
-from distil_rank.layers.prior import FOLDS, Blend, blended_spectrum
-from distil_rank.layers.ranks import METHODS, Allocation, Layer, allocate
+from distil_rank.layers.model_plan import check_request, choose_ranks, rank_guess, rank_limit
+from distil_rank.layers.prior import FOLDS, Blend, blended_moments
 from distil_rank.layers.sites import Batch, Site, evaluating, find_sites, trace
 from distil_rank.layers.solutions import Spectrum
 from distil_rank.statistics.moments import Moments
@@ -106,27 +105,8 @@ def compress_model(
     from distil_rank.layers.sensitivity import layer_importance
 
     importance = layer_importance(model, batches, called, calls, loss, mask) if loss is not None else {}
-    spectra: dict[str, Spectrum] = {}
-    blends: dict[str, Blend] = {}
-    guess = _guess(ranks, ratio)
-    for part in collect(model, batches, called, calls, mask, FOLDS if prior else 1, memory):
-        for site in called:
-            if site.name not in part:
-                continue
-            statistics, limit = part[site.name], rank_limit(site, never_slower)
-            if limit < 1:
-                continue
-            known = prior.get(site.name) if prior else None
-            if prior and (known is None or known[0] != statistics.side):
-                raise InputError(
-                    f"prior moments of layer {site.name} required, the prior has none; make it with this model"
-                )
-            if known is None:
-                spectra[site.name] = spectrum(site, statistics.side, statistics.moments, limit)
-            else:
-                spectra[site.name], blends[site.name] = blended_spectrum(
-                    site.weight, site.bias, *(statistics.side, statistics.folds, known[1], guess(site), limit)
-                )
+    statistics = collect(model, batches, called, calls, mask, FOLDS if prior else 1, memory)
+    spectra, blends = _solved(called, statistics, prior, rank_guess(ranks, ratio), never_slower)
     rows = {name: call.rows if unit == "flops" else 1.0 for name, call in calls.items()}
     allocation, chosen = choose_ranks(called, spectra, ratio, ranks, method, importance, rows, never_slower)
     if sequential:
@@ -153,68 +133,36 @@ def compress_model(
     )
 
 
-def check_request(batches: list, ratio: float | None, ranks: Any, method: str, unit: str) -> None:
-    if not batches:
-        raise InputError("at least one calibration batch required, got none; give proteins")
-    if (ratio is None) == (ranks is None):
-        raise InputError(f"exactly one of ratio and ranks required, got ratio={ratio}, ranks={ranks}")
-    if ratio is not None and not 0 < ratio <= 1:
-        raise InputError(f"ratio must be above 0 and at most 1, got {ratio}; 0.5 halves the linear layers")
-    if method not in METHODS:
-        raise InputError(f"a method out of {', '.join(METHODS)} required, got {method!r}")
-    if unit not in ("parameters", "flops"):
-        raise InputError(f"unit parameters or flops required, got {unit!r}")
-
-
-def rank_limit(site: Site, never_slower: bool) -> int:
-    """Largest rank worth solving for: factors smaller than the dense layer, or any."""
-    full = min(site.d_in, site.d_out)
-    return min(full, (site.parameters - 1) // (site.d_in + site.d_out)) if never_slower else full
-
-
-def _guess(ranks: Any, ratio: float | None) -> Callable[[Site], int]:
-    """A rank near the final one, at which the weight of a prior is chosen."""
-
-    def guess(site: Site) -> int:
-        if ratio is not None:
-            return max(1, int(ratio * site.parameters / (site.d_in + site.d_out)))
-        rank = ranks if isinstance(ranks, int) else ranks.get(site.name)
-        return max(1, min(rank or 1, site.d_in, site.d_out))
-
-    return guess
-
-
-def choose_ranks(
+def _solved(
     sites: Sequence[Site],
-    spectra: Mapping[str, Spectrum],
-    ratio: float | None,
-    ranks: int | Mapping[str, int | None] | None,
-    method: str,
-    importance: Mapping[str, float],
-    rows: Mapping[str, float],
+    groups: Iterable[Mapping[str, Statistics]],
+    prior: Prior | None,
+    guess: Callable[[Site], int],
     never_slower: bool,
-) -> tuple[dict[str, Any] | None, dict[str, int | None]]:
-    """Rank by name (None: dense) and, where they were allocated, the certificate."""
-    if ranks is not None:
-        chosen: dict[str, int | None] = {}
-        for site in sites:
-            rank = ranks if isinstance(ranks, int) else ranks.get(site.name)
-            if rank is not None and rank < 1:
-                raise InputError(f"a rank of at least 1 required, got {rank} for layer {site.name}")
-            rank = None if rank is None else min(rank, site.d_in, site.d_out)
-            chosen[site.name] = rank if rank is not None and rank <= rank_limit(site, never_slower) else None
-        return None, chosen
-    assert ratio is not None
-    layers = [
-        Layer(s.name, s.d_in, s.d_out, _tails(spectra.get(s.name)), importance.get(s.name), rows[s.name]) for s in sites
-    ]
-    found: Allocation = allocate(layers, ratio * sum(x.dense_cost for x in layers), method)
-    fields = ("budget", "cost", "loss", "bound", "gap", "multiplier")
-    return {name: float(getattr(found, name)) for name in fields}, found.ranks
+) -> tuple[dict[str, Spectrum], dict[str, Blend]]:
+    """Students of every rank of every layer that can shrink, group by group of moments, and what was blended in."""
+    from tqdm import tqdm
 
-
-def _tails(spectrum: Spectrum | None):
-    return torch.zeros(1).numpy() if spectrum is None else spectrum.tails.cpu().numpy()
+    spectra: dict[str, Spectrum] = {}
+    blends: dict[str, Blend] = {}
+    with tqdm(total=len(sites), unit="layer", desc="layers", disable=None) as bar:
+        for part in groups:
+            for site in [s for s in sites if s.name in part]:
+                side, moments, limit = part[site.name].side, part[site.name].moments, rank_limit(site, never_slower)
+                bar.update()
+                if limit < 1:
+                    continue
+                if prior:
+                    known = prior.get(site.name)
+                    if known is None or known[0] != side:
+                        raise InputError(
+                            f"prior moments of layer {site.name} required, the prior has none; make it with this model"
+                        )
+                    moments, blends[site.name] = blended_moments(
+                        site.weight, side, part[site.name].folds, known[1], guess(site)
+                    )
+                spectra[site.name] = spectrum(site, side, moments, limit)
+    return spectra, blends
 
 
 def student_of(site: Site, spectrum: Spectrum, rank: int) -> LowRankLinear:

@@ -1,8 +1,9 @@
 """Prior moments: what other proteins say about the covariance, for users with few of their own.
 
 The blend (1 - a) S_own + a S_prior, with a chosen by cross-validation over folds of the user's proteins, is worth far more than
-shrinkage to the identity. Zero is allowed, and a must earn its place: it is used only where the held-out loss falls by
-more than one standard error over the folds.
+shrinkage to the identity, which is what remains where there is no prior (the weight's own prior: Cov y is drawn to W W^T). Zero
+is allowed, and a must earn its place: it is used only where the held-out loss falls by more than one standard error over
+the folds.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from torch import Tensor
 
 from distil_rank.errors import InputError
 from distil_rank.layers.lowrank import leading_eigenpairs
-from distil_rank.layers.solutions import Spectrum
 from distil_rank.statistics.moments import SCHEMA as MOMENTS_SCHEMA
 from distil_rank.statistics.moments import Moments, symmetric_product
 
 SCHEMA = "distil-rank/model-moments/1"
 WEIGHTS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 1.0)
+OWN_WEIGHTS = (0.0, 0.03, 0.1, 0.3)  # of the weight's own prior
 FOLDS = 5
 
 
@@ -40,10 +41,12 @@ class Blend:
 
 def mapped(moments: Moments, matrix: Tensor) -> Moments:
     """Moments of matrix @ x (k,) from those of x (d,)."""
-    result = Moments(len(matrix), moments.mean.device)
-    result.count, result.mean = moments.count, matrix @ moments.mean
-    result._upper = symmetric_product(matrix @ moments.scatter, matrix.T)
-    return result
+    scatter = symmetric_product(matrix @ moments.scatter, matrix.T)
+    return _moments(moments.count, matrix @ moments.mean, scatter)
+
+
+def _moments(count: float, mean: Tensor, scatter: Tensor) -> Moments:
+    return Moments.from_state({"count": torch.tensor(count, dtype=torch.float64), "mean": mean, "scatter": scatter})
 
 
 def merged(parts: list[Moments]) -> Moments:
@@ -53,63 +56,70 @@ def merged(parts: list[Moments]) -> Moments:
     return total
 
 
-def blended(own: Moments, prior: Moments, blend: Blend) -> tuple[Tensor, Tensor]:
-    """Mean (d,) and covariance (d, d) of the blend."""
+def blended(own: Moments, prior: Moments, blend: Blend) -> Moments:
+    """Moments of as many rows as `own`, with the blend's mean and covariance."""
     a, m = blend.weight, blend.mean_weight
+    if a == m == 0:
+        return own
     mean = (1 - m) * own.mean + m * prior.mean.to(own.mean)
-    return mean, (1 - a) * own.covariance + a * prior.covariance.to(own.mean)
+    covariance = (1 - a) * own.covariance + a * prior.covariance.to(own.mean)
+    return _moments(own.count, mean, own.count * covariance)
 
 
-def choose(folds: list[Moments], prior: Moments, rank: int) -> Blend:
-    """Weights by cross-validation at one rank; folds and prior are moments of the layer's output (up to a rotation)."""
+def choose(folds: list[Moments], prior: Moments, rank: int, weights: tuple[float, ...], means: bool = True) -> Blend:
+    """Weights by cross-validation at one rank; folds and prior are moments of the layer's output (up to a rotation).
+
+    means: whether the prior's mean may be used too.
+    """
     folds = [fold for fold in folds if fold.count > 0]
     if len(folds) < 2:
         return Blend(0.0, 0.0, 1.0)
-    choices = [Blend(0.0, 0.0, 1.0), *(Blend(a, m, 1.0) for a in WEIGHTS[1:] for m in (0.0, a))]
+    choices = [Blend(0.0, 0.0, 1.0), *(Blend(a, m, 1.0) for a in weights[1:] for m in ((0.0, a) if means else (0.0,)))]
     losses = torch.zeros(len(choices), len(folds), dtype=torch.float64)
     for f, fold in enumerate(folds):
         own = merged(folds[:f] + folds[f + 1 :])
-        bases = {a: leading_eigenpairs(blended(own, prior, Blend(a, 0, 1))[1], rank)[1] for a in WEIGHTS}
+        bases = {a: leading_eigenpairs(blended(own, prior, Blend(a, 0, 1)).covariance, rank)[1] for a in weights}
         for i, choice in enumerate(choices):
             U = bases[choice.weight]
             shift = fold.mean - ((1 - choice.mean_weight) * own.mean + choice.mean_weight * prior.mean.to(own.mean))
             missed = fold.covariance.trace() - ((fold.covariance @ U) * U).sum()
             losses[i, f] = missed + shift @ shift - (U.T @ shift).square().sum()
     counts = torch.tensor([fold.count for fold in folds], dtype=torch.float64)
-    weights = counts / counts.sum()
-    totals = losses @ weights
+    shares = counts / counts.sum()
+    totals = losses @ shares
     best = int(totals.argmin())
     saved = losses[0] - losses[best]
-    error = (weights.square() @ (saved - weights @ saved).square()).sqrt()
+    error = (shares.square() @ (saved - shares @ saved).square()).sqrt()
     if best == 0 or float(totals[0] - totals[best]) <= float(error) or totals[0] <= 0:
         return choices[0]
     return Blend(choices[best].weight, choices[best].mean_weight, float(totals[best] / totals[0]))
 
 
-def blended_spectrum(
-    weight: Tensor, bias: Tensor | None, side: str, folds: list[Moments], prior: Moments, rank: int, limit: int
-) -> tuple[Spectrum, Blend]:
-    """`solutions.spectrum_*` from the user's folds and a prior of the same side; the weight is chosen at `rank`.
+def blended_moments(
+    weight: Tensor, side: str, folds: list[Moments], prior: Moments | None, rank: int
+) -> tuple[Moments, Blend]:
+    """Moments of all folds together, blended with a prior of the same side where that helps a student of this rank.
 
-    The spectrum (the expected loss at each rank) is that of the blend.
+    Without a prior, its place takes the weight's own: inputs equally likely in all directions, around the user's mean.
     """
-    if prior.dim != folds[0].dim:
-        raise InputError(f"a prior of {folds[0].dim} features required for this layer, got {prior.dim}; make it anew")
-    lift = None
-    centre_shift = None if bias is None else bias.detach()
-    if side == "input":
-        W = weight.detach().to(folds[0].mean)
-        matrix, centre_shift = W, None
-        if len(W) > W.shape[1]:
-            lift, matrix = torch.linalg.qr(W)
-        folds, prior = [mapped(fold, matrix) for fold in folds], mapped(prior, matrix)
-    blend = choose(folds, prior, min(rank, folds[0].dim))
-    mean, covariance = blended(merged(folds), prior, blend)
-    eigenvalues, basis = leading_eigenpairs(covariance, min(limit, len(covariance)))
-    if lift is not None:
-        basis, mean = lift @ basis, lift @ mean
-    centre = mean if centre_shift is None else mean - centre_shift.to(mean)
-    return Spectrum(eigenvalues, basis, centre, float(covariance.trace())), blend
+    W, total = weight.detach().to(folds[0].mean), merged(folds)
+    if prior is not None and prior.dim != total.dim:
+        raise InputError(f"a prior of {total.dim} features required for this layer, got {prior.dim}; make it anew")
+    known = weights_own(W, side, total) if prior is None else prior
+    seen, expected = folds, known
+    if side == "input":  # the loss is that of the output, or of its rotation into min(d_in, d_out) dimensions
+        matrix = torch.linalg.qr(W).R if len(W) > W.shape[1] else W
+        seen, expected = [mapped(fold, matrix) for fold in folds], mapped(known, matrix)
+    weights = OWN_WEIGHTS if prior is None else WEIGHTS
+    blend = choose(seen, expected, min(rank, expected.dim), weights, means=prior is not None)
+    return blended(total, known, blend), blend
+
+
+def weights_own(W: Tensor, side: str, own: Moments) -> Moments:
+    """Moments of inputs equally likely in all directions, or of what W makes of them; the output's variance as in `own`."""
+    shape = torch.eye(W.shape[1]).to(W) if side == "input" else W @ W.T
+    variance = ((W @ own.covariance) * W).sum() if side == "input" else own.covariance.trace()
+    return _moments(1.0, own.mean, variance / W.square().sum().clamp_min(1e-300) * shape)
 
 
 def save_prior(path: str | Path, statistics: Mapping[str, tuple[str, Moments]], **provenance: object) -> None:
@@ -143,8 +153,7 @@ def load_prior(path: str | Path) -> dict[str, tuple[str, Moments]]:
             made: dict[str, Moments] = {}
             for origin in {layer["from"] for layer in layers.values()}:
                 count, mean, scatter = (file.get_tensor(f"{origin}/{key}") for key in ("count", "mean", "scatter"))
-                made[origin] = Moments(len(mean), mean.device)
-                made[origin].count, made[origin].mean, made[origin]._upper = float(count), mean, scatter
+                made[origin] = Moments.from_state({"count": count, "mean": mean, "scatter": scatter})
     except (OSError, SafetensorError) as error:
         raise InputError(f"a readable safetensors file of prior moments required, got {path}: {error}") from None
     return {name: (layer["side"], made[layer["from"]]) for name, layer in layers.items()}

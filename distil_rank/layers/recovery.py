@@ -6,6 +6,7 @@ Seeded and resumable: with a checkpoint path, an interrupted recovery goes on wh
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from distil_rank.errors import InputError
 from distil_rank.layers.architectures import Architecture
 from distil_rank.layers.lowrank import LowRankLinear
-from distil_rank.layers.sites import Batch, evaluating
+from distil_rank.layers.sites import Batch, evaluating, tokens_of
 from distil_rank.randomness import generator
 
 SAVE_EVERY = 50  # steps
@@ -52,14 +53,17 @@ def recover(
     for p in parameters:
         p.requires_grad_(True)
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, betas=(0.9, 0.98))
+    from tqdm import tqdm
+
     draws = generator(seed, "recovery batches")
     order = torch.randint(len(batches), (steps,), generator=draws)
     phases = torch.randint(7, (steps,), generator=draws)
-    setting = json.dumps([steps, lr, hidden_weight, seed, len(batches), [list(p.shape) for p in parameters]])
     path = None if checkpoint is None else Path(checkpoint)
+    setting = json.dumps([steps, lr, hidden_weight, seed, _digest([*parameters, *map(_tokens, batches)])])
     losses = _resume(path, setting, parameters, optimiser)
     with evaluating(dense), evaluating(student):
-        for step in range(len(losses), steps):
+        done = len(losses)
+        for step in tqdm(range(done, steps), initial=done, total=steps, unit="step", desc="recovery", disable=None):
             for group in optimiser.param_groups:
                 group["lr"] = lr * min(1.0, (step + 1) / max(1, steps // 10)) * (1 - step / steps)
             value = _loss(architecture, dense, student, batches[int(order[step])], int(phases[step]), hidden_weight)
@@ -102,6 +106,20 @@ def _loss(
 
 def _relative(x: Tensor, target: Tensor) -> Tensor:
     return (x - target).square().sum(-1).mean() / (target - target.mean(0)).square().sum(-1).mean().clamp_min(1e-12)
+
+
+def _tokens(batch: Batch) -> Tensor:
+    tokens = tokens_of(batch)
+    assert tokens is not None
+    return tokens
+
+
+def _digest(tensors: Sequence[Tensor]) -> str:
+    """Of start and data: a checkpoint of others must not be gone on with."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(str(tuple(tensor.shape)).encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _save(

@@ -123,14 +123,9 @@ def drifted_student(
 
     ridge = inf keeps M* = W, which is exact for unchanged inputs and needs no inverse.
     """
-    W = weight.detach().to(drift.inputs)
-    d_out, d_in = W.shape
-    check_rank(rank, min(d_in, d_out))
-    S, full = drift.inputs, W
-    if ridge < math.inf:
-        S = S + ridge * S.trace().clamp_min(1e-300) / d_in * torch.eye(d_in).to(W)
-        full = W + torch.linalg.solve(S, (drift.cross - W @ drift.inputs).T).T
-    root, inverse = (None, None) if metric is None else _decomposed(metric.to(W))
+    check_rank(rank, min(weight.shape))
+    full, S = drifted_map(weight, drift, ridge)
+    root, inverse = (None, None) if metric is None else _decomposed(metric.to(full))
     left = full if root is None else root @ full
     covariance, lift = output_covariance(left, S)
     U = leading_eigenpairs(covariance, rank)[1]
@@ -138,6 +133,15 @@ def drifted_student(
     A = U.T @ left
     B = U if inverse is None else inverse @ U
     return LowRankLinear(A, B, drift.output_mean - B @ (A @ drift.input_mean))
+
+
+def drifted_map(weight: Tensor, drift: Drift, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
+    """M* (d_out, d_in), the best map of full rank, and S~ + rho (d_in, d_in)."""
+    W, S = weight.detach().to(drift.inputs), drift.inputs
+    if ridge == math.inf:
+        return W, S
+    S = S + ridge * S.trace().clamp_min(1e-300) / len(S) * torch.eye(len(S)).to(W)
+    return W + torch.linalg.solve(S, (drift.cross - W @ drift.inputs).T).T, S
 
 
 def metric_root(metric: Tensor) -> Tensor:

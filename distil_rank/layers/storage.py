@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distil_rank.errors import InputError
-from distil_rank.layers.architectures import Architecture, copy_tokenizer, describe
+from distil_rank.layers.architectures import Architecture, copy_tokenizer
 from distil_rank.layers.lowrank import LowRankLinear
 from distil_rank.layers.quantise import Int8LowRank
 from distil_rank.layers.sites import is_linear
@@ -260,6 +260,3 @@ def save_merged(module: nn.Module, architecture: Architecture, folder: str | Pat
             temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-__all__ = ["describe", "load", "merged", "save", "save_merged"]

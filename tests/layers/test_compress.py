@@ -190,6 +190,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(files, capsys):
         ([head, "--key", "head.0", "--data", str(folder / "three.pt"), "--rank", "4"], "2 rows"),
         ([*layer, "--rank", "4", "--labels", str(folder / "y.npy")], "48 outputs"),
         ([*layer, "--rank", "4", "--prior", proteins], "prior"),
+        ([*layer, "--rank", "4", "--val-labels", str(folder / "y.npy")], "--val required"),
         ([nano, "--calibration", proteins], "--ratio"),
         ([nano, "--calibration", proteins, "--ratio", "0"], "--ratio"),
         ([nano, "--calibration", proteins, "--ratio", "1.2"], "--ratio"),

@@ -8,7 +8,8 @@ import torch
 
 from distil_rank.errors import InputError
 from distil_rank.layers import recovery
-from distil_rank.layers.architectures import AMINO_ACIDS, MASK, describe, load_dense
+from distil_rank.layers.architectures import AMINO_ACIDS, MASK, describe
+from distil_rank.layers.dense_models import load_dense
 from distil_rank.layers.evaluate import compare, cost, mutation_effects, mutation_scores, perplexity, read_assays
 from distil_rank.layers.models import compress_model
 from distil_rank.layers.quantise import module_bytes
@@ -129,6 +130,8 @@ def test_recovery_resumes_exactly(tmp_path, monkeypatch):
     assert path.is_file()
     with pytest.raises(InputError, match="very recovery"):
         recovery.recover(architecture, model, small, batches, steps=13, checkpoint=path)
+    with pytest.raises(InputError, match="very recovery"):  # other proteins of the same shapes
+        recovery.recover(architecture, model, small, [b.flip(0) for b in batches], steps=12, checkpoint=path)
     resumed, again = recovery.recover(architecture, model, small, batches, steps=12, checkpoint=path)
     assert again == losses and not path.exists()
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()))

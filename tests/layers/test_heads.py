@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from distil_rank.errors import InputError
-from distil_rank.layers.heads import compress_head, squared_jacobian
+from distil_rank.layers.head_plan import squared_jacobian
+from distil_rank.layers.heads import compress_head
 from distil_rank.layers.lowrank import LowRankLinear
+from distil_rank.layers.solutions import spectrum_from_inputs
 from distil_rank.layers.tasks import accuracy, auroc, choose_metric, load_labels, task_change
 from distil_rank.statistics.moments import Moments
 
@@ -42,10 +44,10 @@ def test_certificate_is_what_the_stored_factors_do():
             low, high = (layer["held_out_fvu_interval"][k] for k in ("low", "high"))
             assert low <= fvu * 1.001 and fvu * 0.999 <= high
         state, compressed = dense_out, small_out
-    final = certificate["output_fvu"]["held_out"]["value"]
-    assert final == pytest.approx(
-        float((state - compressed).double().square().sum() / (state - state.mean(0)).double().square().sum()), rel=1e-4
+    loss, variance = (
+        (a - b).detach().double().square().sum() for a, b in ((state, compressed), (state, state.mean(0)))
     )
+    assert certificate["output_fvu"]["held_out"]["value"] == pytest.approx(float(loss / variance), rel=1e-4)
 
 
 def test_rank_curve_is_the_loss_of_each_rank():
@@ -81,6 +83,39 @@ def test_the_next_layers_metric_lowers_the_loss_of_the_output():
         for metric in ("own", "next", "output")
     ]
     assert losses[2] < losses[1] < losses[0]
+    for request, metric in (({"rank": 4}, "output"), ({"fvu": 0.1}, "own")):  # what a user gets who asks for none
+        assert compress_head(head, x, **request)[1]["metric"] == metric
+        assert compress_head(head[0], x, **request)[1]["layers"][0]["floor_fvu"] >= 0
+
+
+def test_a_dense_layer_is_refitted_to_its_changed_inputs():
+    head, x, held = mlp(), rows(2000), rows(500, seed=5)
+    small, certificate = compress_head(head, x, held, rank=8)
+    assert [type(part) is nn.Linear for part in small][::2] == [False, False, True]
+    assert "refitted" in certificate["layers"][2]["note"]
+    with torch.no_grad():
+        y, reached = head(held), small[:4](held)
+        unaware = float((head[4](reached) - y).square().sum())
+        fvu = float((small[4](reached) - y).square().sum() / (y - y.mean(0)).square().sum())
+        best = torch.linalg.lstsq(torch.cat([small[:4](x), torch.ones(2000, 1)], 1), head(x)).solution
+        fitted = float((torch.cat([small[:4](x), torch.ones(2000, 1)], 1) @ best - head(x)).square().sum())
+        ours = float((small(x) - head(x)).square().sum())
+    assert fvu == pytest.approx(certificate["layers"][2]["held_out_fvu_interval"]["value"], rel=1e-3)
+    assert fvu * float((y - y.mean(0)).square().sum()) < unaware
+    assert fitted <= ours < 1.05 * fitted  # next to least squares on the rows
+
+
+def test_few_rows_are_drawn_to_the_weight():
+    layer, held = nn.Linear(60, 60).requires_grad_(False), torch.randn(2000, 60)
+    x = torch.randn(70, 60, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        layer.weight *= torch.logspace(0, -1.5, 60)
+    few, certificate = compress_head(layer, x, held, rank=8)
+    assert certificate["prior"]["weight"] > 0
+    plain = spectrum_from_inputs(layer.weight, Moments.of(x)).student(layer.weight, layer.bias, 8)
+    losses = [float((student(held) - layer(held)).detach().square().sum()) for student in (few, plain)]
+    assert losses[0] < losses[1]
+    assert compress_head(layer, held, rank=8)[1]["prior"] is None
 
 
 def test_metric_by_probes_is_the_mean_of_squared_jacobians():

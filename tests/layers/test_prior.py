@@ -7,9 +7,19 @@ from torch import Tensor
 from distil_rank.errors import InputError
 from distil_rank.layers.calibration import collect
 from distil_rank.layers.models import compress_model
-from distil_rank.layers.prior import FOLDS, Blend, blended, blended_spectrum, choose, load_prior, mapped, save_prior
+from distil_rank.layers.prior import (
+    FOLDS,
+    WEIGHTS,
+    Blend,
+    blended,
+    blended_moments,
+    choose,
+    load_prior,
+    mapped,
+    save_prior,
+)
 from distil_rank.layers.sites import find_sites, trace
-from distil_rank.layers.solutions import spectrum_from_inputs
+from distil_rank.layers.solutions import spectrum_from_inputs, spectrum_from_outputs
 from distil_rank.statistics.moments import Moments
 from tests.layers.small_models import small_model, token_batches
 
@@ -21,40 +31,61 @@ def rows(n: int, seed: int, domain: int = 0, d: int = 60) -> Tensor:
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) @ mix.T + mean
 
 
-def loss(W: Tensor, x: Tensor, spectrum, rank: int) -> float:
-    student = spectrum.student(W, None, rank)
+def loss(W: Tensor, x: Tensor, moments: Moments, rank: int) -> float:
+    student = spectrum_from_inputs(W, moments).student(W, None, rank)
     return float((student(x) - x @ W.T).square().sum().detach())
+
+
+def folds_of(x: Tensor) -> list[Moments]:
+    return [Moments.of(x[f::FOLDS]) for f in range(FOLDS)]
 
 
 @pytest.mark.parametrize("shape", [(60, 60), (20, 60), (90, 60)])
 def test_a_good_prior_helps_and_a_bad_one_is_not_used(shape):
     W = torch.randn(*shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     own, held = rows(25, seed=1), rows(2000, seed=2)
-    folds = [Moments.of(own[f::FOLDS]) for f in range(FOLDS)]
-    alone = loss(W, held, spectrum_from_inputs(W, Moments.of(own)), 8)
-    good, blend = blended_spectrum(W, None, "input", folds, Moments.of(rows(3000, seed=5)), 8, 15)
-    full = loss(W, held, spectrum_from_inputs(W, Moments.of(rows(3000, seed=5))), 8)
+    alone = loss(W, held, Moments.of(own), 8)
+    good, blend = blended_moments(W, "input", folds_of(own), Moments.of(rows(3000, seed=5)), 8)
+    full = loss(W, held, Moments.of(rows(3000, seed=5)), 8)
     assert blend.weight > 0 and blend.relative_loss < 1
     assert loss(W, held, good, 8) < 0.8 * alone and loss(W, held, good, 8) < 1.25 * full
-    bad, blend = blended_spectrum(W, None, "input", folds, Moments.of(rows(3000, seed=5, domain=1)), 8, 15)
+    bad, blend = blended_moments(W, "input", folds_of(own), Moments.of(rows(3000, seed=5, domain=1)), 8)
     assert loss(W, held, bad, 8) < 1.01 * alone
+
+
+@pytest.mark.parametrize("shape", [(60, 60), (20, 60), (90, 60)])
+def test_without_a_prior_the_weights_own_takes_its_place(shape):
+    """Nearly isotropic inputs: drawn to W W^T, few rows lose less. A low-rank cloud, where it could only harm: left alone."""
+    W = torch.randn(*shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    W = W * torch.logspace(0, -1, 60, dtype=torch.float64)  # so that there is something to be drawn to
+    flat = [torch.randn(n, 60, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (30, 2000)]
+    found, blend = blended_moments(W, "input", folds_of(flat[0]), None, 8)
+    assert blend.weight > 0 and blend.mean_weight == 0
+    assert loss(W, flat[1], found, 8) < 0.95 * loss(W, flat[1], Moments.of(flat[0]), 8)
+    outputs, same = blended_moments(W, "output", folds_of(flat[0] @ W.T), None, 8)
+    assert same.weight == blend.weight and same.relative_loss == pytest.approx(blend.relative_loss)
+    students = spectrum_from_outputs(W, None, outputs, 8), spectrum_from_inputs(W, found, 8)
+    torch.testing.assert_close(*(s.student(W, None, 8)(flat[1]).detach() for s in students))
+    thin = flat[0][:, :5] @ torch.randn(5, 60, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    _, blend = blended_moments(W, "input", folds_of(thin), None, 8)
+    assert blend == Blend(0.0, 0.0, 1.0)
 
 
 def test_zero_weight_is_no_prior():
     W, own = torch.eye(60, dtype=torch.float64), rows(500, seed=1)
-    folds = [Moments.of(own[f::FOLDS]) for f in range(FOLDS)]
-    found, blend = blended_spectrum(W, None, "input", folds, Moments.of(-own * 3 + 7), 5, 20)
-    plain = spectrum_from_inputs(W, Moments.of(own), 20)
-    if blend.weight == 0:
-        torch.testing.assert_close(found.eigenvalues, plain.eigenvalues)
-    assert choose(folds[:1], Moments.of(own), 5) == Blend(0.0, 0.0, 1.0)  # one fold: nothing to validate on
+    found, blend = blended_moments(W, "input", folds_of(own), Moments.of(rows(500, seed=2, domain=1) + 7), 5)
+    assert blend == Blend(0.0, 0.0, 1.0)
+    torch.testing.assert_close(found.covariance, Moments.of(own).covariance)
+    only = choose(folds_of(own)[:1], Moments.of(own), 5, WEIGHTS)
+    assert only == Blend(0.0, 0.0, 1.0)  # one fold: nothing to validate on
 
 
 def test_blend_and_map_are_what_they_say():
     a, b = Moments.of(rows(50, seed=1, d=6)), Moments.of(rows(70, seed=2, domain=1, d=6))
-    mean, covariance = blended(a, b, Blend(0.3, 0.1, 1.0))
-    torch.testing.assert_close(covariance, 0.7 * a.covariance + 0.3 * b.covariance)
-    torch.testing.assert_close(mean, 0.9 * a.mean + 0.1 * b.mean)
+    both = blended(a, b, Blend(0.3, 0.1, 1.0))
+    torch.testing.assert_close(both.covariance, 0.7 * a.covariance + 0.3 * b.covariance)
+    torch.testing.assert_close(both.mean, 0.9 * a.mean + 0.1 * b.mean)
+    assert both.count == a.count
     W = torch.randn(4, 6, dtype=torch.float64)
     direct = Moments.of(rows(50, seed=1, d=6) @ W.T)
     torch.testing.assert_close(mapped(a, W).scatter, direct.scatter)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from distil_rank.errors import InputError
+from distil_rank.layers import quantise as quantise_module
 from distil_rank.layers.lowrank import LowRankLinear
 from distil_rank.layers.models import compress_model
 from distil_rank.layers.quantise import (
@@ -62,6 +63,18 @@ def test_passing_errors_on_beats_rounding_to_the_nearest():
     )
     refitted = quantise(student, imitated(student, drift))
     assert certify_int8(student, refitted, drift).quantisation < 0.5 * certify_int8(student, naive, drift).quantisation
+
+
+def test_a_steep_spectrum_is_balanced(monkeypatch):
+    W, c, x = case()
+    x = x @ torch.diag(torch.logspace(0, -2.5, 40, dtype=torch.float64))
+    drift = Drift.none(W, c, Moments.of(x))
+    student = spectrum_from_inputs(W, Moments.of(x)).student(W, c, 30)
+    errors = []
+    for power in (quantise_module.BALANCE, 0.0):
+        monkeypatch.setattr(quantise_module, "BALANCE", power)
+        errors.append(certify_int8(student, quantise(student, imitated(student, drift)), drift).quantisation)
+    assert errors[0] < 0.9 * errors[1]
 
 
 def test_forward_is_the_dequantised_layer():

@@ -9,7 +9,8 @@ from torch import nn
 import distil_rank
 from distil_rank.errors import InputError
 from distil_rank.layers import storage
-from distil_rank.layers.architectures import describe, load_dense
+from distil_rank.layers.architectures import describe
+from distil_rank.layers.dense_models import load_dense
 from distil_rank.layers.heads import compress_head
 from distil_rank.layers.models import compress_model
 from distil_rank.layers.quantise import quantise_model
