@@ -33,25 +33,21 @@ from distil_rank.statistics.intervals import bootstrap_counts, percentile_interv
 MODELS = ROOT / "models"
 TRAIN = Path("train.fasta.gz")
 SOURCE = "real proteins (Pfam, Swiss-Prot, DeepLoc) held out from the training of nano-256: models/README.md"
-SIZES = {  # two runs each, the second from the end of the first
+SIZES = {
     "nano-64": Config(TRAIN, Path("nano-64.pt"), layers=4, width=64, heads=4, tokens=1e7, learning_rate=3e-3),
     "nano-128": Config(TRAIN, Path("nano-128.pt"), layers=6, width=128, heads=4, tokens=1e7),
     "nano-256": Config(
         TRAIN, Path("nano-256.pt"), layers=6, width=256, heads=4, tokens=1e7, learning_rate=1e-3, bf16=True
     ),
 }
-SECOND = {"tokens": 3e6, "learning_rate": 4e-3, "optimizer": "muon", "seed": 1}
 
 
 def train(name: str, folder: Path) -> None:
     if not (folder / TRAIN).exists():
         write_fasta(folder / TRAIN, split().train)
-    first = replace(SIZES[name], fasta=folder / TRAIN, out=folder / f"first-{name}.pt")
-    if not first.out.exists():
-        pretrain.run(first)
-    second = replace(first, out=folder / f"{name}.pt", start=first.out, **SECOND)
-    pretrain.run(second)
-    shutil.copy(second.out, MODELS / second.out.name)
+    config = SIZES[name]
+    pretrain.run(replace(config, fasta=folder / TRAIN, out=folder / config.out))
+    shutil.copy(folder / config.out, MODELS / config.out)
 
 
 def evaluate() -> None:
@@ -72,7 +68,6 @@ def evaluate() -> None:
             "sha256": sha256(MODELS / f"{name}.pt"),
             "parameters": sum(p.numel() for p in {id(p): p for p in model.parameters()}.values()),
             "config": config_record(config),
-            "second_run": SECOND,
             "perplexity": interval(value, *percentile_interval(np.exp(sampled)), False),
             "perplexity_80_10_10": float(np.exp(trained_way.sum() / of.sum())),
             "perplexity_untrained": float(np.exp(untrained_sums.sum() / counts[::10].sum())),
@@ -138,8 +133,8 @@ and is tested without a download. They are not ESM-2 and know far less: use them
   MIT). {heldout_proteins:,} proteins of {heldout_clusters:,} clusters are held out: `nano-heldout.txt` lists what was not
   trained on, and {dropped_as_related_to_train:,} of the list, in one cluster with a
   trained protein, are not used for results (`distil_rank/proteins/splits.py`).
-* **Training**: masked language modelling (15 %, 80/10/10), fair-esm's own `ESM2` class, AdamW, cosine schedule, then a
-  second, shorter run with Muon for the matrices of the layers; one CPU thread each.
+* **Training**: masked language modelling (15 %, 80/10/10), fair-esm's own `ESM2` class, AdamW, cosine schedule; one
+  CPU thread each.
 * **Format**: fair-esm checkpoints, float16, without contact regression. `distil-rank embed --model nano-256` finds them.
 * **Made by** `python -m benchmarks.nano`; the figures stand in `nano.json`, those of locations in
   `benchmarks/results/nano_deeploc.json`.
@@ -158,14 +153,12 @@ def card() -> None:
             else ""
         )
 
-    rows = []
-    for name, m in record["models"].items():
-        residues = m["config"]["tokens"] + m["second_run"]["tokens"]
-        ratio = cell(m.get("perplexity_over_next_smaller"), 4)
-        rows.append(
-            f"| {name} | {m['config']['layers']} x {m['config']['width']} | {m['parameters']:,} | {residues:,.0f} "
-            f"| {cell(m['perplexity'], 2)} | {ratio} | {m['perplexity_80_10_10']:.2f} | {m['perplexity_untrained']:.1f} |"
-        )
+    rows = [
+        f"| {name} | {m['config']['layers']} x {m['config']['width']} | {m['parameters']:,} | {m['config']['tokens']:,.0f} "
+        f"| {cell(m['perplexity'], 2)} | {cell(m.get('perplexity_over_next_smaller'), 4)} "
+        f"| {m['perplexity_80_10_10']:.2f} | {m['perplexity_untrained']:.1f} |"
+        for name, m in record["models"].items()
+    ]
     locations = {
         "classes": len(probe["data"]["train_and_test_by_class"]),
         "n_test": probe["n_test"],

@@ -5,11 +5,10 @@
 
 The model is fair-esm's own ESM2 with its alphabet and token dropout, trained by masked language modelling: 15 % of the
 amino acids are chosen, of which 80 % become <mask>, 10 % another one, 10 % stay (Lin et al. 2023, Science 379:1123).
-AdamW, or Muon (Jordan 2024) for the matrices of the layers and AdamW for the rest at the same rate; linear warm-up, cosine
-decay to a tenth. The checkpoint (float16) has fair-esm's format, without contact regression. It appears when training is
-complete; until then OUT.state holds what a killed run needs to end bit-equal to an undisturbed one (on the same kind of
-machine, with the same number of threads). A run that goes on with another --tokens follows the new schedule from there;
-with any other difference it is refused.
+AdamW, linear warm-up, cosine decay to a tenth. The checkpoint (float16) has fair-esm's format, without contact
+regression. It appears when training is complete; until then OUT.state holds what a killed run needs to end bit-equal to
+an undisturbed one (on the same kind of machine, with the same number of threads). A run that goes on with another
+--tokens follows the new schedule from there; with any other difference it is refused.
 """
 
 import math
@@ -18,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import tyro
@@ -28,7 +27,7 @@ from torch.nn import functional as F
 from distil_rank.errors import InputError
 from distil_rank.proteins.esm2 import CLS, EOS, PAD, tokenise
 from distil_rank.proteins.fasta import clean_proteins, read_fasta
-from distil_rank.proteins.masked import load_checkpoint, logits_at, mask, new_model, save_checkpoint, write_torch
+from distil_rank.proteins.masked import logits_at, mask, new_model, save_checkpoint, write_torch
 from distil_rank.randomness import generator
 
 if TYPE_CHECKING:
@@ -50,8 +49,6 @@ class Config:
     learning_rate: float = 2e-3  # highest rate of the schedule
     warmup: float = 0.05  # fraction of the tokens with rising rate
     weight_decay: float = 0.01  # of matrices; AdamW
-    optimizer: Literal["adamw", "muon"] = "adamw"  # of the layers' matrices: Muon learns more per residue, costs time
-    start: Path | None = None  # checkpoint of the same shape to begin with, instead of random weights
     bf16: bool = False  # bfloat16 matrix products: 1.5 to 2 times as fast from width 256 on, no gain below
     seed: int = 0  # initial weights, order, crops and masks
     save_every: int = 200  # steps between saved states
@@ -76,82 +73,48 @@ def _validate(config: Config) -> None:
         )
     if not 0 <= config.warmup < 1:
         raise InputError(f"required a warmup fraction in [0, 1), got {config.warmup}")
-    if config.start is not None and not config.start.is_file():
-        raise InputError(f"required a checkpoint to start from, got nothing at {config.start}")
     if not config.out.parent.is_dir():
         raise InputError(f"required an existing folder for the checkpoint, got {config.out.parent}; create it")
 
 
 def train(config: Config, sequences: Sequence[str]) -> "ESM2":
     """Train on cleaned sequences; writes `config.out` and, until then, `config.out` + ".state"."""
-    model = _first(config)
-    optimizers = _optimizers(model, config)
+    model = new_model(config.layers, config.width, config.heads, config.seed)
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim != 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
     state_path = config.out.with_name(config.out.name + ".state")
     settings = {k: str(v) for k, v in asdict(config).items() if k not in ("out", "tokens", "save_every")}
     step = seen = 0
     if state_path.exists():
         state = _read_state(state_path, settings)
         model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        optimizer.load_state_dict(state["optimizer"])
         step, seen = state["step"], state["seen"]
     started, seen_before = time.perf_counter(), seen
     for batch in batches([tokenise([sequence])[0, 1:-1] for sequence in sequences], config, skip=step):
         if seen >= config.tokens:
             break
-        rate = config.learning_rate * schedule(seen / config.tokens, config.warmup)
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = rate
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * schedule(seen / config.tokens, config.warmup)
         tokens, chosen = mask(batch, generator(config.seed, "mask", step))
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
             logits = logits_at(model, tokens, chosen)
         loss = F.cross_entropy(logits.float(), batch[chosen], reduction="sum") / max(1, int(chosen.sum()))
-        model.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        optimizer.step()
         step, seen = step + 1, seen + int((batch > 3).sum())
         if step % config.save_every == 0:
             speed = (seen - seen_before) / (time.perf_counter() - started)
             print(f"step {step}  tokens {seen}  loss {loss.item():.3f}  {speed:.0f} tokens/s", flush=True)
-            state = {"settings": settings, "step": step, "seen": seen, "model": model.state_dict()}
-            write_torch(state_path, {**state, "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+            state = {"settings": settings, "step": step, "seen": seen}
+            write_torch(state_path, {**state, "model": model.state_dict(), "optimizer": optimizer.state_dict()})
     save_checkpoint(model, config.out)
     state_path.unlink(missing_ok=True)
     return model
-
-
-def _first(config: Config) -> "ESM2":
-    """Random weights, or those of the checkpoint to begin with."""
-    fresh = new_model(config.layers, config.width, config.heads, config.seed)
-    if config.start is None:
-        return fresh
-    model = load_checkpoint(config.start).train()
-    shapes = [{name: p.shape for name, p in m.named_parameters()} for m in (fresh, model)]
-    if shapes[0] != shapes[1]:
-        raise InputError(
-            f"a checkpoint of {config.layers} layers x {config.width} required to start from, got {config.start}; "
-            "give its --layers, --width and --heads"
-        )
-    return model.requires_grad_(True)
-
-
-def _optimizers(model: "ESM2", config: Config) -> list[torch.optim.Optimizer]:
-    rate, decay = config.learning_rate, config.weight_decay
-    muon = [p for n, p in model.named_parameters() if n.startswith("layers.") and p.ndim == 2]
-    muon = muon if config.optimizer == "muon" else []
-    rest = [p for p in model.parameters() if not any(p is q for q in muon)]
-    groups = [
-        {"params": [p for p in rest if p.ndim == 2], "weight_decay": 0.0 if muon else decay},
-        {"params": [p for p in rest if p.ndim != 2], "weight_decay": 0.0},
-    ]
-    adamw = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=True)
-    return (
-        [adamw, torch.optim.Muon(muon, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")]
-        if muon
-        else [adamw]
-    )
 
 
 def _read_state(path: Path, settings: dict[str, str]) -> dict:
