@@ -56,6 +56,7 @@ class Run:
     objective: Objective
     schedule: Schedule
     init: str = "random"
+    pilot: bool = False  # made for a choice: judged on validation proteins only
 
 
 class Bench:
@@ -92,15 +93,15 @@ class Bench:
     def outcome(self, run: Run) -> dict[str, Any]:
         """What a run is judged by: likelihood on validation (for choices) and all of it on test (for claims)."""
         student, log = self.student(run)
+        chosen_by = {"schema": SCHEMA, "run": describe(run), "validation_nll": mean_nll(student, self.validation)}
+        if run.pilot:
+            return chosen_by
         found = score(student, self.test, self.test_targets, scaling=False)
         measured = calibration(found.confidence, found.correct, found.brier, found.protein)
         every = max(1, len(log) // 40)
-        return {
-            "schema": SCHEMA,
-            "run": describe(run),
+        return chosen_by | {
             "parameters": parameters(student),
             "weights_sha256": weights_sha256(student),
-            "validation_nll": mean_nll(student, self.validation),
             "perplexity": perplexity(found),
             "log_perplexity": float(found.nll.sum() / found.predictions.sum()),
             "bits_per_residue": bits_per_residue(found),
@@ -120,6 +121,7 @@ def describe(run: Run) -> dict[str, Any]:
         "objective": asdict(run.objective),
         "schedule": asdict(run.schedule),
         "init": run.init,
+        "pilot": run.pilot,
     }
 
 

@@ -47,30 +47,32 @@ class Preset:
     train_size_prop: float
     held_out: float
     max_residues: int
-    rates: tuple[float, ...]
+    rates: tuple[float, ...]  # learning rates tried in every cell under every schedule; the sweeps take the middle one
     temperatures: tuple[float, ...] = (1, 2, 4, 6, 8, 10)
     alphas: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     warmups: tuple[tuple[str, float], ...] = (("short warm-up", 0.05), ("long warm-up", 0.4))
-    seeds: int = 5
+    seeds: int = 5  # 0, 1, ... of the runs that are reported
+    pilots: int = 3  # runs behind the choice of a learning rate, of other seeds
     generate: int = 200
 
 
+FIRST_PILOT = 1000  # seeds of pilots count from here
 STUDENTS = {"micro": (4, 4, 256), "tiny": (4, 4, 512), "small": (6, 8, 768), "medium": (12, 16, 1024)}
 PRESETS = {
     "nano": Preset(
-        "models/nano-teacher", {"tiny": (1, 2, 32), "small": (2, 2, 48), "medium": (3, 4, 64)},
-        steps=80, final_steps=250, batch_size=16, train_size_prop=0.25, held_out=0.08, max_residues=120,
-        rates=(5e-3, 1e-2), temperatures=(1, 2, 4, 8), alphas=(0.1, 0.5, 0.9), generate=100,
+        "models/nano-teacher", {"tiny": (1, 2, 32), "small": (2, 2, 64), "medium": (3, 4, 96)},
+        steps=300, final_steps=800, batch_size=16, train_size_prop=0.25, held_out=0.05, max_residues=250,
+        rates=(1e-3, 3e-3, 1e-2, 3e-2), temperatures=(1, 2, 4, 8), alphas=(0.1, 0.5, 0.9), generate=100,
     ),
     "micro": Preset(
         "nferruz/ProtGPT2", {"micro": STUDENTS["micro"]},
         steps=2000, final_steps=5000, batch_size=32, train_size_prop=0.05, held_out=0.01, max_residues=600,
-        rates=(5e-4, 1e-3),
+        rates=(3e-4, 1e-3, 3e-3),
     ),
     "protgpt2": Preset(
         "nferruz/ProtGPT2", STUDENTS,
         steps=5000, final_steps=50000, batch_size=64, train_size_prop=0.1, held_out=0.01, max_residues=1000,
-        rates=(2e-4, 5e-4, 1e-3),
+        rates=(1e-4, 3e-4, 1e-3),
     ),
 }  # fmt: skip
 NEXT_SHARES = (0.2, 0.5)
@@ -122,7 +124,12 @@ def conduct(preset: Preset, config: Config) -> tuple[dict[str, Any], dict[str, A
     )  # fmt: skip
     bench = Bench(material)
     size, shape = next(iter(preset.sizes.items()))
-    middle = Schedule(steps=preset.steps, batch_size=preset.batch_size, learning_rate=preset.rates[0], seed=1000)
+    middle = Schedule(
+        steps=preset.steps,
+        batch_size=preset.batch_size,
+        learning_rate=preset.rates[len(preset.rates) // 2],
+        seed=FIRST_PILOT,
+    )
 
     def outcomes(runs: list[Run]) -> list[dict[str, Any]]:
         return make(runs, material, config.work, config.workers, bench)
@@ -161,20 +168,34 @@ def conduct(preset: Preset, config: Config) -> tuple[dict[str, Any], dict[str, A
 def _ablation(
     preset: Preset, shape: tuple[int, int, int], base: Objective, outcomes: Callable[[list[Run]], list[dict[str, Any]]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """2 x 2 cells x seeds under each schedule; the learning rate of every cell and schedule is chosen on validation."""
+    """2 x 2 cells x seeds under each schedule; each cell's and schedule's learning rate is that of the lowest mean
+    validation loss over pilots."""
     found: dict[str, Any] = {"objective": asdict(base), "schedules": {}}
     curves: dict[str, Any] = {}
+    places = [(name, warmup, cell) for name, warmup in preset.warmups for cell in CELLS]
+    pilots = [
+        Run(
+            shape,
+            replace(base, **ENHANCEMENTS[cell]),
+            Schedule(preset.steps, preset.batch_size, learning_rate=rate, warmup=warmup, seed=FIRST_PILOT + i),
+            pilot=True,
+        )
+        for _, warmup, cell in places
+        for rate in preset.rates
+        for i in range(preset.pilots)
+    ]
+    losses = np.array([o["validation_nll"] for o in outcomes(pilots)])
+    by_rate = losses.reshape(len(places), len(preset.rates), preset.pilots).mean(2)
     plan: dict[tuple[str, str], list[Run]] = {}
-    for name, warmup in preset.warmups:
-        for cell in CELLS:
-            objective = replace(base, **ENHANCEMENTS[cell])
-            plain = Schedule(preset.steps, preset.batch_size, warmup=warmup, seed=1000)
-            tried = [Run(shape, objective, replace(plain, learning_rate=rate)) for rate in preset.rates]
-            nll = [o["validation_nll"] for o in outcomes(tried)]
-            best = tried[int(np.argmin(nll))]
-            plan[name, cell] = [
-                replace(best, schedule=replace(best.schedule, seed=seed)) for seed in range(preset.seeds)
-            ]
+    tried: dict[tuple[str, str], dict[str, float]] = {}
+    for (name, warmup, cell), nll in zip(places, by_rate.tolist(), strict=True):
+        tried[name, cell] = {f"{rate:g}": loss for rate, loss in zip(preset.rates, nll, strict=True)}
+        plain = Schedule(
+            preset.steps, preset.batch_size, learning_rate=preset.rates[int(np.argmin(nll))], warmup=warmup
+        )
+        plan[name, cell] = [
+            Run(shape, replace(base, **ENHANCEMENTS[cell]), replace(plain, seed=seed)) for seed in range(preset.seeds)
+        ]
     done = iter(outcomes([run for runs in plan.values() for run in runs]))
     results = {place: [next(done) for _ in runs] for place, runs in plan.items()}
     for name, _ in preset.warmups:
@@ -185,6 +206,7 @@ def _ablation(
             "cells": {
                 cell: {
                     "learning_rate": plan[name, cell][0].schedule.learning_rate,
+                    "validation_nll_by_rate": tried[name, cell],
                     "log_perplexity": y[cell],
                     "ratio": _over_runs([o["ratio"]["value"] for o in cells[cell]]),
                     "kl_to_teacher": _over_runs([o["kl_to_teacher"]["value"] for o in cells[cell]]),

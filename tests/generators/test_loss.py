@@ -86,7 +86,12 @@ def test_the_plain_case_equals_trl_s_own_function():
     student, teacher, tokens, mask = batch()
     labels = tokens[:, 1:].masked_fill(~predictions(mask), -100)
     expected = gkd.GKDTrainer.generalized_jsd_loss(
-        student[:, :-1], teacher[:, :-1], labels, beta=0, temperature=3.0, num_items_in_batch=int(predictions(mask).sum())
+        student[:, :-1],
+        teacher[:, :-1],
+        labels,
+        beta=0,
+        temperature=3.0,
+        num_items_in_batch=int(predictions(mask).sum()),
     )
     found = mean_loss(student, teacher, tokens, mask, Objective(3.0, 0.0))
     torch.testing.assert_close(found, 9 * expected)
