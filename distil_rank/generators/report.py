@@ -1,39 +1,19 @@
-"""Figures, tables and paper from the study's JSON, and nothing else.
-
-distil-rank generator report --results results/generators --paper docs/generators.md
-"""
+"""The figures of a study, from its JSON and nothing else; `distil-rank report` draws them and fills the paper."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distil_rank.generators.interaction import CELLS
-from distil_rank.generators.paper import paper
 from distil_rank.generators.study import CURVES, SCHEMA
-from distil_rank.records import read_json, require_writable, shown_path, write_text
+from distil_rank.records import read_json
 
 COLOURS = {"baseline": "#444444", "uncertainty": "#0072B2", "calibration": "#D55E00", "both": "#009E73"}
 STUDENT, TEACHER, NATURAL = "#0072B2", "#444444", "#E69F00"
 FEW = 20  # tokens: bins below are not drawn (they stay in the table's ECE)
 FIGURES = ("ablation", "temperature", "alpha", "pareto", "reliability", "amino_acids", "speed", "uncertainty")
-
-
-@dataclass(frozen=True)
-class Config:
-    results: Path = Path("results/generators")  # folder of study.json and curves.json; the figures go there
-    paper: Path = Path("docs/generators.md")  # the paper to write
-
-
-def run(config: Config) -> None:
-    require_writable(config.paper.parent)
-    draw(config.results)
-    study = config.results / "study.json"
-    text = paper(read_json(study, SCHEMA))
-    write_text(config.paper, f"<!-- begin generators {shown_path(study)} -->\n{text}\n<!-- end -->\n")
-    print(f"{config.paper}, {len(FIGURES)} figures in {config.results}")
 
 
 def draw(folder: Path) -> Path:

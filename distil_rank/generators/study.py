@@ -5,12 +5,13 @@
 
 Every choice (temperature, alpha, learning rate of each cell and schedule) is made on validation proteins, every claim
 on test proteins. Runs are kept in `--work`, so an interrupted study goes on, and a second one only makes what is new.
-Draw the figures and fill the paper with `distil-rank generator report`.
+Figures and paper come with `distil-rank report --results` and the folder of --out.
 """
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -101,14 +102,21 @@ def run(config: Config) -> None:
         preset = replace(preset, seeds=config.seeds)
     require_writable(config.out)
     require_writable(config.work)
+    found, start = len(list(config.work.glob("*.json"))), time.perf_counter()
     study, curves = conduct(preset, config)
+    study["duration"] = {
+        "minutes": (time.perf_counter() - start) / 60,
+        "workers": config.workers,
+        "runs_found": found,  # made by an earlier study, so not in the time
+    }
     passport = {
         "config": config_record(config) | {"preset_values": config_record(asdict(preset))},
         "seeds": list(range(preset.seeds)),
         "environment": environment(config.device),
     }
     write_json(
-        config.out / "study.json", {"schema": SCHEMA, **passport, **study, "machine_dependent": ["sizes.*.speed"]}
+        config.out / "study.json",
+        {"schema": SCHEMA, **passport, **study, "machine_dependent": ["sizes.*.speed", "duration"]},
     )
     write_json(config.out / "curves.json", {"schema": CURVES, **passport, **curves, "machine_dependent": []})
     for name, part in study["ablation"]["schedules"].items():

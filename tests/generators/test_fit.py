@@ -258,3 +258,18 @@ def test_initial_weights_depend_on_the_seed_and_leave_the_global_generator_alone
 def test_width_must_fit_the_heads():
     with pytest.raises(InputError, match="n-embd=30 and n-head=4; 28 or 32"):
         fresh(27, 2, 4, 30, 64, 0, 0)
+
+
+def test_tensorboard_is_told_what_the_log_is_told(tmp_path):
+    pytest.importorskip("torch.utils.tensorboard", reason="needs pip install tensorboard", exc_type=ImportError)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    toy = write_toy_fasta(tmp_path / "toy.fasta", 60)
+    flags = {"n_layer": 1, "n_head": 2, "n_embd": 16, "context": 96, "held_out": 0.2, "batch_size": 8, "steps": 4}
+    pretrain.run(pretrain.Config(data=toy, out=tmp_path / "m", evaluate_every=2, log_to="tensorboard", **flags))
+    told = EventAccumulator(str(tmp_path / "m" / "tensorboard"))
+    told.Reload()
+    log = [json.loads(line) for line in (tmp_path / "m" / "log.jsonl").read_text().splitlines()]
+    for name in ("loss", "validation_nll", "learning_rate"):
+        expected = [(entry["step"], pytest.approx(entry[name])) for entry in log if name in entry]
+        assert [(event.step, event.value) for event in told.Scalars(name)] == expected

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from distil_rank import redraw
 from distil_rank.errors import InputError
 from distil_rank.generators import evaluate, publish, report, runs, study, sweep, train
 from distil_rank.generators.loss import Objective
@@ -44,6 +45,7 @@ def conducted(place):
 
 def test_a_second_study_makes_no_run_again_and_finds_the_same(conducted):
     first, again = conducted
+    assert first["duration"]["runs_found"] == 0 < again["duration"]["runs_found"]
     assert first["ablation"] == again["ablation"] and first["temperature"] == again["temperature"]
     for name in ("ratio", "kl_to_teacher", "student", "teacher", "verdict"):
         assert first["sizes"]["tiny"][name] == again["sizes"]["tiny"][name]
@@ -95,10 +97,10 @@ def test_a_size_that_misses_its_threshold_is_trained_again_on_more(place, tmp_pa
 
 
 def test_figures_and_paper_come_from_the_json_alone(conducted, place):
-    report.run(report.Config(place / "out", place / "docs" / "paper.md"))
+    redraw.run(redraw.Config(place / "out"))
     assert sorted(p.stem for p in (place / "out").glob("*.png")) == sorted(report.FIGURES)
-    text = (place / "docs" / "paper.md").read_text()
-    assert text.count("**Table") == 6 and all(f"{name}.png" in text for name in report.FIGURES)
+    text = (place / "out" / "paper.md").read_text()
+    assert text.count("**Table") == 6 and all(f"(./{name}.png)" in text for name in report.FIGURES)
     assert "underpowered" in text and "nan" not in text.lower().replace("nano", "")
     changed = json.loads(json.dumps(conducted[0]))
     part = changed["ablation"]["schedules"]["short warm-up"]["contrasts"]
