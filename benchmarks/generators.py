@@ -23,8 +23,8 @@ from distil_rank.generators.calibration import calibration
 from distil_rank.generators.fit import Schedule
 from distil_rank.generators.interaction import CELLS, contrasts
 from distil_rank.generators.loss import CHUNK, Objective, distillation_sums
+from distil_rank.generators.presets import ENHANCEMENTS, PRESETS
 from distil_rank.generators.speed import peak_bytes
-from distil_rank.generators.study import ENHANCEMENTS, PRESETS
 from distil_rank.generators.teachers import Cache
 from distil_rank.records import config_record, environment, require_writable, write_json
 

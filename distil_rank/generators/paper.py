@@ -88,7 +88,7 @@ Chosen on validation with the baseline: temperature {study["temperature"]["chose
 
 **Table 3. Held-out metrics and thresholds**
 
-{_table(["student", "share of training", "perplexity", "bits per residue", "ratio to teacher", "KL to teacher (nats)", "threshold", "verdict"], _metrics(sizes))}
+{_table(["student", "share of training", "learning rate", "perplexity", "bits per residue", "ratio to teacher", "KL to teacher (nats)", "threshold", "verdict"], _metrics(sizes))}
 
 ![Pareto]({figures}/pareto.png)
 
@@ -163,7 +163,7 @@ def _rates(schedules: dict[str, Any], preset: dict[str, Any]) -> str:
     return (
         f"The learning rate of each\ncell and schedule is the one of {_list(preset['rates'])} with the lowest mean loss on "
         f"validation proteins over {preset['pilots']} pilots, whose\nseeds are not those of the runs reported. "
-        f"{at if edge else 'None of the chosen rates lies'} at the edge of that grid."
+        f"{at if edge else 'None of the chosen rates lies'} at the edge of that grid. Final students take the rate\nof the best of one pilot per rate."
     )
 
 
@@ -194,7 +194,7 @@ def _metrics(sizes: dict[str, Any]) -> Iterable[list[str]]:
             else ""
         )
         yield [
-            name, f"{record['train_size_prop']:g}", _value(student["perplexity"], 3), _value(student["bits_per_residue"], 3),
+            name, f"{record['train_size_prop']:g}", f"{record['learning_rate']:g}", _value(student["perplexity"], 3), _value(student["bits_per_residue"], 3),
             _value(record["ratio"], 4), _value(record["kl_to_teacher"], 4), met, verdict["word"] + more,
         ]  # fmt: skip
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +76,10 @@ class Bench:
         self.train, self.validation, self.test = (encode(part, self.tokenizer, context) for part in parts)
         self.source: Any = Cache(self.teacher, self.train) if material.cache else Live(self.teacher)
         self.test_targets = Cache(self.teacher, self.test) if material.cache else Live(self.teacher)
-        self._teacher_scores: Scores | None = None
 
-    @property
+    @cached_property
     def teacher_scores(self) -> Scores:
-        if self._teacher_scores is None:
-            self._teacher_scores = score(self.teacher, self.test)
-        return self._teacher_scores
+        return score(self.teacher, self.test, scaling=False)
 
     def student(self, run: Run) -> Any:
         """A trained student and its log."""
@@ -157,6 +155,8 @@ def make(
         # a forked process shares what is loaded; a GPU does not survive a fork, and some systems have none
         forks = material.device == "cpu" and "fork" in multiprocessing.get_all_start_methods()
         context = multiprocessing.get_context("fork" if forks else "spawn")
+        if forks and bench is not None and not all(run.pilot for run in missing.values()):
+            _ = bench.teacher_scores  # once, here, and not in every process
         given = (material, bench if forks else None)
         with ProcessPoolExecutor(min(workers, len(missing)), context, _open_bench, given) as pool:
             list(pool.map(_make_one, missing.values(), [str(path) for path in missing]))

@@ -63,7 +63,7 @@ def test_the_study_is_complete(conducted):
 def test_learning_rates_are_chosen_by_the_mean_of_pilots_of_other_seeds(conducted, place):
     made = [json.loads(path.read_text()) for path in (place / "work").glob("*.json")]
     pilots = [run for run in made if run["run"]["pilot"]]
-    assert len(pilots) == 2 * 4 * 2 * 2  # schedules, cells, rates, seeds
+    assert len(pilots) == 2 * 4 * 2 * 2  # schedules, cells, rates, seeds; the only size's pilots are among them
     assert all("ratio" not in pilot for pilot in pilots)  # the test proteins were not looked at
     reported = {
         run["run"]["schedule"]["seed"] for run in made if "ratio" in run and run["run"]["schedule"]["seed"] < 1000
