@@ -39,7 +39,7 @@ STUDENTS = {"micro": (4, 4, 256), "tiny": (4, 4, 512), "small": (6, 8, 768), "me
 PRESETS = {
     "nano": Preset(
         "models/nano-teacher", {"tiny": (1, 2, 32), "small": (2, 2, 48), "medium": (2, 4, 96)},
-        steps=300, final_steps=500, batch_size=16, train_size_prop=0.25, held_out=0.05, max_residues=250,
+        steps=200, final_steps=500, batch_size=16, train_size_prop=0.25, held_out=0.05, max_residues=250,
         rates=(1e-3, 3e-3, 1e-2, 3e-2), temperatures=(1, 2, 4, 8), alphas=(0.1, 0.5, 0.9), generate=100,
     ),
     "micro": Preset(
