@@ -22,7 +22,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generator sweep": ("distil_rank.generators.sweep", "temperature, alpha and learning rate on a grid"),
     "generator publish": ("distil_rank.generators.publish", "card, weights and evaluation to the Hugging Face hub"),
     "generator study": ("distil_rank.generators.study", "sweeps, the 2 x 2 ablation, final sizes: the whole paper"),
-    "generator report": ("distil_rank.generators.report", "figures, tables and paper from the study's JSON"),
     "generator pretrain": ("distil_rank.generators.pretrain", "train a small teacher on proteins"),
     "report": ("distil_rank.redraw", "redraw the figures and tables of results/ from their JSON"),
 }

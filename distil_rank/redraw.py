@@ -1,7 +1,7 @@
 """Redraw every figure in results/ and every generated block of the documentation from the JSON beside them.
 
 distil-rank report                  # all of results/, README.md and docs/
-distil-rank report --results mine/  # the figures of another folder
+distil-rank report --results mine/  # the figures of another folder, and paper.md beside a study of generators
 """
 
 import importlib
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distil_rank.errors import InputError
-from distil_rank.generators import paper
+from distil_rank.generators import bars, paper
 from distil_rank.layers import compress_tables, tables
 from distil_rank.nested import tables as nested_tables
 from distil_rank.records import ROOT, read_json, write_text
@@ -39,6 +39,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "compress-pairs": lambda path: compress_tables.pairs(read_json(path, compress_tables.SCHEMA)),
     "compress-precision": lambda path: compress_tables.precision(read_json(path, compress_tables.SCHEMA)),
     "generators": lambda path: paper.paper(read_json(path, paper.SCHEMA)),
+    "generators-bars": lambda path: bars.bars(read_json(path, bars.SCHEMA)),
     "nested": lambda path: nested_tables.documentation(read_json(path, nested_tables.SCHEMA)),
     "nested-benchmark": lambda path: nested_tables.benchmark(read_json(path, nested_tables.BENCHMARK)),
     "lowrank": lambda path: tables.bars(read_json(path, tables.BARS_SCHEMA)),
@@ -63,6 +64,10 @@ def run(config: Config) -> None:
         for document in documents():
             write_text(document, filled(document.read_text()))
             print(f"filled: {document.relative_to(ROOT)}")
+    else:
+        for study in sorted(config.results.rglob("study.json")):
+            write_text(study.with_name("paper.md"), paper.paper(read_json(study, paper.SCHEMA), figures=".") + "\n")
+            print(f"written: {study.with_name('paper.md')}")
 
 
 def documents() -> list[Path]:

@@ -1,4 +1,4 @@
-"""The paper draft: prose around the study's numbers. A pure function of the JSON; no number and no verdict is typed here."""
+"""The paper draft, a block of `docs/generators.md`: prose around the study's numbers. A pure function of the JSON; no number and no verdict is typed here."""
 
 # ruff: noqa: E501 - the lines of the template are those of the text
 from __future__ import annotations
@@ -6,13 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-SCHEMA = "distil-rank/generator-study/1"
+SCHEMA = "distil-rank/generator-study/2"
 WEAK = 0.3  # a teacher this little below token frequencies is called weak
 CELLS = ("baseline", "uncertainty", "calibration", "both")
 
 
-def paper(study: dict[str, Any]) -> str:
-    """`docs/generators.md`: a short paper with six tables, from a study record."""
+def paper(study: dict[str, Any], figures: str = "../results/generators") -> str:
+    """A short paper with six tables, from a study record; `figures` is their folder as the paper sees it."""
     data, ablation, teacher = study["data"], study["ablation"], study["teacher"]
     objective, sizes = ablation["objective"], study["sizes"]
     schedules = ablation["schedules"]
@@ -48,8 +48,7 @@ proteins with one seed and unequal schedules. Is there such an interaction under
 Teacher logits z_T, student z_S, p = softmax(z_T / tau), q = softmax(z_S / tau). The student minimises
 `alpha CE(z_S, token) + (1 - alpha) tau^2 mean_t w_t KL(p || q)` over real predictions. *Uncertainty*: w_t = 0.5 + 0.5 (H_t - min) /
 (max - min) within a protein, H_t the teacher's entropy at tau = 1. *Calibration*: p is mixed with the uniform distribution by
-eps_t = {objective["smoothing"]} (1 - max p). Runs are paired: run i of every cell has the same initial weights and batches; the learning rate of each
-cell and schedule is the best of {_list(preset["rates"])} on validation proteins.
+eps_t = {objective["smoothing"]} (1 - max p). Runs are paired: run i of every cell has the same initial weights and batches. {_rates(schedules, preset)}
 
 The proteins are {data["source"]} ({data["read"]:,} read, {data["duplicates_removed"]:,} exact duplicates and
 {data["too_long_left_out"]:,} above {preset["max_residues"]} residues left out), split by clusters at 30 % identity:
@@ -68,8 +67,8 @@ The proteins are {data["source"]} ({data["read"]:,} read, {data["duplicates_remo
 
 Chosen on validation with the baseline: temperature {study["temperature"]["chosen"]:g}, alpha {study["alpha"]["chosen"]:g}.
 
-![Temperature](../results/generators/temperature.png)
-![Alpha](../results/generators/alpha.png)
+![Temperature]({figures}/temperature.png)
+![Alpha]({figures}/alpha.png)
 
 ### The 2 x 2 ablation
 
@@ -77,27 +76,27 @@ Chosen on validation with the baseline: temperature {study["temperature"]["chose
 
 {_table(["schedule", "cell", "learning rate", "perplexity ratio", "change of perplexity", "word"], _ablation_rows(schedules))}
 
-![Ablation](../results/generators/ablation.png)
+![Ablation]({figures}/ablation.png)
 
 {_claims(claims)} {_power(schedules)} Changing the schedule from {ablation["schedule_effect"]["from"]} to
 {ablation["schedule_effect"]["to"]} alone changes the baseline's perplexity by
 {_percent(ablation["schedule_effect"])}.
 
-![Uncertainty](../results/generators/uncertainty.png)
+![Uncertainty]({figures}/uncertainty.png)
 
 ### Final students
 
 **Table 3. Held-out metrics and thresholds**
 
-{_table(["student", "share of training", "perplexity", "bits per residue", "ratio to teacher", "KL to teacher (nats)", "threshold", "verdict"], _metrics(sizes))}
+{_table(["student", "share of training", "learning rate", "perplexity", "bits per residue", "ratio to teacher", "KL to teacher (nats)", "threshold", "verdict"], _metrics(sizes))}
 
-![Pareto](../results/generators/pareto.png)
+![Pareto]({figures}/pareto.png)
 
 **Table 4. Calibration of the most probable token**
 
 {_table(["model", "ECE", "noise floor", "debiased ECE", "signed gap", "Brier", "scaled: T", "scaled: debiased ECE"], _calibration(sizes))}
 
-![Reliability](../results/generators/reliability.png)
+![Reliability]({figures}/reliability.png)
 
 **Table 5. Related work: the published students beside these**
 
@@ -107,18 +106,18 @@ Chosen on validation with the baseline: temperature {study["temperature"]["chose
 
 {_table(["student", "batch", "tokens/s", "teacher's tokens/s", "faster by", "weights (MiB)", "peak (MiB)"], _speed(sizes))}
 
-![Speed](../results/generators/speed.png)
+![Speed]({figures}/speed.png)
 
 ### What the models write
 
 {_table(["model", "valid", "ended", "median length (natural)", "amino-acid KL (noise floor)", "novelty", "diversity", "repeated words (natural)"], _generation(sizes))}
 
-![Amino acids](../results/generators/amino_acids.png)
+![Amino acids]({figures}/amino_acids.png)
 
 ## Limits
 {weak}
 The numbers above are those of preset `{study["config"]["preset"]}`: they say what holds for this teacher, these
-students and {preset["steps"]:,} steps. ProtGPT2 itself takes `--preset protgpt2` and a GPU. Structures (pLDDT) are
+students and {preset["steps"]:,} steps. {_duration(study)}ProtGPT2 itself takes `--preset protgpt2` and a GPU. Structures (pLDDT) are
 measured where ESMFold's weights are at hand. Commit {str(study["environment"]["commit"])[:12]},
 {study["environment"]["device"]}, {study["environment"]["threads"]} thread(s)."""
 
@@ -157,6 +156,25 @@ def _claims(claims: dict[str, str]) -> str:
     return f"The published claim (each alone hurts, both together help): {said}."
 
 
+def _rates(schedules: dict[str, Any], preset: dict[str, Any]) -> str:
+    chosen = [part["cells"][cell]["learning_rate"] for part in schedules.values() for cell in CELLS]
+    edge = sum(rate in (min(preset["rates"]), max(preset["rates"])) for rate in chosen)
+    at = f"{edge} of the {len(chosen)} chosen rates lie" if edge != 1 else f"One of the {len(chosen)} chosen rates lies"
+    return (
+        f"The learning rate of each\ncell and schedule is the one of {_list(preset['rates'])} with the lowest mean loss on "
+        f"validation proteins over {preset['pilots']} pilots, whose\nseeds are not those of the runs reported. "
+        f"{at if edge else 'None of the chosen rates lies'} at the edge of that grid. Final students take the rate\nof the best of one pilot per rate."
+    )
+
+
+def _duration(study: dict[str, Any]) -> str:
+    spent = study["duration"]
+    if spent["runs_found"]:
+        return ""  # some runs were made before
+    processes = f"{spent['workers']} processes" if spent["workers"] > 1 else "one process"
+    return f"The study took {spent['minutes']:.1f} minutes\nwith {processes}. "
+
+
 def _power(schedules: dict[str, Any]) -> str:
     parts = [f"{100 * part['detectable_interaction']:.2f} % ({name})" for name, part in schedules.items()]
     return f"An interaction of {' or '.join(parts)} would have been found with a probability of 80 %."
@@ -176,7 +194,7 @@ def _metrics(sizes: dict[str, Any]) -> Iterable[list[str]]:
             else ""
         )
         yield [
-            name, f"{record['train_size_prop']:g}", _value(student["perplexity"], 3), _value(student["bits_per_residue"], 3),
+            name, f"{record['train_size_prop']:g}", f"{record['learning_rate']:g}", _value(student["perplexity"], 3), _value(student["bits_per_residue"], 3),
             _value(record["ratio"], 4), _value(record["kl_to_teacher"], 4), met, verdict["word"] + more,
         ]  # fmt: skip
 

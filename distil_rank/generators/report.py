@@ -1,39 +1,21 @@
-"""Figures, tables and paper from the study's JSON, and nothing else.
-
-distil-rank generator report --results results/generators --paper docs/generators.md
-"""
+"""The figures of a study, from its JSON and nothing else; `distil-rank report` draws them and fills the paper."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from distil_rank.generators.interaction import CELLS
-from distil_rank.generators.paper import paper
 from distil_rank.generators.study import CURVES, SCHEMA
-from distil_rank.records import read_json, require_writable, shown_path, write_text
+from distil_rank.records import read_json
 
 COLOURS = {"baseline": "#444444", "uncertainty": "#0072B2", "calibration": "#D55E00", "both": "#009E73"}
 STUDENT, TEACHER, NATURAL = "#0072B2", "#444444", "#E69F00"
 FEW = 20  # tokens: bins below are not drawn (they stay in the table's ECE)
 FIGURES = ("ablation", "temperature", "alpha", "pareto", "reliability", "amino_acids", "speed", "uncertainty")
-
-
-@dataclass(frozen=True)
-class Config:
-    results: Path = Path("results/generators")  # folder of study.json and curves.json; the figures go there
-    paper: Path = Path("docs/generators.md")  # the paper to write
-
-
-def run(config: Config) -> None:
-    require_writable(config.paper.parent)
-    draw(config.results)
-    study = config.results / "study.json"
-    text = paper(read_json(study, SCHEMA))
-    write_text(config.paper, f"<!-- begin generators {shown_path(study)} -->\n{text}\n<!-- end -->\n")
-    print(f"{config.paper}, {len(FIGURES)} figures in {config.results}")
 
 
 def draw(folder: Path) -> Path:
@@ -105,6 +87,10 @@ def _sweep(field: str) -> Any:
                 e["ratio"]["value"] for e in entries]],
             )  # fmt: skip
         axis.axvline(study[field]["chosen"], color="#999999", ls=":", label="chosen on validation")
+        if field == "temperature":
+            axis.set_xscale("log")
+        axis.set_xticks(x, [f"{v:g}" for v in x])
+        axis.set_xticks([], minor=True)
         axis.set_xlabel(field)
         axis.set_ylabel("student / teacher perplexity")
         axis.legend()
@@ -115,6 +101,7 @@ def _sweep(field: str) -> Any:
 
 def _pareto(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> None:
     axis = figure.subplots()
+    farthest = max(record["compression"]["total"] for record in study["sizes"].values())
     for name, record in study["sizes"].items():
         x, ratio = record["compression"]["total"], record["ratio"]
         axis.errorbar(
@@ -126,17 +113,18 @@ def _pareto(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> None:
             capsize=3,
         )
         axis.annotate(
-            f" {name}\n {record['student']['parameters']['total']:,} parameters",
+            f" {name} \n {record['student']['parameters']['total']:,} parameters ",
             (x, ratio["value"]),
             fontsize=7,
             va="bottom",
+            ha="right" if x == farthest else "left",
         )
     axis.axhline(1, color=TEACHER, lw=0.8)
     axis.annotate("teacher", (0.01, 1), xycoords=("axes fraction", "data"), fontsize=7, va="bottom")
     axis.set_xscale("log")
     axis.margins(x=0.25, y=0.2)
     axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}x")
-    axis.xaxis.set_minor_formatter(lambda v, _: f"{v:g}x" if v in (2, 3, 5, 20, 30, 50) else "")
+    axis.xaxis.set_minor_formatter(lambda v, _: f"{v:g}x" if v in (2, 3, 5, 20, 30, 50, 70) else "")
     axis.set_xlabel("fewer parameters than the teacher, embeddings included")
     axis.set_ylabel("student / teacher perplexity")
     _caption(figure, study, "One run a size, 95 % interval over proteins")
@@ -151,19 +139,17 @@ def _reliability(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> 
         ("student, temperature scaled", record["student"]["calibration"]["temperature_scaled"], STUDENT),
     ]
     kept = [[i for i, n in enumerate(c["bins"]["count"]) if n >= FEW] for _, c, _ in panels]
-    top = 1.3 * max(c["bins"]["confidence"][i] for (_, c, _), rows in zip(panels, kept, strict=True) for i in rows)
+    limits, ticks = (0.03, 1.2), (0.05, 0.1, 0.2, 0.5, 1)
     for axis, (title, found, colour), rows in zip(axes, panels, kept, strict=True):
-        bins = {name: [values[i] for i in rows] for name, values in found["bins"].items()}
-        axis.plot([0, top], [0, top], color="#999999", lw=0.8)
-        axis.errorbar(
-            bins["confidence"],
-            bins["accuracy"],
-            yerr=[1.96 * e for e in bins["standard_error"]],
-            fmt="o",
-            color=colour,
-            capsize=2,
-        )
-        axis.set(xlim=(0, top), ylim=(0, top), xlabel="confidence")
+        bins = {name: np.array(values)[rows] for name, values in found["bins"].items()}
+        half, accuracy = 1.96 * bins["standard_error"], bins["accuracy"]
+        below = np.minimum(half, accuracy - limits[0] / 2)  # a logarithmic axis has no 0
+        axis.plot(limits, limits, color="#999999", lw=0.8)
+        axis.errorbar(bins["confidence"], accuracy, yerr=[below.clip(0), half], fmt="o", color=colour, capsize=2)
+        axis.set(xscale="log", yscale="log", xlim=limits, ylim=limits, xlabel="confidence")
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_ticks(ticks, [f"{v:g}" for v in ticks])
+            side.set_ticks([], minor=True)
         axis.set_title(title, fontsize=9)
         lines = [
             f"ECE {found['ece']:.4f} (noise floor {found['noise_floor']:.4f})",

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ class Run:
     objective: Objective
     schedule: Schedule
     init: str = "random"
+    pilot: bool = False  # made for a choice: judged on validation proteins only
 
 
 class Bench:
@@ -74,13 +76,10 @@ class Bench:
         self.train, self.validation, self.test = (encode(part, self.tokenizer, context) for part in parts)
         self.source: Any = Cache(self.teacher, self.train) if material.cache else Live(self.teacher)
         self.test_targets = Cache(self.teacher, self.test) if material.cache else Live(self.teacher)
-        self._teacher_scores: Scores | None = None
 
-    @property
+    @cached_property
     def teacher_scores(self) -> Scores:
-        if self._teacher_scores is None:
-            self._teacher_scores = score(self.teacher, self.test)
-        return self._teacher_scores
+        return score(self.teacher, self.test, scaling=False)
 
     def student(self, run: Run) -> Any:
         """A trained student and its log."""
@@ -92,15 +91,15 @@ class Bench:
     def outcome(self, run: Run) -> dict[str, Any]:
         """What a run is judged by: likelihood on validation (for choices) and all of it on test (for claims)."""
         student, log = self.student(run)
+        chosen_by = {"schema": SCHEMA, "run": describe(run), "validation_nll": mean_nll(student, self.validation)}
+        if run.pilot:
+            return chosen_by
         found = score(student, self.test, self.test_targets, scaling=False)
         measured = calibration(found.confidence, found.correct, found.brier, found.protein)
         every = max(1, len(log) // 40)
-        return {
-            "schema": SCHEMA,
-            "run": describe(run),
+        return chosen_by | {
             "parameters": parameters(student),
             "weights_sha256": weights_sha256(student),
-            "validation_nll": mean_nll(student, self.validation),
             "perplexity": perplexity(found),
             "log_perplexity": float(found.nll.sum() / found.predictions.sum()),
             "bits_per_residue": bits_per_residue(found),
@@ -120,6 +119,7 @@ def describe(run: Run) -> dict[str, Any]:
         "objective": asdict(run.objective),
         "schedule": asdict(run.schedule),
         "init": run.init,
+        "pilot": run.pilot,
     }
 
 
@@ -155,6 +155,8 @@ def make(
         # a forked process shares what is loaded; a GPU does not survive a fork, and some systems have none
         forks = material.device == "cpu" and "fork" in multiprocessing.get_all_start_methods()
         context = multiprocessing.get_context("fork" if forks else "spawn")
+        if forks and bench is not None and not all(run.pilot for run in missing.values()):
+            _ = bench.teacher_scores  # once, here, and not in every process
         given = (material, bench if forks else None)
         with ProcessPoolExecutor(min(workers, len(missing)), context, _open_bench, given) as pool:
             list(pool.map(_make_one, missing.values(), [str(path) for path in missing]))

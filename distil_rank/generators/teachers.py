@@ -3,6 +3,11 @@ teacher.
 
 The exact cache keeps all logits in float32 (4 V bytes a token: for small vocabularies); the top-k cache keeps the k
 most probable tokens at the training temperature, the mass of the rest and the entropy (6 k + 8 bytes a token).
+
+Asked or kept, the teacher reads a protein at one width, that of its own length and not of its batch: the order in
+which attention adds depends on the width, and with the batch's a protein's logits would change in the last bit from
+batch to batch. How many proteins are read together changes nothing on one thread of a CPU, so the exact cache gives
+the live teacher's losses bit for bit there; a GPU may choose other kernels for other batches.
 """
 
 from __future__ import annotations
@@ -13,11 +18,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from distil_rank.errors import InputError
 from distil_rank.generators.data import Encoded
 from distil_rank.generators.fit import Precision, autocast
 from distil_rank.generators.loss import TopTargets, top_targets
+
+WIDTH = 32  # a protein is read with padding to the next multiple
 
 
 class Live:
@@ -28,7 +36,23 @@ class Live:
 
     @torch.no_grad()
     def targets(self, indices: NDArray[np.int64], tokens: Tensor, mask: Tensor) -> Tensor:
-        """Logits (b, l, V)."""
+        """Logits (b, l, V) for tokens padded on the right; those of padding mean nothing."""
+        lengths = mask.sum(1)
+        widths = ((lengths + WIDTH - 1) // WIDTH * WIDTH).clamp_max(self.model.config.n_positions)
+        found: Tensor | None = None
+        for width in widths.unique().tolist():
+            rows = (widths == width).nonzero()[:, 0]
+            logits = self._read(F.pad(tokens[rows], (0, max(0, width - tokens.shape[1])))[:, :width])
+            logits = logits[:, : tokens.shape[1]]
+            if len(rows) == len(tokens):
+                return logits
+            if found is None:
+                found = logits.new_zeros(*tokens.shape, logits.shape[-1])
+            found[rows, : logits.shape[1]] = logits
+        assert found is not None
+        return found
+
+    def _read(self, tokens: Tensor) -> Tensor:
         with autocast(tokens.device, self.precision):
             return self.model(input_ids=tokens, use_cache=False).logits
 

@@ -79,6 +79,26 @@ def test_the_plain_case_equals_forward_kl_as_trl_defines_it():
     torch.testing.assert_close(mean_loss(student, teacher, tokens, mask, Objective(3.0, 0.0)), 9 * expected)
 
 
+def test_the_plain_case_equals_trl_s_own_function():
+    """TRL 1.16 keeps it in its trainer of generalised knowledge distillation; labels are those of the predictions."""
+    place = "trl.experimental.gkd.gkd_trainer"
+    gkd = pytest.importorskip(place, reason="needs TRL: pip install trl", exc_type=ImportError)
+    student, teacher, tokens, mask = batch()
+    labels = tokens[:, 1:].masked_fill(~predictions(mask), -100)
+    expected = gkd.GKDTrainer.generalized_jsd_loss(
+        student[:, :-1],
+        teacher[:, :-1],
+        labels,
+        beta=0,
+        temperature=3.0,
+        num_items_in_batch=int(predictions(mask).sum()),
+    )
+    found = mean_loss(student, teacher, tokens, mask, Objective(3.0, 0.0))
+    torch.testing.assert_close(found, 9 * expected)
+    gradients = (torch.autograd.grad(value, student)[0] for value in (found, 9 * expected))
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_eight_by_one_equals_two_by_four(variant):
     student, teacher, tokens, mask = batch(b=8, length=12)

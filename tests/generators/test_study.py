@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 
+from distil_rank import redraw
 from distil_rank.errors import InputError
 from distil_rank.generators import evaluate, publish, report, runs, study, sweep, train
 from distil_rank.generators.loss import Objective
-from distil_rank.generators.models import fresh, save
+from distil_rank.generators.models import RATIO_THRESHOLDS, fresh, save
 from distil_rank.generators.paper import paper
 from distil_rank.layers.latency import threads
 from tests.generators.conftest import write_toy_fasta
@@ -16,7 +17,7 @@ from tests.generators.conftest import write_toy_fasta
 TOY = replace(
     study.PRESETS["nano"], sizes={"tiny": (1, 2, 16)}, steps=2, final_steps=3, train_size_prop=0.3, held_out=0.2,
     max_residues=80,
-    rates=(1e-2,), temperatures=(1, 2), alphas=(0.5,), generate=4, seeds=2,
+    rates=(1e-2, 1e-4), temperatures=(1, 2), alphas=(0.5,), generate=4, seeds=2, pilots=2,
 )  # fmt: skip
 
 
@@ -44,6 +45,7 @@ def conducted(place):
 
 def test_a_second_study_makes_no_run_again_and_finds_the_same(conducted):
     first, again = conducted
+    assert first["duration"]["runs_found"] == 0 < again["duration"]["runs_found"]
     assert first["ablation"] == again["ablation"] and first["temperature"] == again["temperature"]
     for name in ("ratio", "kl_to_teacher", "student", "teacher", "verdict"):
         assert first["sizes"]["tiny"][name] == again["sizes"]["tiny"][name]
@@ -58,11 +60,47 @@ def test_the_study_is_complete(conducted):
     assert found["sizes"]["tiny"]["verdict"]["threshold"] == 3.0 and found["sizes"]["tiny"]["underpowered"]
 
 
+def test_learning_rates_are_chosen_by_the_mean_of_pilots_of_other_seeds(conducted, place):
+    made = [json.loads(path.read_text()) for path in (place / "work").glob("*.json")]
+    pilots = [run for run in made if run["run"]["pilot"]]
+    assert len(pilots) == 2 * 4 * 2 * 2  # schedules, cells, rates, seeds; the only size's pilots are among them
+    assert all("ratio" not in pilot for pilot in pilots)  # the test proteins were not looked at
+    reported = {
+        run["run"]["schedule"]["seed"] for run in made if "ratio" in run and run["run"]["schedule"]["seed"] < 1000
+    }
+    assert reported == {0, 1} and {pilot["run"]["schedule"]["seed"] for pilot in pilots} == {1000, 1001}
+    cell = conducted[0]["ablation"]["schedules"]["long warm-up"]["cells"]["both"]
+    for rate, loss in cell["validation_nll_by_rate"].items():
+        own = [
+            pilot["validation_nll"]
+            for pilot in pilots
+            if pilot["run"]["schedule"]["learning_rate"] == float(rate)
+            and pilot["run"]["schedule"]["warmup"] == 0.4
+            and pilot["run"]["objective"]["uncertainty"]
+            and pilot["run"]["objective"]["calibration"]
+        ]
+        assert len(own) == 2 and loss == pytest.approx(sum(own) / 2)
+    assert cell["learning_rate"] == float(min(cell["validation_nll_by_rate"], key=cell["validation_nll_by_rate"].get))
+    assert "8 of the 8 chosen rates lie at the edge" in " ".join(paper(conducted[0]).split())
+
+
+def test_a_size_that_misses_its_threshold_is_trained_again_on_more(place, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(study.PRESETS, "nano", replace(TOY, teacher=str(place / "teacher"), train_size_prop=0.15))
+        patch.setitem(RATIO_THRESHOLDS, "tiny", 0.1)  # out of reach
+        for retry, share in ((False, 0.15), (True, 0.5)):
+            out = tmp_path / str(retry)
+            study.run(study.Config(place / "toy.fasta", out, work=tmp_path / "work", retry=retry))
+            found = json.loads((out / "study.json").read_text())["sizes"]["tiny"]
+            assert found["train_size_prop"] == share
+            assert not found["verdict"]["met"] and found["verdict"]["try_train_size_prop"] == [0.2, 0.5]
+
+
 def test_figures_and_paper_come_from_the_json_alone(conducted, place):
-    report.run(report.Config(place / "out", place / "docs" / "paper.md"))
+    redraw.run(redraw.Config(place / "out"))
     assert sorted(p.stem for p in (place / "out").glob("*.png")) == sorted(report.FIGURES)
-    text = (place / "docs" / "paper.md").read_text()
-    assert text.count("**Table") == 6 and all(f"{name}.png" in text for name in report.FIGURES)
+    text = (place / "out" / "paper.md").read_text()
+    assert text.count("**Table") == 6 and all(f"(./{name}.png)" in text for name in report.FIGURES)
     assert "underpowered" in text and "nan" not in text.lower().replace("nano", "")
     changed = json.loads(json.dumps(conducted[0]))
     part = changed["ablation"]["schedules"]["short warm-up"]["contrasts"]
@@ -74,9 +112,9 @@ def test_figures_and_paper_come_from_the_json_alone(conducted, place):
 def test_the_exact_cache_changes_no_outcome(place):
     run = runs.Run((1, 2, 16), Objective(uncertainty=True, calibration=True), replace(study.Schedule(4), batch_size=8))
     material = runs.Material(str(place / "teacher"), str(place / "toy.fasta"), 0.5, 0.2, 80)
-    cached, live = (runs.Bench(replace(material, cache=cache)).outcome(run) for cache in (True, False))
-    assert cached["log_perplexity"] == pytest.approx(live["log_perplexity"], abs=1e-6)
-    assert cached["curve"] == [[step, pytest.approx(loss, rel=1e-6)] for step, loss in live["curve"]]
+    with threads(1):
+        cached, live = (runs.Bench(replace(material, cache=cache)).outcome(run) for cache in (True, False))
+    assert cached == live
 
 
 def test_two_processes_make_the_runs_of_one(place, tmp_path):
