@@ -32,7 +32,6 @@ from distil_rank.statistics.intervals import bootstrap_counts, percentile_interv
 
 MODELS = ROOT / "models"
 TRAIN = Path("train.fasta.gz")
-SOURCE = "real proteins (Pfam, Swiss-Prot, DeepLoc) held out from the training of nano-256: models/README.md"
 SIZES = {
     "nano-64": Config(TRAIN, Path("nano-64.pt"), layers=4, width=64, heads=4, tokens=1e7, learning_rate=3e-3),
     "nano-128": Config(TRAIN, Path("nano-128.pt"), layers=6, width=128, heads=4, tokens=1e7),
