@@ -122,7 +122,7 @@ and is tested without a download. They are not ESM-2 and know far less: use them
 * **Perplexity**: exp of the mean cross-entropy of {masked_residues:,} masked residues (15 %, every one replaced by
   `<mask>`) in every fourth held-out protein ({measured_proteins:,}, their first 512 residues). Intervals: bootstrap over
   proteins; the ratios compare the same residues. Predicting with the frequencies of the 20 amino acids gives {unigram:.2f}.
-  *80/10/10*: the same where, as in training, a tenth of the predicted residues is shown, which flatters by about a fifth.
+  *80/10/10*: the same where, as in training, a tenth of the predicted residues is shown, which flatters.
 * **Size**: {verdict}
 * **Against composition**: accuracy of a linear probe for the subcellular location ({classes} places) of {n_test:,} held-out
   DeepLoc proteins: {accuracies}.
