@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -185,7 +186,9 @@ def test_interrupted_or_killed_the_previous_results_are_whole(data, results, tmp
         (tmp_path / path.name).write_bytes(path.read_bytes())
         before[path.name] = path.read_bytes()
     command = [sys.executable, "main.py", *data, "--steps", "1000000", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    # a process started in the background ignores Ctrl-C, and so would its children
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=listening)
     time.sleep(8)
     process.send_signal(sent)
     _, error = process.communicate(timeout=60)

@@ -8,6 +8,7 @@ import pytest
 from distil_rank import redraw
 from distil_rank.errors import InputError
 from distil_rank.generators import evaluate, publish, report, runs, study, sweep, train
+from distil_rank.generators.fit import Schedule
 from distil_rank.generators.loss import Objective
 from distil_rank.generators.models import RATIO_THRESHOLDS, fresh, save
 from distil_rank.generators.paper import paper
@@ -110,7 +111,7 @@ def test_figures_and_paper_come_from_the_json_alone(conducted, place):
 
 
 def test_the_exact_cache_changes_no_outcome(place):
-    run = runs.Run((1, 2, 16), Objective(uncertainty=True, calibration=True), replace(study.Schedule(4), batch_size=8))
+    run = runs.Run((1, 2, 16), Objective(uncertainty=True, calibration=True), replace(Schedule(4), batch_size=8))
     material = runs.Material(str(place / "teacher"), str(place / "toy.fasta"), 0.5, 0.2, 80)
     with threads(1):
         cached, live = (runs.Bench(replace(material, cache=cache)).outcome(run) for cache in (True, False))
@@ -119,7 +120,7 @@ def test_the_exact_cache_changes_no_outcome(place):
 
 def test_two_processes_make_the_runs_of_one(place, tmp_path):
     material = runs.Material(str(place / "teacher"), str(place / "toy.fasta"), 0.5, 0.2, 80)
-    plan = [runs.Run((1, 2, 16), Objective(), study.Schedule(2, 8, seed=seed)) for seed in range(3)]
+    plan = [runs.Run((1, 2, 16), Objective(), Schedule(2, 8, seed=seed)) for seed in range(3)]
     bench = runs.Bench(material)
     with threads(1):  # as a worker has; with more, sums are taken in another order
         one, two = (runs.make(plan, material, tmp_path / str(n), n, bench) for n in (1, 2))
@@ -127,11 +128,11 @@ def test_two_processes_make_the_runs_of_one(place, tmp_path):
 
 
 def test_a_run_is_named_by_everything_that_changes_it(place):
-    run = runs.Run((1, 2, 16), Objective(), study.Schedule(4))
+    run = runs.Run((1, 2, 16), Objective(), Schedule(4))
     material = runs.Material(str(place / "teacher"), str(place / "toy.fasta"), 0.5, 0.2, 80)
     other = [
         runs.key(replace(run, objective=Objective(3.0)), material),
-        runs.key(replace(run, schedule=study.Schedule(4, seed=1)), material),
+        runs.key(replace(run, schedule=Schedule(4, seed=1)), material),
         runs.key(run, replace(material, train_size_prop=0.4)),
         runs.key(run, material),
     ]
