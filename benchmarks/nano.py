@@ -174,10 +174,7 @@ def size_verdict(models: dict) -> str:
     if all(ratio["high"] < 1 for ratio in ratios):
         return "perplexity falls with every size."
     most = max(abs(ratio["value"] - 1) for ratio in ratios)
-    return (
-        f"perplexity does **not** fall with every size. Neighbours differ by at most {most:.1%}: after so few residues all\n"
-        "  sizes predict from composition and near neighbours, and capacity is not what they lack."
-    )
+    return f"perplexity does **not** fall with every size; neighbours differ by at most {most:.1%}."
 
 
 def embed(folder: Path) -> None:

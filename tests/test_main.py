@@ -189,9 +189,12 @@ def test_interrupted_or_killed_the_previous_results_are_whole(data, results, tmp
     # a process started in the background ignores Ctrl-C, and so would its children
     listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=listening)
-    time.sleep(8)
-    process.send_signal(sent)
-    _, error = process.communicate(timeout=60)
+    try:
+        time.sleep(8)
+        process.send_signal(sent)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()  # a million steps would outlive a failed test
     assert process.returncode == status
     if sent == signal.SIGINT:
         assert error.strip() == "main.py: interrupted; earlier results are untouched"

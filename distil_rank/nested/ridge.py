@@ -5,9 +5,9 @@ With centred features X = Z - mean Z and an unpenalised intercept, the predictio
     mean y_T + (z - mean z_T) (X_T^T X_T + penalty I)^-1 X_T^T (y_T - mean y_T)
   = mean y_T + (z - mean z_T) X_T^T (X_T X_T^T + penalty I)^-1 (y_T - mean y_T)
 
-and the smaller of the two systems is solved, by Cholesky. Leaving out the folds a and b gives the error of b for the
-outer fold a and that of a for the outer fold b: k folds need k (k + 1) / 2 training sets, and with more features than
-rows all of them share one matrix of inner products.
+and, by Cholesky, the second is solved where there are more features than half of all rows, else the first. Leaving out the
+folds a and b gives the error of b for the outer fold a and that of a for the outer fold b: k folds need k (k + 1) / 2
+training sets, and the second form takes all of them from one matrix of inner products.
 """
 
 from __future__ import annotations
