@@ -37,7 +37,7 @@ def sweep(
         ]
         for cell in cells
     }
-    found["chosen"] = min(found["baseline"], key=lambda entry: entry["validation_nll"])[field]
+    found["chosen"] = float(min(found["baseline"], key=lambda entry: entry["validation_nll"])[field])
     return found
 
 
