@@ -65,7 +65,8 @@ The proteins are {data["source"]} ({data["read"]:,} read, {data["duplicates_remo
 
 ### Temperature and alpha
 
-Chosen on validation with the baseline: temperature {study["temperature"]["chosen"]:g}, alpha {study["alpha"]["chosen"]:g}.
+Chosen on validation with the baseline: {_chosen(study, "temperature")}, {_chosen(study, "alpha")}. Both enhancements
+act on the divergence from the teacher only, {1 - study["alpha"]["chosen"]:.0%} of the loss here.
 
 ![Temperature]({figures}/temperature.png)
 ![Alpha]({figures}/alpha.png)
@@ -120,6 +121,11 @@ The numbers above are those of preset `{study["config"]["preset"]}`: they say wh
 students and {preset["steps"]:,} steps. {_duration(study)}ProtGPT2 itself takes `--preset protgpt2` and a GPU. Structures (pLDDT) are
 measured where ESMFold's weights are at hand. Commit {str(study["environment"]["commit"])[:12]},
 {study["environment"]["device"]}, {study["environment"]["threads"]} thread(s)."""
+
+
+def _chosen(study: dict[str, Any], field: str) -> str:
+    tried, value = [entry[field] for entry in study[field]["baseline"]], study[field]["chosen"]
+    return f"{field} {value:g}{' (the edge of its grid)' if value in (min(tried), max(tried)) else ''}"
 
 
 def _configurations(sizes: dict[str, Any]) -> Iterable[list[str]]:
