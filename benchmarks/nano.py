@@ -15,16 +15,17 @@ import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks import nano_deeploc
+from benchmarks import nano_additive, nano_deeploc
 from benchmarks.nano_data import input_hashes, split
 from distil_rank.proteins import embeddings, pretrain
 from distil_rank.proteins.fasta import AMINO_ACIDS, Protein, write_fasta
-from distil_rank.proteins.masked import load_checkpoint, masked_losses, new_model
+from distil_rank.proteins.masked import load_checkpoint, logits_at, masked_losses, new_model
 from distil_rank.proteins.pretrain import Config
 from distil_rank.randomness import generator
 from distil_rank.records import ROOT, config_record, environment, interval, read_json, sha256, write_json, write_text
@@ -33,11 +34,19 @@ from distil_rank.statistics.intervals import bootstrap_counts, percentile_interv
 MODELS = ROOT / "models"
 TRAIN = Path("train.fasta.gz")
 SIZES = {
-    "nano-64": Config(TRAIN, Path("nano-64.pt"), layers=4, width=64, heads=4, tokens=1e7, learning_rate=3e-3),
-    "nano-128": Config(TRAIN, Path("nano-128.pt"), layers=6, width=128, heads=4, tokens=1e7),
-    "nano-256": Config(
-        TRAIN, Path("nano-256.pt"), layers=6, width=256, heads=4, tokens=1e7, learning_rate=1e-3, bf16=True
-    ),
+    f"nano-{width}": Config(
+        TRAIN,
+        Path(f"nano-{width}.pt"),
+        layers=4,
+        width=width,
+        heads=heads,
+        tokens=8e6,
+        batch_tokens=batch,
+        crop=512,
+        learning_rate=rate,
+        bf16=width == 256,
+    )
+    for width, heads, batch, rate in ((64, 4, 2048, 3e-3), (128, 8, 2048, 2e-3), (256, 8, 4096, 2e-3))
 }
 
 
@@ -54,13 +63,16 @@ def evaluate() -> None:
     parts = split()
     sequences = [protein.sequence[:512] for protein in parts.held_out[::4]]
     draws = bootstrap_counts(len(sequences), 1000, generator(0, "bootstrap")).numpy()
+    simple = nano_additive.train([protein.sequence for protein in parts.train], SIZES["nano-64"])
+    additive, predicted = masked_losses(simple, sequences)
     models, before = {}, None
     untrained = {name: new_model(c.layers, c.width, c.heads, c.seed) for name, c in SIZES.items()}
     for name, config in SIZES.items():
         model = load_checkpoint(MODELS / f"{name}.pt")
-        sums, counts = masked_losses(model, sequences)
-        trained_way, of = masked_losses(model, sequences, changed=(0.8, 0.1))
-        untrained_sums, _ = masked_losses(untrained[name].eval(), sequences[::10])
+        sums, counts = masked_losses(partial(logits_at, model), sequences)
+        trained_way, of = masked_losses(partial(logits_at, model), sequences, changed=(0.8, 0.1))
+        untrained_sums, _ = masked_losses(partial(logits_at, untrained[name].eval()), sequences[::10])
+        over_additive = np.exp((draws @ (sums - additive)) / (draws @ counts))
         sampled = (draws @ sums) / (draws @ counts)
         value = float(np.exp(sums.sum() / counts.sum()))
         card = {
@@ -69,6 +81,9 @@ def evaluate() -> None:
             "config": config_record(config),
             "perplexity": interval(value, *percentile_interval(np.exp(sampled)), False),
             "perplexity_80_10_10": float(np.exp(trained_way.sum() / of.sum())),
+            "perplexity_over_additive": interval(
+                float(np.exp((sums - additive).sum() / counts.sum())), *percentile_interval(over_additive), False
+            ),
             "perplexity_untrained": float(np.exp(untrained_sums.sum() / counts[::10].sum())),
         }
         if before is not None:
@@ -91,6 +106,7 @@ def evaluate() -> None:
             "dropped_as_related_to_train": parts.dropped,
             "masked_residues": int(counts.sum()),
             "unigram": unigram(parts.train, sequences),
+            "additive": float(np.exp(additive.sum() / predicted.sum())),
         },
         "models": models,
         "environment": environment(),
@@ -115,13 +131,15 @@ CARD = """\
 Small protein language models with **ESM-2's architecture**, trained for this project on public proteins so that it runs
 and is tested without a download. They are not ESM-2 and know far less: use them to try things, not for biology.
 
-| model | layers x width | parameters | residues seen | held-out perplexity (95 %) | over next smaller | 80/10/10 | untrained |
-|---|---|---|---|---|---|---|---|
+| model | shape | parameters | residues seen | perplexity (95 %) | over next smaller | over additive | 80/10/10 | untrained |
+|---|---|---|---|---|---|---|---|---|
 {rows}
 
-* **Perplexity**: exp of the mean cross-entropy of {masked_residues:,} masked residues (15 %, every one replaced by
+* **Perplexity**, held out: exp of the mean cross-entropy of {masked_residues:,} masked residues (15 %, every one replaced by
   `<mask>`) in every fourth held-out protein ({measured_proteins:,}, their first 512 residues). Intervals: bootstrap over
-  proteins; the ratios compare the same residues. Predicting with the frequencies of the 20 amino acids gives {unigram:.2f}.
+  proteins; the ratios compare the same residues. Predicting with the frequencies of the 20 amino acids gives {unigram:.2f};
+  *additive*, a model of the protein's composition and one weight for every letter at each of 24 neighbouring places,
+  trained on the same batches in a minute (`benchmarks/nano_additive.py`), {additive:.2f}. It is what attention must beat.
   *80/10/10*: the same where, as in training, a tenth of the predicted residues is shown, which flatters.
 * **Size**: {verdict}
 * **Against composition**: accuracy of a linear probe for the subcellular location ({classes} places) of {n_test:,} held-out
@@ -132,8 +150,8 @@ and is tested without a download. They are not ESM-2 and know far less: use them
   MIT). {heldout_proteins:,} proteins of {heldout_clusters:,} clusters are held out: `nano-heldout.txt` lists what was not
   trained on, and {dropped_as_related_to_train:,} of the list, in one cluster with a
   trained protein, are not used for results (`distil_rank/proteins/splits.py`).
-* **Training**: masked language modelling (15 %, 80/10/10), fair-esm's own `ESM2` class, AdamW, cosine schedule; one
-  CPU thread each.
+* **Training**: masked language modelling (15 %, 80/10/10), fair-esm's own `ESM2` class; Muon, and AdamW for what is no
+  matrix of a layer; heads start at neighbours (`look_at_neighbours` in `distil_rank/proteins/masked.py`); one CPU thread each.
 * **Format**: fair-esm checkpoints, float16, without contact regression. `distil-rank embed --model nano-256` finds them.
 * **Made by** `python -m benchmarks.nano`; the figures stand in `nano.json`, those of locations in
   `benchmarks/results/nano_deeploc.json`.
@@ -155,6 +173,7 @@ def card() -> None:
     rows = [
         f"| {name} | {m['config']['layers']} x {m['config']['width']} | {m['parameters']:,} | {m['config']['tokens']:,.0f} "
         f"| {cell(m['perplexity'], 2)} | {cell(m.get('perplexity_over_next_smaller'), 4)} "
+        f"| {cell(m['perplexity_over_additive'], 4)} "
         f"| {m['perplexity_80_10_10']:.2f} | {m['perplexity_untrained']:.1f} |"
         for name, m in record["models"].items()
     ]

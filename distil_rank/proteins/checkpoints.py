@@ -46,8 +46,8 @@ FAMILIES: dict[str, dict[str, Member]] = {
     },
     "nano": {
         "64": Member("nano-64", 64, 4),
-        "128": Member("nano-128", 128, 6),
-        "256": Member("nano-256", 256, 6),
+        "128": Member("nano-128", 128, 4),
+        "256": Member("nano-256", 256, 4),
     },
 }
 

@@ -5,10 +5,11 @@
 
 The model is fair-esm's own ESM2 with its alphabet and token dropout, trained by masked language modelling: 15 % of the
 amino acids are chosen, of which 80 % become <mask>, 10 % another one, 10 % stay (Lin et al. 2023, Science 379:1123).
-AdamW, linear warm-up, cosine decay to a tenth. The checkpoint (float16) has fair-esm's format, without contact
-regression. It appears when training is complete; until then OUT.state holds what a killed run needs to end bit-equal to
-an undisturbed one (on the same kind of machine, with the same number of threads). A run that goes on with another
---tokens follows the new schedule from there; with any other difference it is refused.
+Muon for the matrices of the layers (Jordan 2024; updates of AdamW's size), AdamW for all else, linear warm-up, cosine
+decay to zero; heads start at neighbours (`masked.look_at_neighbours`). The checkpoint (float16) has fair-esm's format,
+without contact regression. It appears when training is complete; until then OUT.state holds what a killed run needs to
+end bit-equal to an undisturbed one (on the same kind of machine, with the same number of threads). A run that goes on
+with another --tokens follows the new schedule from there; with any other difference it is refused.
 """
 
 import math
@@ -27,7 +28,7 @@ from torch.nn import functional as F
 from distil_rank.errors import InputError
 from distil_rank.proteins.esm2 import CLS, EOS, PAD, tokenise
 from distil_rank.proteins.fasta import clean_proteins, read_fasta
-from distil_rank.proteins.masked import logits_at, mask, new_model, save_checkpoint, write_torch
+from distil_rank.proteins.masked import logits_at, look_at_neighbours, mask, new_model, save_checkpoint, write_torch
 from distil_rank.randomness import generator
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Config:
     crop: int = 256  # longer proteins are seen through random windows of this many residues
     learning_rate: float = 2e-3  # highest rate of the schedule
     warmup: float = 0.05  # fraction of the tokens with rising rate
-    weight_decay: float = 0.01  # of matrices; AdamW
+    weight_decay: float = 0.01  # of the matrices of layers
     bf16: bool = False  # bfloat16 matrix products: 1.5 to 2 times as fast from width 256 on, no gain below
     seed: int = 0  # initial weights, order, crops and masks
     save_every: int = 200  # steps between saved states
@@ -80,38 +81,45 @@ def _validate(config: Config) -> None:
 def train(config: Config, sequences: Sequence[str]) -> "ESM2":
     """Train on cleaned sequences; writes `config.out` and, until then, `config.out` + ".state"."""
     model = new_model(config.layers, config.width, config.heads, config.seed)
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
+    look_at_neighbours(model)
+    matrices = [p for p in model.layers.parameters() if p.ndim == 2]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or not n.startswith("layers")]
+    rates = (config.learning_rate, config.learning_rate / 6)  # a sixth for the others, whose noise costs more
+    optimizers = [
+        torch.optim.Muon(matrices, lr=rates[0], weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=rates[1], betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
     state_path = config.out.with_name(config.out.name + ".state")
     settings = {k: str(v) for k, v in asdict(config).items() if k not in ("out", "tokens", "save_every")}
     step = seen = 0
     if state_path.exists():
         state = _read_state(state_path, settings)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         step, seen = state["step"], state["seen"]
     started, seen_before = time.perf_counter(), seen
     for batch in batches([tokenise([sequence])[0, 1:-1] for sequence in sequences], config, skip=step):
         if seen >= config.tokens:
             break
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * schedule(seen / config.tokens, config.warmup)
+        for optimizer, rate in zip(optimizers, rates):
+            optimizer.param_groups[0]["lr"] = rate * schedule(seen / config.tokens, config.warmup)
         tokens, chosen = mask(batch, generator(config.seed, "mask", step))
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
             logits = logits_at(model, tokens, chosen)
         loss = F.cross_entropy(logits.float(), batch[chosen], reduction="sum") / max(1, int(chosen.sum()))
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         step, seen = step + 1, seen + int((batch > 3).sum())
         if step % config.save_every == 0:
             speed = (seen - seen_before) / (time.perf_counter() - started)
             print(f"step {step}  tokens {seen}  loss {loss.item():.3f}  {speed:.0f} tokens/s", flush=True)
             state = {"settings": settings, "step": step, "seen": seen}
-            write_torch(state_path, {**state, "model": model.state_dict(), "optimizer": optimizer.state_dict()})
+            state |= {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+            write_torch(state_path, state)
     save_checkpoint(model, config.out)
     state_path.unlink(missing_ok=True)
     return model
@@ -171,7 +179,7 @@ def _padded(rows: Sequence[Tensor]) -> Tensor:
 
 
 def schedule(progress: float, warmup: float) -> float:
-    """Fraction of the highest rate: linear rise, then cosine decay to a tenth."""
+    """Fraction of the highest rate: linear rise, then cosine decay to zero."""
     if progress < warmup:
         return (progress + 1e-3) / (warmup + 1e-3)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1, (progress - warmup) / (1 - warmup))))
+    return 0.5 * (1 + math.cos(math.pi * min(1, (progress - warmup) / (1 - warmup))))

@@ -2,13 +2,16 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import nano
+from benchmarks import nano, nano_additive
 from distil_rank.proteins.checkpoints import FAMILIES, load_model
-from distil_rank.proteins.masked import load_checkpoint, new_model, perplexity
+from distil_rank.proteins.esm2 import tokenise
+from distil_rank.proteins.masked import load_checkpoint, masked_losses, new_model, perplexity
+from distil_rank.proteins.pretrain import Config
 from distil_rank.proteins.splits import related
 from distil_rank.records import ROOT, read_json, sha256
 
@@ -38,6 +41,35 @@ def test_training_matters_and_beats_amino_acid_frequencies(card):
     for one in (card["models"][name] for name in NAMES):
         assert one["perplexity"]["high"] < 0.7 * one["perplexity_untrained"]
         assert one["perplexity"]["high"] < card["data"]["unigram"]
+
+
+def test_every_size_knows_more_than_pairs_of_neighbours(card):
+    assert card["data"]["additive"] < card["data"]["unigram"]
+    assert all(card["models"][name]["perplexity_over_additive"]["high"] < 1 for name in NAMES)
+
+
+def test_without_neighbours_the_additive_model_is_dirichlet_multinomial():
+    model = nano_additive.Additive()
+    with torch.no_grad():
+        model.frequencies.normal_(generator=torch.Generator().manual_seed(0))
+    tokens = tokenise(["ACDAAX", "MKV"])
+    chosen = torch.zeros_like(tokens, dtype=torch.bool)
+    chosen[0, 1] = True  # the first A; seen are C, D, A, A
+    f, alpha = model.frequencies.softmax(0), model.concentration.exp()
+    counts = torch.bincount(tokenise(["CDAA"])[0, 1:-1], minlength=33)
+    torch.testing.assert_close(model(tokens, chosen)[0].exp(), (counts + alpha * f) / (4 + alpha))
+
+
+def test_the_additive_model_finds_a_rule_between_neighbours():
+    rng = random.Random(0)
+    proteins = ["KL" * rng.randint(5, 15) if rng.random() < 0.5 else "LK" * rng.randint(5, 15) for _ in range(300)]
+    config = Config(Path("x"), Path("y"), tokens=1e5, batch_tokens=300, crop=40)
+    model = nano_additive.train(proteins, config)
+    sums, counts = masked_losses(model, proteins[:50])
+    model.neighbours.data.zero_()
+    blind, _ = masked_losses(model, proteins[:50])
+    assert sums.sum() / counts.sum() < 0.3
+    assert blind.sum() / counts.sum() > 0.6
 
 
 def test_the_card_says_whether_perplexity_falls_with_size(card):

@@ -17,7 +17,7 @@ from distil_rank.proteins import pretrain
 from distil_rank.proteins.checkpoints import load_model
 from distil_rank.proteins.esm2 import CLS, EOS, MASK, PAD, tokenise
 from distil_rank.proteins.fasta import AMINO_ACIDS, Protein, write_fasta
-from distil_rank.proteins.masked import logits_at, mask, new_model, perplexity, save_checkpoint
+from distil_rank.proteins.masked import logits_at, look_at_neighbours, mask, new_model, perplexity, save_checkpoint
 from distil_rank.proteins.pretrain import Config, batches, schedule, train
 from distil_rank.randomness import generator
 
@@ -106,12 +106,39 @@ def test_fresh_models_come_from_their_seed_and_leave_the_global_generator_alone(
     assert not torch.equal(one["embed_tokens.weight"], other["embed_tokens.weight"])
 
 
-def test_schedule_rises_then_falls_to_a_tenth():
+@pytest.mark.parametrize("width, heads", [(64, 4), (128, 8), (256, 8)])
+def test_heads_start_at_one_neighbour_each(width, heads):
+    """The attention of fair-esm's own layers, in any place of any protein; the last head of each layer sees all."""
+    model, length = new_model(4, width, heads, seed=0), 70
+    look_at_neighbours(model)
+    offsets = itertools.cycle(sign * distance for distance in range(1, 13) for sign in (-1, 1))
+    tokens = tokenise(["".join(random.Random(0).choices(AMINO_ACIDS, k=length))])
+    with torch.no_grad():
+        x = torch.zeros_like(model.embed_tokens(tokens)).transpose(0, 1)
+        for layer in model.layers:
+            # queries and keys of nothing: their biases, which say where a head looks whatever it reads
+            weights = layer.self_attn(x, x, x, need_weights=True, need_head_weights=True)[1][:, 0]
+            for head in range(heads - 1):
+                offset = next(offsets)
+                there = torch.arange(max(0, -offset), length + 2 - max(0, offset))
+                assert (weights[head, there, there + offset] > 0.8).all()
+            torch.testing.assert_close(weights[-1], torch.full_like(weights[-1], 1 / (length + 2)))
+
+
+def test_a_model_that_looks_at_neighbours_has_no_opinion_from_them_yet():
+    model = new_model(2, 32, 2, seed=0)
+    look_at_neighbours(model)
+    one, other = (torch.tensor([[CLS, *tokenise([s])[0, 1:4].tolist(), EOS]]) for s in ("AAA", "AWA"))
+    with torch.no_grad():
+        torch.testing.assert_close(model(one)["logits"][0, 1], model(other)["logits"][0, 1])
+
+
+def test_schedule_rises_then_falls_to_zero():
     rates = [schedule(i / 100, 0.1) for i in range(101)]
     assert rates[:11] == sorted(rates[:11])
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert max(rates) == pytest.approx(1)
-    assert rates[-1] == pytest.approx(0.1)
+    assert rates[-1] == pytest.approx(0, abs=1e-12)
 
 
 def test_training_learns_the_rule(tmp_path):
