@@ -188,12 +188,13 @@ def card() -> None:
 
 
 def size_verdict(models: dict) -> str:
-    """Whether perplexity falls with size, in words computed from the paired ratios."""
-    ratios = [m["perplexity_over_next_smaller"] for m in models.values() if "perplexity_over_next_smaller" in m]
-    if all(ratio["high"] < 1 for ratio in ratios):
-        return "perplexity falls with every size."
-    most = max(abs(ratio["value"] - 1) for ratio in ratios)
-    return f"perplexity does **not** fall with every size; neighbours differ by at most {most:.1%}."
+    """Whether perplexity falls with size, in words computed from the intervals of the paired ratios."""
+    steps = []
+    for smaller, (name, model) in zip(models, list(models.items())[1:]):
+        ratio = model["perplexity_over_next_smaller"]
+        word = "falls" if ratio["high"] < 1 else "rises" if ratio["low"] > 1 else "cannot be told apart"
+        steps.append(f"{word} from {smaller} to {name} ({ratio['value'] - 1:+.2%})")
+    return f"perplexity {', '.join(steps)}."
 
 
 def embed(folder: Path) -> None:

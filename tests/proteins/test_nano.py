@@ -73,10 +73,17 @@ def test_the_additive_model_finds_a_rule_between_neighbours():
 
 
 def test_the_card_says_whether_perplexity_falls_with_size(card):
-    text = (MODELS / "README.md").read_text()
-    ratios = [card["models"][name]["perplexity_over_next_smaller"] for name in NAMES[1:]]
-    assert ("perplexity falls with every size" in text) == all(ratio["high"] < 1 for ratio in ratios)
-    assert nano.size_verdict(card["models"]) in text
+    assert f"**Size**: {nano.size_verdict(card['models'])}" in (MODELS / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "low, high, word", [(0.98, 0.999, "falls"), (0.99, 1.01, "cannot be told apart"), (1.001, 1.02, "rises")]
+)
+def test_the_words_about_size_follow_the_interval(low, high, word):
+    ratio = {"value": (low + high) / 2, "low": low, "high": high}
+    assert nano.size_verdict({"small": {}, "large": {"perplexity_over_next_smaller": ratio}}).startswith(
+        f"perplexity {word} from small to large ("
+    )
 
 
 def test_embeddings_at_the_top_level_are_real_held_out_proteins(card):
