@@ -152,18 +152,19 @@ def stages(axis: Any, record: Mapping[str, Any]) -> None:
 def spectra(axis: Any, record: Mapping[str, Any]) -> None:
     """Residual variance that is left after the first directions of every stage."""
     shades = ["#5bb0d1", "#0b6e99", "#083d56", "#22262b", "#d1793b"]
+    outermost = list(record["chain"]["residual_spectrum"])[-1]  # right of all other curves
     for (size, tails), colour in zip(record["chain"]["residual_spectrum"].items(), shades):
         added = record["chain"]["added"][size]
         shown = [k for k, t in enumerate(tails) if t > 1e-8]
         axis.plot(shown, [tails[k] for k in shown], color=colour, lw=2, label=f"residual of {size}")
         axis.plot(added, max(tails[added], 1e-8), "o", color=colour, ms=8, mec="white", zorder=3)
         axis.annotate(
-            f"{added} directions kept,\n{tails[added]:.2g} left",
+            f"{added} kept,\n{tails[added]:.2g} left",
             (added, max(tails[added], 1e-8)),
             textcoords="offset points",
-            xytext=(8, 8),
-            ha="left",
-            va="bottom",
+            xytext=(8, 8) if size == outermost else (-8, -8),
+            ha="left" if size == outermost else "right",
+            va="bottom" if size == outermost else "top",
             color=colour,
             fontsize=9,
         )
