@@ -14,7 +14,7 @@ from distil_rank.layers.dense_models import load_dense, weights_file
 from distil_rank.layers.evaluate import perplexity
 from distil_rank.layers.lowrank import LowRankLinear
 from distil_rank.layers.models import compress_model, replaced
-from distil_rank.layers.sites import Batch, Site, call, find_sites, residue_mask, rows_of, trace, watching
+from distil_rank.layers.sites import Batch, Site, call, find_sites, read_mask, rows_of, trace, watching
 from distil_rank.randomness import generator
 from distil_rank.records import ROOT, sha256
 from distil_rank.statistics.intervals import t_interval
@@ -40,7 +40,7 @@ def baseline_model(
     """The model with every layer compressed by a reference method, in its best form (bias refitted), at these ranks."""
     rows: dict[str, list[Tensor]] = {s.name: [] for s in sites}
     for batch in batches:
-        kept = residue_mask(model, batch)
+        kept = read_mask(model, batch)
 
         def see(site: Site, x: Tensor, y: Tensor, kept=kept) -> None:
             rows[site.name].append(rows_of(x, calls[site.name].layout, kept))

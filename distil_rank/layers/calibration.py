@@ -1,7 +1,8 @@
 """Moments of every chosen layer in one streaming pass over calibration batches, memory bounded by layer groups.
 
 Of each layer the smaller side is kept, the moments of its inputs or of its outputs (both give the optimum, see `solutions`);
-layers that read the same tensor (query, key, value) share one. Padding and special tokens are left out.
+layers that read the same tensor (query, key, value) share one. Padding is left out; start and end tokens are not: every
+residue attends to them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from distil_rank.errors import InputError
 from distil_rank.layers.prior import merged
-from distil_rank.layers.sites import Batch, Call, Site, call, evaluating, residue_mask, rows_of, watching
+from distil_rank.layers.sites import Batch, Call, Site, call, evaluating, read_mask, rows_of, watching
 from distil_rank.layers.solutions import Spectrum, spectrum_from_inputs, spectrum_from_outputs
 from distil_rank.statistics.moments import Moments
 
@@ -70,7 +71,7 @@ def collect(
         units = {unit.sites[0].name: unit for unit in group}
         gathered = {name: [Moments(unit.dim) for _ in range(folds)] for name, unit in units.items()}
         for index, batch in enumerate(batches):
-            kept = residue_mask(model, batch) if mask is None else mask(batch)
+            kept = read_mask(model, batch) if mask is None else mask(batch)
 
             def see(
                 site: Site, x: Tensor, y: Tensor, kept=kept, fold=index % folds, units=units, gathered=gathered
@@ -83,9 +84,7 @@ def collect(
         for name, moments in gathered.items():
             seen = sum(m.count for m in moments)
             if seen < 2:
-                raise InputError(
-                    f"at least 2 calibration residues required, layer {name} saw {seen:.0f}; give proteins"
-                )
+                raise InputError(f"at least 2 calibration tokens required, layer {name} saw {seen:.0f}; give proteins")
         yield {s.name: Statistics(unit.side, gathered[name]) for name, unit in units.items() for s in unit.sites}
 
 
@@ -143,7 +142,7 @@ def measure(
     chosen = [s for s in sites if s.name in students]
     errors: dict[str, float] = {s.name: 0.0 for s in chosen}
     for batch in batches:
-        kept = residue_mask(model, batch) if mask is None else mask(batch)
+        kept = read_mask(model, batch) if mask is None else mask(batch)
 
         def see(site: Site, x: Tensor, y: Tensor, kept=kept) -> None:
             layout = calls[site.name].layout

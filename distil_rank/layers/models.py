@@ -90,7 +90,7 @@ def compress_model(
 
     ratio: parameters (or FLOPs, `unit`) of those layers after / before, in (0, 1]; or `ranks`, one for all or by name.
     method: uniform, energy or budget (see `ranks`). loss: weigh layers by the gradient of this loss (see `sensitivity`).
-    mask(batch): positions (B, T) that count; by default those that are neither padding nor special tokens.
+    mask(batch): positions (B, T) that count; by default all but padding.
     sequential: fit each block on what the compressed blocks before it put out. never_slower: factors that would not be smaller
     stay dense. The model itself is not changed.
     """

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distil_rank.errors import InputError
-from distil_rank.layers.sites import Batch, Call, Site, evaluating, residue_mask, rows_of, watching
+from distil_rank.layers.sites import Batch, Call, Site, evaluating, read_mask, rows_of, watching
 
 
 def layer_importance(
@@ -27,7 +27,7 @@ def layer_importance(
     squares = {s.name: 0.0 for s in sites}
     rows = {s.name: 0 for s in sites}
     for batch in batches:
-        kept = residue_mask(model, batch) if mask is None else mask(batch)
+        kept = read_mask(model, batch) if mask is None else mask(batch)
         probes: dict[str, Tensor] = {}
 
         def add_probe(site: Site, x: Tensor, y: Tensor, probes=probes) -> Tensor:

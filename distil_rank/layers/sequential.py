@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distil_rank.layers.calibration import Mask, update
-from distil_rank.layers.sites import Batch, Call, Site, call, evaluating, residue_mask, rows_of, watching
+from distil_rank.layers.sites import Batch, Call, Site, call, evaluating, read_mask, rows_of, watching
 from distil_rank.layers.solutions import Drift, Spectrum, drifted_student
 from distil_rank.statistics.moments import Moments
 
@@ -76,7 +76,7 @@ def _drifts(
     """Joint moments of [x~, y] for the layers of one block."""
     joint = {s.name: Moments(s.d_in + s.d_out) for s in block}
     for batch in batches:
-        kept = residue_mask(model, batch) if mask is None else mask(batch)
+        kept = read_mask(model, batch) if mask is None else mask(batch)
         outputs = _run(model, batch, block, calls, kept, "output")
         inputs = _run(small, batch, block, calls, kept, "input")
         for site in block:

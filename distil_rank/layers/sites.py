@@ -94,6 +94,9 @@ def tokens_of(batch: Batch) -> Tensor | None:
     return found if isinstance(found, Tensor) and found.ndim == 2 and not found.is_floating_point() else None
 
 
+ESM_SPECIAL = {0, 1, 2}  # start, padding, end in the alphabet of ESM-2
+
+
 def special_ids(model: nn.Module) -> set[int]:
     """Ids of padding, start and end tokens, as far as the model says."""
     if hasattr(model, "padding_idx") and hasattr(model, "cls_idx"):  # fair-esm
@@ -102,7 +105,7 @@ def special_ids(model: nn.Module) -> set[int]:
     if config is None:
         return set()
     if getattr(config, "model_type", "") == "esm":
-        return {0, 1, 2}
+        return ESM_SPECIAL
     names = ("pad_token_id", "bos_token_id", "eos_token_id")
     return {i for name in names if isinstance(i := getattr(config, name, None), int) and i < config.vocab_size}
 
@@ -120,6 +123,21 @@ def residue_mask(model: nn.Module, batch: Batch) -> Tensor | None:
         if "special_tokens_mask" in batch:
             mask &= ~batch["special_tokens_mask"].bool()
     return mask
+
+
+def read_mask(model: nn.Module, batch: Batch) -> Tensor | None:
+    """Which positions (B, T) count in moments: all that the model reads, so residues, start and end, not padding.
+
+    Without start and end the layers would be fitted to nothing there, while every residue attends to them. Where only an
+    end token could tell padding (GPT-2 without an attention mask), both are left out. None where the batch holds no tokens.
+    """
+    tokens = tokens_of(batch)
+    if tokens is None:
+        return None
+    if isinstance(batch, Mapping) and "attention_mask" in batch:
+        return batch["attention_mask"].bool()
+    special = special_ids(model)
+    return tokens != 1 if special == ESM_SPECIAL else residue_mask(model, batch)
 
 
 @dataclass(frozen=True)

@@ -68,8 +68,8 @@ def test_gpt2_conv1d_layers_are_compressed():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_padding_and_special_tokens_do_not_count(kind):
-    """More padding on the right changes nothing, and moments count residues only."""
+def test_padding_does_not_count_and_start_and_end_do(kind):
+    """More padding on the right changes nothing, and moments count every token that the model reads."""
     model = small_model(kind)
     architecture = describe(model)
     batches = token_batches(model, count=1)
@@ -77,13 +77,25 @@ def test_padding_and_special_tokens_do_not_count(kind):
     mask = None if torch.is_tensor(batches[0]) else batches[0]["attention_mask"].bool()
     wide = nn.functional.pad(tokens, (0, 7), value=0 if architecture.causal else 1)
     padded = [architecture.batch(wide, None if mask is None else nn.functional.pad(mask, (0, 7)))]
-    residues = int(architecture.residues(model, batches[0]).sum())
+    read = int(mask.sum()) if mask is not None else int((tokens != 1).sum())
+    assert read == int(architecture.residues(model, batches[0]).sum()) + 2 * len(tokens)
     sites = find_sites(model, exclude=("*contact_head*", "*decoder*", "lm_head"))
     (a,) = collect(model, batches, sites, trace(model, batches[0], sites))
     (b,) = collect(model, padded, sites, trace(model, padded[0], sites))
     for site in sites:
-        assert a[site.name].moments.count == b[site.name].moments.count == residues
+        assert a[site.name].moments.count == b[site.name].moments.count == read
         torch.testing.assert_close(a[site.name].moments.scatter, b[site.name].moments.scatter, rtol=1e-4, atol=1e-5)
+
+
+def test_start_and_end_are_served_as_residues_are():
+    """Three letters, start and end span five inputs of the first layer: rank 6 loses nothing, at any of them."""
+    model = small_model("fair-esm")
+    batches = [torch.tensor([[0, 5, 6, 7, 6, 5, 2], [0, 7, 7, 6, 5, 2, 1]])]
+    small, report = compress_model(model, batches, ranks=6, include=("layers.0.self_attn.?_proj",))
+    assert len(report.layers) == 3
+    with torch.no_grad():
+        expected, got = (m(batches[0])["logits"][batches[0] != 1] for m in (model, small))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_square_batches_are_not_transposed():
@@ -133,7 +145,7 @@ def test_importance_is_the_mean_squared_gradient():
             value = architecture.loss(model, batch)
         (gradient,) = torch.autograd.grad(value, kept[-1:])
         handle.remove()
-        mask = architecture.residues(model, batch)
+        mask = batch != 1
         squares += float(gradient.transpose(0, 1)[mask].double().square().sum())
         rows += int(mask.sum())
     assert found[name] == pytest.approx(squares / rows / 32, rel=1e-4)
@@ -190,8 +202,8 @@ def test_bad_input():
             compress_model(model, batches, **arguments)
     with pytest.raises(InputError, match="calibration batch"):
         compress_model(model, [], ratio=0.5)
-    with pytest.raises(InputError, match="residues"):
-        compress_model(model, [torch.tensor([[0, 2, 1]])], ratio=0.5)
+    with pytest.raises(InputError, match="2 calibration tokens"):
+        compress_model(model, [torch.tensor([[0, 1, 1]])], ratio=0.5)
     with pytest.raises(InputError, match="linear layer"):
         compress_model(nn.Sequential(nn.ReLU()), [torch.randn(3, 4)], ratio=0.5)
     broken = copy.deepcopy(model)
