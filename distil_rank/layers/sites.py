@@ -94,7 +94,7 @@ def tokens_of(batch: Batch) -> Tensor | None:
     return found if isinstance(found, Tensor) and found.ndim == 2 and not found.is_floating_point() else None
 
 
-ESM_SPECIAL = {0, 1, 2}  # start, padding, end in the alphabet of ESM-2
+ESM_SPECIAL, ESM_PADDING = {0, 1, 2}, 1  # start, padding, end in the alphabet of ESM-2
 
 
 def special_ids(model: nn.Module) -> set[int]:
@@ -137,7 +137,7 @@ def read_mask(model: nn.Module, batch: Batch) -> Tensor | None:
     if isinstance(batch, Mapping) and "attention_mask" in batch:
         return batch["attention_mask"].bool()
     special = special_ids(model)
-    return tokens != 1 if special == ESM_SPECIAL else residue_mask(model, batch)
+    return tokens != ESM_PADDING if special == ESM_SPECIAL else residue_mask(model, batch)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,8 @@ def look_at_neighbours(model: "ESM2") -> None:
     Every branch ends in zeros, so a layer adds nothing until it has learned to. All heads of a layer but the last begin by
     attending to one relative position each: over the model -1, 1, -2, 2, ... up to 12 away, then again. With constant
     queries and keys (their biases), rotary attention depends on the offset j - i alone:
-    score = A sum_f cos(theta_f (j - i - offset)), A such that the positions next to the offset get e^-2.5 of its weight.
+    score = A sum_f cos(theta_f (j - i - offset)), A such that the positions next to the offset get e^-2.5 of its weight;
+    heads of fewer than 16 features see more than one such place.
     """
     offsets = cycle(sign * distance for distance in range(1, 13) for sign in (-1, 1))
     with torch.no_grad():
