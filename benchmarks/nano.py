@@ -139,7 +139,7 @@ and is tested without a download. They are not ESM-2 and know far less: use them
   `<mask>`) in every fourth held-out protein ({measured_proteins:,}, their first 512 residues). Intervals: bootstrap over
   proteins; the ratios compare the same residues. Predicting with the frequencies of the 20 amino acids gives {unigram:.2f};
   *additive*, a model of the protein's composition and one weight for every letter at each of 24 neighbouring places,
-  trained on the same batches in a minute (`benchmarks/nano_additive.py`), {additive:.2f}. It is what attention must beat.
+  trained on the batches of nano-64 (`benchmarks/nano_additive.py`), {additive:.2f}. It is what attention must beat.
   *80/10/10*: the same where, as in training, a tenth of the predicted residues is shown, which flatters.
 * **Size**: {verdict}
 * **Against composition**: accuracy of a linear probe for the subcellular location ({classes} places) of {n_test:,} held-out

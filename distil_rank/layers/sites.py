@@ -94,9 +94,6 @@ def tokens_of(batch: Batch) -> Tensor | None:
     return found if isinstance(found, Tensor) and found.ndim == 2 and not found.is_floating_point() else None
 
 
-ESM_SPECIAL, ESM_PADDING = {0, 1, 2}, 1  # start, padding, end in the alphabet of ESM-2
-
-
 def special_ids(model: nn.Module) -> set[int]:
     """Ids of padding, start and end tokens, as far as the model says."""
     if hasattr(model, "padding_idx") and hasattr(model, "cls_idx"):  # fair-esm
@@ -105,7 +102,7 @@ def special_ids(model: nn.Module) -> set[int]:
     if config is None:
         return set()
     if getattr(config, "model_type", "") == "esm":
-        return ESM_SPECIAL
+        return {0, 1, 2}
     names = ("pad_token_id", "bos_token_id", "eos_token_id")
     return {i for name in names if isinstance(i := getattr(config, name, None), int) and i < config.vocab_size}
 
@@ -132,12 +129,11 @@ def read_mask(model: nn.Module, batch: Batch) -> Tensor | None:
     end token could tell padding (GPT-2 without an attention mask), both are left out. None where the batch holds no tokens.
     """
     tokens = tokens_of(batch)
-    if tokens is None:
-        return None
-    if isinstance(batch, Mapping) and "attention_mask" in batch:
+    if tokens is not None and isinstance(batch, Mapping) and "attention_mask" in batch:
         return batch["attention_mask"].bool()
-    special = special_ids(model)
-    return tokens != ESM_PADDING if special == ESM_SPECIAL else residue_mask(model, batch)
+    hugging_face_esm = getattr(getattr(model, "config", None), "model_type", "") == "esm"
+    padding = 1 if hugging_face_esm else getattr(model, "padding_idx", None)
+    return residue_mask(model, batch) if tokens is None or padding is None else tokens != padding
 
 
 @dataclass(frozen=True)

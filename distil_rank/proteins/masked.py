@@ -49,7 +49,7 @@ def new_model(layers: int, width: int, heads: int, seed: int) -> "ESM2":
 
 
 def look_at_neighbours(model: "ESM2") -> None:
-    """Start a fresh model at additive statistics of neighbours, which small models take long to find by themselves.
+    """Start a fresh model where the statistics of neighbours are one linear map away.
 
     Every branch ends in zeros, so a layer adds nothing until it has learned to. All heads of a layer but the last begin by
     attending to one relative position each: over the model -1, 1, -2, 2, ... up to 12 away, then again. With constant

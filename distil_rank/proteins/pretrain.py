@@ -84,7 +84,7 @@ def train(config: Config, sequences: Sequence[str]) -> "ESM2":
     look_at_neighbours(model)
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or not n.startswith("layers")]
-    rates = (config.learning_rate, config.learning_rate / 6)  # a sixth for the others, whose noise costs more
+    rates = (config.learning_rate, config.learning_rate / 6)  # the second for all other parameters
     optimizers = [
         torch.optim.Muon(matrices, lr=rates[0], weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=rates[1], betas=(0.9, 0.98), weight_decay=0.0, fused=True),
