@@ -16,21 +16,21 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from distil_rank.errors import InputError, one_line_errors
-from distil_rank.layers import report, tables
-from distil_rank.layers.cosine import cosine_aware_optimum, cosine_bound
-from distil_rank.layers.fidelity import RowErrors, fvu, row_errors, summarise
-from distil_rank.layers.latency import compare_latency, parameters
-from distil_rank.layers.lowrank import LowRankLinear, optimum, refit_bias, smallest_rank, truncated_svd
-from distil_rank.layers.rank_curve import floor_curve, held_out_curve
-from distil_rank.layers.students import Constant, Recipe, distil
-from distil_rank.layers.teachers import load_teacher, random_teacher, spectral_teacher, task_trained_teachers
+from distil_rank.core.errors import InputError, one_line_errors
+from distil_rank.experiment import report, tables
+from distil_rank.experiment.cosine import cosine_aware_optimum, cosine_bound
+from distil_rank.experiment.fidelity import RowErrors, fvu, row_errors, summarise
+from distil_rank.experiment.latency import compare_latency, parameters
+from distil_rank.core.lowrank import LowRankLinear, optimum, refit_bias, smallest_rank, truncated_svd
+from distil_rank.experiment.rank_curve import floor_curve, held_out_curve
+from distil_rank.experiment.students import Constant, Recipe, distil
+from distil_rank.experiment.teachers import load_teacher, random_teacher, spectral_teacher, task_trained_teachers
 from distil_rank.proteins.embedding_files import load_matrix, provenance
 from distil_rank.proteins.synthetic import synthetic_embeddings
-from distil_rank.randomness import generator
-from distil_rank.records import ROOT, config_record, environment, require_writable, sha256, shown_path, write_json
-from distil_rank.statistics.intervals import bootstrap_counts
-from distil_rank.statistics.moments import Moments
+from distil_rank.core.randomness import generator
+from distil_rank.core.records import ROOT, config_record, environment, require_writable, sha256, shown_path, write_json
+from distil_rank.core.intervals import bootstrap_counts
+from distil_rank.core.moments import Moments
 
 
 # 1. What is compared ---------------------------------------------------------------------------------------------------

@@ -20,18 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distil_rank.layers.head_plan import FEW
-from distil_rank.layers.heads import compress_head
-from distil_rank.layers.prior import FOLDS, blended_moments
-from distil_rank.layers.quantise import certify_int8, equal_bytes_curve, imitated, quantise
-from distil_rank.layers.solutions import Drift, spectrum_from_inputs
-from distil_rank.layers.tasks import task_change
-from distil_rank.layers.teachers import random_teacher, spectral_teacher, task_trained_teachers
+from distil_rank.compress.head_plan import FEW
+from distil_rank.compress.heads import compress_head
+from distil_rank.core.prior import FOLDS, blended_moments
+from distil_rank.compress.quantise import certify_int8, equal_bytes_curve, imitated, quantise
+from distil_rank.core.lowrank import Drift, spectrum_from_inputs
+from distil_rank.compress.tasks import task_change
+from distil_rank.experiment.teachers import random_teacher, spectral_teacher, task_trained_teachers
 from distil_rank.proteins.embedding_files import load_matrix
-from distil_rank.randomness import generator
-from distil_rank.records import ROOT, environment, read_json, sha256, write_json
-from distil_rank.statistics.intervals import t_interval
-from distil_rank.statistics.moments import Moments
+from distil_rank.core.randomness import generator
+from distil_rank.core.records import ROOT, environment, read_json, sha256, write_json
+from distil_rank.core.intervals import t_interval
+from distil_rank.core.moments import Moments
 from tests.reference_compress import BASELINES, fvu
 
 SCHEMA = "distil-rank/benchmark-compress/1"
@@ -235,7 +235,7 @@ def large() -> dict[str, Any]:
     """A random ESM-2 of the 650M shape (33 layers, 1280 wide): seconds and peak memory of its compression."""
     import esm
 
-    from distil_rank.layers.models import compress_model
+    from distil_rank.compress.models import compress_model
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

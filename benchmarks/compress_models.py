@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distil_rank.layers.architectures import Architecture
-from distil_rank.layers.calibration import Fidelity, measure
-from distil_rank.layers.dense_models import load_dense, weights_file
-from distil_rank.layers.evaluate import perplexity
-from distil_rank.layers.lowrank import LowRankLinear
-from distil_rank.layers.models import compress_model, replaced
-from distil_rank.layers.sites import Batch, Site, call, find_sites, read_mask, rows_of, trace, watching
-from distil_rank.randomness import generator
-from distil_rank.records import ROOT, sha256
-from distil_rank.statistics.intervals import t_interval
+from distil_rank.compress.architectures import Architecture
+from distil_rank.compress.calibration import Fidelity, measure
+from distil_rank.compress.dense_models import load_dense, weights_file
+from distil_rank.compress.evaluate import perplexity
+from distil_rank.core.lowrank import LowRankLinear
+from distil_rank.compress.models import compress_model, replaced
+from distil_rank.compress.sites import Batch, Site, call, find_sites, read_mask, rows_of, trace, watching
+from distil_rank.core.randomness import generator
+from distil_rank.core.records import ROOT, sha256
+from distil_rank.core.intervals import t_interval
 from tests.reference_compress import BASELINES
 
 MODELS = ("nano-64", "nano-128", str(ROOT / "models" / "nano-teacher"))

@@ -36,7 +36,7 @@ from distil_rank.proteins.esm2 import ESM2, _Attention, _rotation
 from distil_rank.proteins.fasta import Protein, clean_proteins, read_fasta, write_fasta
 from distil_rank.proteins.pooling import embed_batch
 from distil_rank.proteins.store import ShardWriter
-from distil_rank.records import config_record, environment, read_json, write_json
+from distil_rank.core.records import config_record, environment, read_json, write_json
 
 SCHEMA = "distil-rank/benchmark-embedding/1"
 LAYERS, WIDTH, HEADS, BATCH_TOKENS = 12, 480, 20, 4096

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import tyro
 
-from distil_rank.errors import one_line_errors
+from distil_rank.core.errors import one_line_errors
 from distil_rank.generators import quality, runs
 from distil_rank.generators.bars import SCHEMA
 from distil_rank.generators.calibration import calibration
@@ -26,7 +26,7 @@ from distil_rank.generators.loss import CHUNK, Objective, distillation_sums
 from distil_rank.generators.presets import ENHANCEMENTS, PRESETS
 from distil_rank.generators.speed import peak_bytes
 from distil_rank.generators.teachers import Cache
-from distil_rank.records import config_record, environment, require_writable, write_json
+from distil_rank.core.records import config_record, environment, require_writable, write_json
 
 VOCABULARY = 50257  # of ProtGPT2
 

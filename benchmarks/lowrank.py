@@ -21,11 +21,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from distil_rank import LowRankLinear, Moments, compress_linear
-from distil_rank.errors import one_line_errors
-from distil_rank.layers.latency import compare_latency
-from distil_rank.layers.tables import BARS_SCHEMA, bars
-from distil_rank.records import ROOT, environment, read_json, write_json
-from tests.layers.test_lowrank import KINDS, inputs
+from distil_rank.core.errors import one_line_errors
+from distil_rank.experiment.latency import compare_latency
+from distil_rank.experiment.tables import BARS_SCHEMA, bars
+from distil_rank.core.records import ROOT, environment, read_json, write_json
+from tests.compress.test_lowrank import KINDS, inputs
 
 OUT = ROOT / "benchmarks" / "results" / "lowrank.json"
 DIM, RANK, ROWS = 1280, 64, 10_000

@@ -27,9 +27,9 @@ from distil_rank.proteins import embeddings, pretrain
 from distil_rank.proteins.fasta import AMINO_ACIDS, Protein, write_fasta
 from distil_rank.proteins.masked import load_checkpoint, logits_at, masked_losses, new_model
 from distil_rank.proteins.pretrain import Config
-from distil_rank.randomness import generator
-from distil_rank.records import ROOT, config_record, environment, interval, read_json, sha256, write_json, write_text
-from distil_rank.statistics.intervals import bootstrap_counts, percentile_interval
+from distil_rank.core.randomness import generator
+from distil_rank.core.records import ROOT, config_record, environment, interval, read_json, sha256, write_json, write_text
+from distil_rank.core.intervals import bootstrap_counts, percentile_interval
 
 MODELS = ROOT / "models"
 TRAIN = Path("train.fasta.gz")

@@ -17,7 +17,7 @@ from distil_rank.proteins.esm2 import tokenise
 from distil_rank.proteins.fasta import AMINO_ACIDS
 from distil_rank.proteins.masked import mask
 from distil_rank.proteins.pretrain import Config, batches
-from distil_rank.randomness import generator
+from distil_rank.core.randomness import generator
 
 REACH = 12
 LETTERS = 33

@@ -20,7 +20,7 @@ import numpy as np
 
 from distil_rank.proteins.fasta import Protein, clean_sequence, read_fasta, write_fasta
 from distil_rank.proteins.splits import cluster
-from distil_rank.records import ROOT, sha256
+from distil_rank.core.records import ROOT, sha256
 
 DATA = Path(os.environ.get("DISTIL_RANK_DATA", ROOT.parent / "shared" / "data")) / "proteins"
 DEEPLOC = ("deeploc_test_set.fasta", "deeploc_our_val_set.fasta")

@@ -20,9 +20,9 @@ from distil_rank.proteins.checkpoints import load_model
 from distil_rank.proteins.esm2 import ESM2
 from distil_rank.proteins.fasta import AMINO_ACIDS, clean_sequence, read_fasta
 from distil_rank.proteins.pooling import embed
-from distil_rank.randomness import generator
-from distil_rank.records import ROOT, environment, interval, sha256, write_json
-from distil_rank.statistics.intervals import bootstrap_counts, percentile_interval
+from distil_rank.core.randomness import generator
+from distil_rank.core.records import ROOT, environment, interval, sha256, write_json
+from distil_rank.core.intervals import bootstrap_counts, percentile_interval
 
 SCHEMA = "nano-deeploc/1"
 MODELS = ("nano-64", "nano-256")

@@ -31,8 +31,8 @@ from distil_rank.nested.chain import NestedChain
 from distil_rank.nested.ridge import RidgePath
 from distil_rank.nested.rows import TensorRows, joint_moments
 from distil_rank.proteins.store import INDEX, PROVENANCE, SCHEMA, IndexWriter, ShardWriter, shard_path
-from distil_rank.randomness import generator
-from distil_rank.records import ROOT, environment, read_json, write_json
+from distil_rank.core.randomness import generator
+from distil_rank.core.records import ROOT, environment, read_json, write_json
 from tests.reference_nested import ridge_loop
 
 RECORD = "distil-rank/benchmark-nested/1"

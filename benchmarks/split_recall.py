@@ -23,7 +23,7 @@ import numpy as np
 from distil_rank.proteins import splits
 from distil_rank.proteins.fasta import AMINO_ACIDS, clean_sequence, read_fasta
 from distil_rank.proteins.splits import aligned_identity, cluster
-from distil_rank.records import ROOT, write_json
+from distil_rank.core.records import ROOT, write_json
 
 DATA = Path(os.environ.get("DISTIL_RANK_DATA", ROOT.parent / "shared" / "data")) / "proteins"
 BINS = (0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.01)

@@ -4,14 +4,18 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from distil_rank.layers.heads import compress_head
-    from distil_rank.layers.lowrank import LowRankLinear, compress_linear, truncated_svd
-    from distil_rank.layers.models import compress_model
-    from distil_rank.layers.storage import load
+    from distil_rank.compress.heads import compress_head
+    from distil_rank.compress.models import compress_model
+    from distil_rank.compress.storage import load
+    from distil_rank.core.certificates import compress_linear
+    from distil_rank.core.linear import LowRankLinear
+    from distil_rank.core.lowrank import truncated_svd
+    from distil_rank.core.moments import Moments
     from distil_rank.nested.chain import NestedChain
-    from distil_rank.statistics.moments import Moments
+    from distil_rank.proteins.store import EmbeddingStore
 
 __all__ = [
+    "EmbeddingStore",
     "LowRankLinear",
     "Moments",
     "NestedChain",
@@ -23,19 +27,20 @@ __all__ = [
 ]
 
 _HOMES = {
-    "LowRankLinear": "distil_rank.layers.lowrank",
-    "Moments": "distil_rank.statistics.moments",
-    "NestedChain": "distil_rank.nested.chain",
-    "compress_head": "distil_rank.layers.heads",
-    "compress_linear": "distil_rank.layers.lowrank",
-    "compress_model": "distil_rank.layers.models",
-    "load": "distil_rank.layers.storage",
-    "truncated_svd": "distil_rank.layers.lowrank",
+    "EmbeddingStore": "proteins.store",
+    "LowRankLinear": "core.linear",
+    "Moments": "core.moments",
+    "NestedChain": "nested.chain",
+    "compress_head": "compress.heads",
+    "compress_linear": "core.certificates",
+    "compress_model": "compress.models",
+    "load": "compress.storage",
+    "truncated_svd": "core.lowrank",
 }
 
 
 def __getattr__(name: str) -> object:
     """Import on first use, so that the command line answers without loading torch."""
     if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        return getattr(importlib.import_module(f"distil_rank.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'distil_rank' has no attribute {name!r}")

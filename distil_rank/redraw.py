@@ -10,16 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.generators import bars, paper
-from distil_rank.layers import compress_tables, tables
+from distil_rank.compress import compress_tables
+from distil_rank.experiment import tables
 from distil_rank.nested import tables as nested_tables
-from distil_rank.records import ROOT, read_json, write_text
+from distil_rank.core.records import ROOT, read_json, write_text
 
 # summary file -> module whose draw(folder) makes its figures
 REPORTS = {
-    "distil_rank_summary.json": "distil_rank.layers.report",
-    "report.json": "distil_rank.layers.model_report",
+    "distil_rank_summary.json": "distil_rank.experiment.report",
+    "report.json": "distil_rank.compress.model_report",
     "nested_summary.json": "distil_rank.nested.report",
     "study.json": "distil_rank.generators.report",
 }

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from distil_rank.records import ROOT
+from distil_rank.core.records import ROOT
 from distil_rank.redraw import BLOCK, documents, filled
 
 # figures that define something, rather than report it

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import main
-from distil_rank.layers import report
-from distil_rank.records import ROOT
-from tests.layers.test_fidelity import HIGHER_IS_BETTER
+from distil_rank.experiment import report
+from distil_rank.core.records import ROOT
+from tests.compress.test_fidelity import HIGHER_IS_BETTER
 
 SMALL = ["--steps", "40", "--teacher-steps", "20", "--seeds", "2", "--rounds", "3", "--bootstrap", "50"]
 FAMILIAR = ["svd_cosine", "svd_rel_mse", "student_cosine", "student_rel_mse", "cosine_improvement", "mse_reduction"]

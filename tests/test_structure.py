@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from distil_rank.records import ROOT
+from distil_rank.core.records import ROOT
 
 
 def test_imports_go_one_way_and_only_reports_draw():

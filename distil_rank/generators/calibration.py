@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm, t
 
-from distil_rank.errors import InputError
-from distil_rank.records import interval
+from distil_rank.core.errors import InputError
+from distil_rank.core.records import interval
 
 BINS = 10
 SIGNIFICANT = 3.0  # standard errors beyond which a bin's gap is taken as real

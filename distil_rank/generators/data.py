@@ -22,9 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.proteins.fasta import ALPHABET, Protein, clean_proteins, read_fasta
-from distil_rank.randomness import generator
+from distil_rank.core.randomness import generator
 
 END = "<|endoftext|>"
 LINE = 60  # residues a line

@@ -18,10 +18,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.generators.fit import Precision
 from distil_rank.generators.models import RATIO_THRESHOLDS
-from distil_rank.records import config_record, environment, require_writable, sha256, shown_path, write_json
+from distil_rank.core.records import config_record, environment, require_writable, sha256, shown_path, write_json
 
 SCHEMA = "distil-rank/generator-evaluation/1"
 ENOUGH = 1000  # proteins

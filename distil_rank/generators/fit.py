@@ -25,11 +25,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.generators.data import Encoded, epoch_batches
 from distil_rank.generators.loss import Objective, TopTargets, distillation_sums, published_loss
 from distil_rank.generators.models import write_safetensors
-from distil_rank.records import write_json
+from distil_rank.core.records import write_json
 
 Precision = Literal["fp32", "bf16", "fp16"]
 FINAL_RATE = 0.1  # the learning rate falls along a cosine to this share of its peak

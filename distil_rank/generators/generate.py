@@ -18,10 +18,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.generators.sampling import Dtype, Sampler, draw
 from distil_rank.proteins.fasta import Protein, write_fasta
-from distil_rank.records import require_writable
+from distil_rank.core.records import require_writable
 
 
 @dataclass(frozen=True)

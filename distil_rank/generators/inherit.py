@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.generators.models import fresh
 
 

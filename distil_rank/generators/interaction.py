@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.generators.paper import CELLS
-from distil_rank.records import interval
+from distil_rank.core.records import interval
 
 Array = NDArray[np.float64]
 

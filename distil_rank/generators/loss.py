@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 
 CHUNK = 1 << 20  # logits worked on at a time: 4 MB in float32, so a chunk stays in the processor's cache
 

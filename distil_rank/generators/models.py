@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distil_rank.errors import InputError
-from distil_rank.randomness import generator
+from distil_rank.core.errors import InputError
+from distil_rank.core.randomness import generator
 
 # name: layers, heads, width
 SIZES = {"micro": (4, 4, 256), "tiny": (4, 4, 512), "small": (6, 8, 768), "medium": (12, 16, 1024)}

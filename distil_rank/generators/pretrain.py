@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.generators.loss import Objective
 from distil_rank.generators.training import (
     TrainingFlags,

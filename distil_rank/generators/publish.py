@@ -17,10 +17,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.generators.evaluate import SCHEMA as EVALUATION
 from distil_rank.generators.training import SCHEMA as TRAINING
-from distil_rank.records import read_json, require_writable
+from distil_rank.core.records import read_json, require_writable
 
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 SHOWN = {  # metric in the card: where it stands in an evaluation

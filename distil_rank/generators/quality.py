@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distil_rank.proteins.fasta import AMINO_ACIDS
-from distil_rank.records import interval
+from distil_rank.core.records import interval
 
 Array = NDArray[np.float64]
 BOOTSTRAPS = 1000

@@ -10,7 +10,7 @@ import numpy as np
 
 from distil_rank.generators.interaction import CELLS
 from distil_rank.generators.study import CURVES, SCHEMA
-from distil_rank.records import read_json
+from distil_rank.core.records import read_json
 
 COLOURS = {"baseline": "#444444", "uncertainty": "#0072B2", "calibration": "#D55E00", "both": "#009E73"}
 STUDENT, TEACHER, NATURAL = "#0072B2", "#444444", "#E69F00"

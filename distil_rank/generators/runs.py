@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.generators.calibration import calibration
 from distil_rank.generators.data import encode, prepare, read_sequences
 from distil_rank.generators.fit import Schedule, fit, mean_nll
@@ -30,7 +30,7 @@ from distil_rank.generators.scores import (
     score,
 )
 from distil_rank.generators.teachers import Cache, Live
-from distil_rank.records import write_json
+from distil_rank.core.records import write_json
 
 SCHEMA = "distil-rank/generator-run/1"
 

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.generators.data import parse
-from distil_rank.randomness import generator
+from distil_rank.core.randomness import generator
 
 Dtype = Literal["float64", "float32", "bfloat16"]
 

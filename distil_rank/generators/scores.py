@@ -14,7 +14,7 @@ from distil_rank.generators.calibration import best_temperature, calibration, ra
 from distil_rank.generators.data import Encoded
 from distil_rank.generators.fit import Precision, Teacher, autocast
 from distil_rank.generators.loss import Objective, TopTargets, distillation_sums, predictions
-from distil_rank.records import interval
+from distil_rank.core.records import interval
 
 Array = NDArray[np.float64]
 TEMPERATURES = np.geomspace(0.5, 2.0, 13)  # tried for temperature scaling

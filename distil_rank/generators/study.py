@@ -23,7 +23,7 @@ from distil_rank.generators.paper import SCHEMA
 from distil_rank.generators.phases import ablate, final_sizes, sweep
 from distil_rank.generators.presets import PRESETS, Preset
 from distil_rank.generators.runs import Bench, Material, Run, make, uncertainty_examples
-from distil_rank.records import config_record, environment, require_writable, sha256, shown_path, write_json
+from distil_rank.core.records import config_record, environment, require_writable, sha256, shown_path, write_json
 
 CURVES = "distil-rank/generator-study-curves/1"
 

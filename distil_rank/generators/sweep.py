@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.generators.fit import Schedule
 from distil_rank.generators.loss import Objective
-from distil_rank.records import config_record, environment, require_writable, sha256, shown_path, write_json
+from distil_rank.core.records import config_record, environment, require_writable, sha256, shown_path, write_json
 
 SCHEMA = "distil-rank/generator-sweep/1"
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.generators.data import Encoded
 from distil_rank.generators.fit import Precision, autocast
 from distil_rank.generators.loss import TopTargets, top_targets

@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import torch
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.generators.data import Encoded, Splits, encode, prepare, read_sequences
 from distil_rank.generators.fit import Precision, Progress, Schedule, Teacher, checkpoints, fit
 from distil_rank.generators.loss import Objective
 from distil_rank.generators.models import parameters, save, weights_sha256
-from distil_rank.records import config_record, environment, read_json, require_writable, sha256, shown_path, write_json
+from distil_rank.core.records import config_record, environment, read_json, require_writable, sha256, shown_path, write_json
 
 SCHEMA = "distil-rank/generator-training/1"
 

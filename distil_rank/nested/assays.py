@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.proteins.fasta import clean_sequence, read_fasta
-from distil_rank.randomness import generator
+from distil_rank.core.randomness import generator
 
 FOLDS = 5
 SCHEMES = ("random", "modulo", "contiguous")

@@ -25,13 +25,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.nested.regression import Fit, check_regression
 from distil_rank.nested.rows import Rows, as_rows, check_order, joint_moments
 from distil_rank.nested.stage import Stage, fit_stage
-from distil_rank.randomness import generator
-from distil_rank.records import write_json
-from distil_rank.statistics.moments import Moments, symmetric_product
+from distil_rank.core.randomness import generator
+from distil_rank.core.records import write_json
+from distil_rank.core.moments import Moments, symmetric_product
 
 SCHEMA = "distil-rank/nested-chain/1"
 FILE = "chain.safetensors"

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from scipy import stats
 
-from distil_rank.randomness import generator
-from distil_rank.records import interval
+from distil_rank.core.randomness import generator
+from distil_rank.core.records import interval
 
 DRAWS = 10_000  # bootstrap resamples of the assays
 

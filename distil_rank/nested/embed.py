@@ -19,14 +19,14 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from distil_rank.distributed import Group, process_group
-from distil_rank.errors import InputError
+from distil_rank.core.devices import Group, process_group
+from distil_rank.core.errors import InputError
 from distil_rank.nested.chain import FILE, NestedChain
 from distil_rank.nested.stores import StoreRows, chain_models
 from distil_rank.proteins import embeddings
 from distil_rank.proteins.fasta import clean_proteins, read_fasta
 from distil_rank.proteins.store import INDEX, PROVENANCE, SCHEMA, EmbeddingStore, ShardWriter, shard_path
-from distil_rank.records import read_json, require_writable, sha256, write_json
+from distil_rank.core.records import read_json, require_writable, sha256, write_json
 
 ROWS = 4096  # rows mapped at a time
 

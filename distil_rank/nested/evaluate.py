@@ -10,8 +10,8 @@ from torch import Tensor
 
 from distil_rank.nested.chain import NestedChain
 from distil_rank.nested.rows import Rows, is_held_out
-from distil_rank.randomness import generator
-from distil_rank.records import interval
+from distil_rank.core.randomness import generator
+from distil_rank.core.records import interval
 
 DRAWS = 2000  # bootstrap resamples of the proteins
 

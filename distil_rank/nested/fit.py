@@ -23,8 +23,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from distil_rank.distributed import Group, process_group
-from distil_rank.errors import InputError
+from distil_rank.core.devices import Group, process_group
+from distil_rank.core.errors import InputError
 from distil_rank.nested.chain import NestedChain
 from distil_rank.nested.evaluate import held_out_scores
 from distil_rank.nested.regression import COMPONENTS, check_regression
@@ -34,7 +34,7 @@ from distil_rank.nested.single_pass import SinglePass, default_layers
 from distil_rank.nested.stores import Source, StoreRows, family_sources, named_sources, sample, store_provenance
 from distil_rank.proteins import embeddings
 from distil_rank.proteins.checkpoints import load_model
-from distil_rank.records import require_writable
+from distil_rank.core.records import require_writable
 
 MOMENTS, HELD_OUT = "moments.safetensors", "held_out.safetensors"
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.nested.ridge import RidgePath
 from distil_rank.proteins.fasta import AMINO_ACIDS, clean_sequence, read_fasta
-from distil_rank.randomness import generator
-from distil_rank.records import interval
+from distil_rank.core.randomness import generator
+from distil_rank.core.records import interval
 
 LONGEST = 600  # residues: longer proteins are left out, so that the probe stays short
 RARE = 10  # classes with fewer proteins in training are left out

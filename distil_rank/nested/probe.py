@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 from torch import Tensor
 
-from distil_rank.distributed import process_group
+from distil_rank.core.devices import process_group
 from distil_rank.nested import locations
 from distil_rank.nested.assays import SCHEMES, Assay, folds, one_hot, read_assays
 from distil_rank.nested.chain import FILE, NestedChain
@@ -36,8 +36,8 @@ from distil_rank.nested.single_pass import FILE as SINGLE_PASS
 from distil_rank.nested.single_pass import SinglePass
 from distil_rank.nested.stores import Loader, chain_models
 from distil_rank.nested.tables import SCHEMA, comparison_table
-from distil_rank.records import config_record, environment, read_json, require_writable, sha256, write_json
-from distil_rank.statistics.moments import Moments
+from distil_rank.core.records import config_record, environment, read_json, require_writable, sha256, write_json
+from distil_rank.core.moments import Moments
 
 ASSAY_SCHEMA = "distil-rank/nested-assay/1"
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distil_rank.errors import InputError
-from distil_rank.statistics.moments import Moments
+from distil_rank.core.errors import InputError
+from distil_rank.core.moments import Moments
 
 REGRESSIONS = ("ols", "ridge", "pcr")
 COMPONENTS = ("mp", "held-out")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distil_rank.nested.tables import POOL_WORDS, SCHEMA, stage_scores
-from distil_rank.records import read_json
+from distil_rank.core.records import read_json
 
 INK, PALE = "#22262b", "#9aa3ad"
 # one colour per kind in all panels

@@ -10,11 +10,11 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.nested.chain import NestedChain, offsets
 from distil_rank.nested.single_pass import SinglePass
 from distil_rank.nested.stage import fixed_signs
-from distil_rank.statistics.moments import Moments
+from distil_rank.core.moments import Moments
 
 
 @dataclass(frozen=True)

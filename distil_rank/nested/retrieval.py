@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 
 CHUNK = 65_536  # database rows compared at a time
 

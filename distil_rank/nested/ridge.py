@@ -18,8 +18,8 @@ import torch
 from scipy.linalg.lapack import dposv
 from torch import Tensor
 
-from distil_rank.errors import InputError
-from distil_rank.statistics.moments import symmetric_product
+from distil_rank.core.errors import InputError
+from distil_rank.core.moments import symmetric_product
 
 PENALTIES = torch.logspace(-8, 2, 21, dtype=torch.float64)  # in units of the mean squared norm of the centred rows
 

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distil_rank.errors import InputError
-from distil_rank.statistics.moments import Moments
+from distil_rank.core.errors import InputError
+from distil_rank.core.moments import Moments
 
 BATCH = 4096  # rows read at a time (whole proteins)
 SAVE_EVERY = 64  # batches between two checkpoints

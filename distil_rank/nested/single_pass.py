@@ -22,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.nested.chain import NestedChain
 from distil_rank.nested.regression import regress
-from distil_rank.statistics.moments import Moments, symmetric_product
+from distil_rank.core.moments import Moments, symmetric_product
 
 SCHEMA = "distil-rank/single-pass/1"
 FILE = "single_pass.safetensors"

@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.nested.regression import Fit, regress
-from distil_rank.statistics.moments import Moments
+from distil_rank.core.moments import Moments
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.nested.chain import NestedChain
 from distil_rank.proteins.checkpoints import FAMILIES, Loaded, load_model
 from distil_rank.proteins.fasta import read_fasta, write_fasta
 from distil_rank.proteins.store import EmbeddingStore, shard_path
-from distil_rank.randomness import generator
+from distil_rank.core.randomness import generator
 
 
 class StoreRows:

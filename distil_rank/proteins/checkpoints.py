@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.proteins.esm2 import ESM2, TOKENS
-from distil_rank.records import sha256
+from distil_rank.core.records import sha256
 
 
 class Member(NamedTuple):

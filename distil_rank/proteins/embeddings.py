@@ -32,8 +32,8 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from distil_rank.distributed import Group, process_group
-from distil_rank.errors import InputError
+from distil_rank.core.devices import Group, process_group
+from distil_rank.core.errors import InputError
 from distil_rank.proteins.checkpoints import Loaded, load_model, locate
 from distil_rank.proteins.esm2 import ESM2
 from distil_rank.proteins.fasta import Protein, clean_proteins, read_fasta
@@ -48,7 +48,7 @@ from distil_rank.proteins.store import (
     ShardWriter,
     shard_path,
 )
-from distil_rank.records import read_json, require_writable, write_json
+from distil_rank.core.records import read_json, require_writable, write_json
 
 
 @dataclass(frozen=True)

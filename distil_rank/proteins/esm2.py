@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 
 # fair-esm's "ESM-1b" alphabet, which ESM-2 uses: the id of a token is its place in this list.
 TOKENS = ("<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>")

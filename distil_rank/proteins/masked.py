@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from distil_rank.proteins.batching import batches, windows
 from distil_rank.proteins.esm2 import MASK, tokenise
 from distil_rank.proteins.fasta import AMINO_ACIDS
-from distil_rank.randomness import generator
-from distil_rank.records import interval
-from distil_rank.statistics.intervals import bootstrap_counts, percentile_interval
+from distil_rank.core.randomness import generator
+from distil_rank.core.records import interval
+from distil_rank.core.intervals import bootstrap_counts, percentile_interval
 
 if TYPE_CHECKING:
     from esm.model.esm2 import ESM2

@@ -17,13 +17,13 @@ from typing import Annotated, Any
 import tyro
 from torch import Tensor
 
-from distil_rank.distributed import Group, process_group
-from distil_rank.errors import InputError
+from distil_rank.core.devices import Group, process_group
+from distil_rank.core.errors import InputError
 from distil_rank.proteins.embedding_files import load_matrix
 from distil_rank.proteins.embedding_files import provenance as file_provenance
 from distil_rank.proteins.store import EmbeddingStore
-from distil_rank.records import require_writable, sha256
-from distil_rank.statistics.moments import Moments
+from distil_rank.core.records import require_writable, sha256
+from distil_rank.core.moments import Moments
 
 
 @dataclass(frozen=True)

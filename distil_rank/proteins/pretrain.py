@@ -25,11 +25,11 @@ import tyro
 from torch import Tensor
 from torch.nn import functional as F
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.proteins.esm2 import CLS, EOS, PAD, tokenise
 from distil_rank.proteins.fasta import clean_proteins, read_fasta
 from distil_rank.proteins.masked import logits_at, look_at_neighbours, mask, new_model, save_checkpoint, write_torch
-from distil_rank.randomness import generator
+from distil_rank.core.randomness import generator
 
 if TYPE_CHECKING:
     from esm.model.esm2 import ESM2

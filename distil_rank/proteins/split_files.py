@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from distil_rank.proteins.splits import cluster, split
 from distil_rank.proteins.store import EmbeddingStore
-from distil_rank.records import write_json
+from distil_rank.core.records import write_json
 
 IDENTITY = 0.3  # above it, proteins are near relatives (proteins/splits.py)
 

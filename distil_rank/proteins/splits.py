@@ -27,9 +27,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.proteins.fasta import Protein, write_fasta
-from distil_rank.randomness import generator
+from distil_rank.core.randomness import generator
 
 _CLASSES = ("LM", "IV", "KR", "EQ", "AST", "ND", "FY", "C", "G", "H", "P", "W")
 # which of the letters at these offsets make the word; shorter words are the beginnings of these

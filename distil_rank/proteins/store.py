@@ -27,8 +27,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from distil_rank.errors import InputError
-from distil_rank.records import read_json
+from distil_rank.core.errors import InputError
+from distil_rank.core.records import read_json
 
 SCHEMA = "distil-rank/embeddings/1"
 PROVENANCE, INDEX = "store.json", "index.sqlite"

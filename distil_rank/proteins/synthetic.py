@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from distil_rank.randomness import generator
+from distil_rank.core.randomness import generator
 
 DIM = 1280
 CUMULATED_VARIANCE = {0: 0.0, 10: 0.402, 20: 0.532, 50: 0.710, 99: 0.808, DIM: 1.0}  # of standardised features

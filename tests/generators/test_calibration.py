@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.generators.calibration import best_temperature, calibration, folded_mean, ratio_of_sums
 
 

@@ -6,7 +6,7 @@ import gzip
 import numpy as np
 import pytest
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.generators.data import (
     END,
     bpe_tokenizer,

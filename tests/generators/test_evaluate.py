@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from distil_rank.__main__ import main
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.generators import evaluate, generate, scores, structure
 from distil_rank.generators.data import Encoded, amino_acid_tokenizer, bpe_tokenizer, encode
 from distil_rank.generators.evaluate import Bed, compare, verdict

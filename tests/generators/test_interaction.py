@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.generators.interaction import CELLS, contrasts, detectable, t_interval
 
 RUN, CELL = 0.02, 0.008  # standard deviations of log perplexity: shared by the four cells of a run, and per cell

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.generators.loss import (
     Objective,
     distillation_sums,

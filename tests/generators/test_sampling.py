@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.generators import quality, sampling
 from distil_rank.generators.sampling import Sampler, choose, draw
 from tests.generators.conftest import toy_sequences

@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 
 from distil_rank import redraw
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.generators import evaluate, publish, report, runs, study, sweep, train
 from distil_rank.generators.fit import Schedule
 from distil_rank.generators.loss import Objective
 from distil_rank.generators.models import RATIO_THRESHOLDS, fresh, save
 from distil_rank.generators.paper import paper
-from distil_rank.layers.latency import threads
+from distil_rank.experiment.latency import threads
 from tests.generators.conftest import write_toy_fasta
 
 TOY = replace(

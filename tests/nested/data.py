@@ -2,7 +2,7 @@
 
 import torch
 
-from distil_rank.randomness import generator
+from distil_rank.core.randomness import generator
 
 
 def family(rows: int = 600, widths=(6, 10, 17), seed: int = 0, dtype=torch.float64, noise: float = 0.3):

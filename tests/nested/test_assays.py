@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.nested.assays import FOLDS, folds, mutate, one_hot, read_assay, read_assays
 from distil_rank.nested.compare import spearman
 from distil_rank.nested.ridge import RidgePath
 from distil_rank.proteins.fasta import AMINO_ACIDS
-from distil_rank.randomness import generator
+from distil_rank.core.randomness import generator
 
 WILD_TYPE = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGAEKAVQVKVK"
 

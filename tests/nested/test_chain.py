@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.nested.chain import NestedChain
 from distil_rank.nested.rows import TensorRows, joint_moments
-from distil_rank.statistics.moments import Moments
+from distil_rank.core.moments import Moments
 from tests import reference_nested as reference
 from tests.nested.data import family
 

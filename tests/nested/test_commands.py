@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.nested import embed, fit
 from distil_rank.nested.chain import NestedChain
 from distil_rank.nested.rows import joint_moments
@@ -19,8 +19,8 @@ from distil_rank.nested.stores import StoreRows
 from distil_rank.proteins import embeddings
 from distil_rank.proteins.fasta import AMINO_ACIDS, Protein, write_fasta
 from distil_rank.proteins.store import EmbeddingStore
-from distil_rank.randomness import generator
-from distil_rank.statistics.moments import Moments
+from distil_rank.core.randomness import generator
+from distil_rank.core.moments import Moments
 from tests.proteins import reference
 
 ROOT = Path(__file__).resolve().parents[2]

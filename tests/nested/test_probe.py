@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.nested import embed, fit, probe  # noqa: F401
 from distil_rank.nested.chain import NestedChain
 from distil_rank.nested.report import draw_summary
@@ -14,7 +14,7 @@ from distil_rank.nested.representations import representations
 from distil_rank.nested.rows import joint_moments
 from distil_rank.nested.tables import documentation
 from distil_rank.proteins.fasta import Protein, write_fasta
-from distil_rank.randomness import generator
+from distil_rank.core.randomness import generator
 from tests.nested.data import family
 from tests.nested.test_assays import WILD_TYPE, synthetic, write_assay
 from tests.nested.test_commands import config as fit_config

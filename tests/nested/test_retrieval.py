@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.nested.retrieval import truncate, two_stage_search
-from distil_rank.randomness import generator
+from distil_rank.core.randomness import generator
 
 
 def vectors():

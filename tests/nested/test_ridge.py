@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.nested.ridge import PENALTIES, RidgePath
-from distil_rank.randomness import generator
+from distil_rank.core.randomness import generator
 from tests.reference_nested import ridge_loop
 
 

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.nested.regression import PENALTIES, marchenko_pastur_edge
 from distil_rank.nested.stage import fit_stage, residual_covariance
-from distil_rank.randomness import generator
-from distil_rank.statistics.moments import Moments
+from distil_rank.core.randomness import generator
+from distil_rank.core.moments import Moments
 from tests import reference_nested as reference
 from tests.nested.data import family
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.proteins import checkpoints
 from distil_rank.proteins.checkpoints import FAMILIES, load_model
 from distil_rank.proteins.esm2 import tokenise
-from distil_rank.records import sha256
+from distil_rank.core.records import sha256
 from tests.proteins import reference
 from tests.proteins.test_esm2 import distance
 

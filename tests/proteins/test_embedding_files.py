@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.proteins.embedding_files import load_matrix, provenance
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from distil_rank.distributed import process_group
-from distil_rank.errors import InputError
+from distil_rank.core.devices import process_group
+from distil_rank.core.errors import InputError
 from distil_rank.proteins import embeddings, moments
 from distil_rank.proteins.batching import windows
 from distil_rank.proteins.embedding_files import load_matrix, provenance
@@ -21,7 +21,7 @@ from distil_rank.proteins.embeddings import Config, run
 from distil_rank.proteins.fasta import Protein, write_fasta
 from distil_rank.proteins.pooling import embed
 from distil_rank.proteins.store import EmbeddingStore
-from distil_rank.statistics.moments import Moments
+from distil_rank.core.moments import Moments
 from tests.conftest import ROOT
 from tests.proteins import reference
 

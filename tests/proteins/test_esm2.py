@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.proteins.checkpoints import load_model
 from distil_rank.proteins.esm2 import CLS, EOS, MASK, PAD, TOKENS, tokenise
 from distil_rank.proteins.pooling import embed

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.proteins.fasta import ALPHABET, Protein, clean_proteins, clean_sequence, read_fasta, write_fasta
 
 ODD = [

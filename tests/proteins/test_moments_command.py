@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.proteins import embeddings
 from distil_rank.proteins.moments import Config, run
 from distil_rank.proteins.store import EmbeddingStore
-from distil_rank.statistics.moments import Moments
+from distil_rank.core.moments import Moments
 from tests.proteins import reference
 
 

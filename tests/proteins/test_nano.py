@@ -13,7 +13,7 @@ from distil_rank.proteins.esm2 import tokenise
 from distil_rank.proteins.masked import load_checkpoint, masked_losses, new_model, perplexity
 from distil_rank.proteins.pretrain import Config
 from distil_rank.proteins.splits import related
-from distil_rank.records import ROOT, read_json, sha256
+from distil_rank.core.records import ROOT, read_json, sha256
 
 NAMES = [member.name for member in FAMILIES["nano"].values()]
 MODELS = ROOT / "models"

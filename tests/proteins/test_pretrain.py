@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.proteins import pretrain
 from distil_rank.proteins.checkpoints import load_model
 from distil_rank.proteins.esm2 import CLS, EOS, MASK, PAD, tokenise
 from distil_rank.proteins.fasta import AMINO_ACIDS, Protein, write_fasta
 from distil_rank.proteins.masked import logits_at, look_at_neighbours, mask, new_model, perplexity, save_checkpoint
 from distil_rank.proteins.pretrain import Config, batches, schedule, train
-from distil_rank.randomness import generator
+from distil_rank.core.randomness import generator
 
 
 def proteins(count: int, longest: int = 60, seed: int = 0) -> list[str]:

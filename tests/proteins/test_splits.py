@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.proteins import splits
 from distil_rank.proteins.fasta import AMINO_ACIDS, read_fasta
 from distil_rank.proteins.splits import cluster, related, split

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distil_rank.errors import InputError
+from distil_rank.core.errors import InputError
 from distil_rank.proteins.embeddings import Config, run
 from distil_rank.proteins.fasta import Protein, write_fasta
 from distil_rank.proteins.store import EmbeddingStore, ShardWriter, shard_path

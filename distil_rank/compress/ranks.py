@@ -1,0 +1,215 @@
+"""Ranks for many layers under one budget, with a Lagrange certificate of how good the choice is.
+
+Layer l at rank r loses importance_l * sum_{i>r} lambda_{l,i} and costs r (d_in + d_out) parameters; left dense it loses
+nothing and costs d_in d_out. `budget` minimises the total loss: it walks the lower convex hulls of all layers' (cost, loss)
+points by falling gain per parameter. For every multiplier mu >= 0
+
+    min_ranks loss(ranks)  >=  sum_l min_r [ loss_l(r) + mu cost_l(r) ] - mu budget        (weak duality)
+
+so the right-hand side certifies what no choice of ranks under the budget can beat. A layer whose factors would cost as much
+as the dense layer stays dense, whatever the method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from distil_rank.core.errors import InputError
+
+METHODS = ("uniform", "energy", "budget")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What the allocation needs of one layer."""
+
+    name: str
+    d_in: int
+    d_out: int
+    tails: np.ndarray  # sum_{i>r} lambda_i for r = 0 ... k (k + 1,): the loss at each rank
+    importance: float | None = None  # weight of its loss; None: 1 / variance, so that the sum is a sum of FVUs
+    rows: float = 1.0  # rows seen per token: scales the cost when the budget counts FLOPs
+    bytes: tuple[float, float] = (
+        1.0,
+        1.0,
+    )  # of a number in the factors and in the dense layer, when the budget counts bytes
+
+    @property
+    def rank_cost(self) -> float:
+        return (self.d_in + self.d_out) * self.rows * self.bytes[0]
+
+    @property
+    def dense_cost(self) -> float:
+        return self.d_in * self.d_out * self.rows * self.bytes[1]
+
+    @property
+    def limit(self) -> int:
+        """Largest rank whose factors are smaller than the dense layer; 0 where there is none."""
+        smaller = (self.d_in * self.d_out - 1) // (self.d_in + self.d_out)
+        return min(smaller, self.d_in, self.d_out, len(self.tails) - 1)
+
+    @property
+    def variance(self) -> float:
+        return float(self.tails[0])
+
+    @property
+    def losses(self) -> np.ndarray:
+        """Weighted loss at rank 0, 1, ... k."""
+        weight = self.importance
+        if weight is None:
+            weight = 1 / self.variance if self.variance > 0 else 0.0
+        return weight * self.tails
+
+    def cost(self, rank: int | None) -> float:
+        return self.dense_cost if rank is None else rank * self.rank_cost
+
+    def loss(self, rank: int | None) -> float:
+        return 0.0 if rank is None else float(self.losses[rank])
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Rank by layer name (None: dense), and how far from the best choice it can be."""
+
+    method: str
+    ranks: dict[str, int | None]
+    budget: float
+    cost: float
+    loss: float  # sum of the weighted losses
+    bound: float  # no choice of ranks under this budget loses less
+    multiplier: float  # loss saved by one more parameter
+
+    @property
+    def gap(self) -> float:
+        """Relative distance to the bound, 0 where the choice is proven best."""
+        return (self.loss - self.bound) / self.loss if self.loss > 0 else 0.0
+
+
+def allocate(layers: Sequence[Layer], budget: float, method: str = "budget") -> Allocation:
+    """Choose the rank of every layer so that the total cost stays within `budget`.
+
+    `uniform`: every layer keeps the same fraction of its parameters; `energy`: every layer has the same FVU; `budget`: the
+    total weighted loss is as small as the greedy walk makes it.
+    """
+    if method not in METHODS:
+        raise InputError(f"a method out of {', '.join(METHODS)} required, got {method!r}")
+    floor = sum(min(layer.rank_cost, layer.dense_cost) for layer in layers)
+    if budget < floor:
+        raise InputError(
+            f"a budget of at least {floor:.0f} (rank 1 everywhere) required, got {budget:.0f}; ask for less"
+        )
+    chosen = {"uniform": _uniform, "energy": _energy, "budget": _budget}[method](layers, budget)
+    cost = sum(layer.cost(r) for layer, r in zip(layers, chosen))
+    loss = sum(layer.loss(r) for layer, r in zip(layers, chosen))
+    bound, multiplier = dual_bound(layers, budget)
+    return Allocation(
+        method, {x.name: r for x, r in zip(layers, chosen)}, budget, cost, loss, min(bound, loss), multiplier
+    )
+
+
+def _uniform(layers: Sequence[Layer], budget: float) -> list[int | None]:
+    """The largest common fraction of parameters that fits."""
+    total = sum(layer.dense_cost for layer in layers)
+    if budget >= total:
+        return [None] * len(layers)
+
+    def ranks(fraction: float) -> list[int | None]:
+        return [
+            _usable(layer, int(fraction * layer.d_in * layer.d_out / (layer.d_in + layer.d_out))) for layer in layers
+        ]
+
+    return _largest(ranks, layers, budget)
+
+
+def _energy(layers: Sequence[Layer], budget: float) -> list[int | None]:
+    """The smallest common FVU that fits."""
+
+    def ranks(kept: float) -> list[int | None]:
+        return [_usable(layer, int((layer.tails > (1 - kept) * layer.variance).sum())) for layer in layers]
+
+    return _largest(ranks, layers, budget)
+
+
+def _usable(layer: Layer, rank: int) -> int | None:
+    """The rank, at least 1, or None (dense) where factors would not be smaller."""
+    return max(1, rank) if max(1, rank) <= layer.limit else None
+
+
+def _largest(ranks, layers: Sequence[Layer], budget: float) -> list[int | None]:
+    """Bisect the argument of `ranks` in [0, 1] for the largest cost within the budget."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        fits = sum(layer.cost(r) for layer, r in zip(layers, ranks(middle))) <= budget
+        low, high = (middle, high) if fits else (low, middle)
+    return ranks(low)
+
+
+def hull(layer: Layer) -> tuple[np.ndarray, np.ndarray, list[int | None]]:
+    """Lower convex hull of the layer's (cost, loss) choices: costs, losses, ranks (None: dense), by rising cost."""
+    dense = layer.dense_cost
+    if layer.limit < 1:
+        return np.array([dense]), np.array([0.0]), [None]
+    ranks = np.arange(1, layer.limit + 1)
+    costs, losses = ranks * layer.rank_cost, layer.losses[1 : layer.limit + 1]
+    slopes = losses / (
+        dense - costs
+    )  # of the step to dense; the curve is convex, so the hull leaves it where this is least
+    last = int(np.argmin(slopes))
+    costs, losses = np.append(costs[: last + 1], dense), np.append(losses[: last + 1], 0.0)
+    return costs, losses, [*map(int, ranks[: last + 1]), None]
+
+
+def _budget(layers: Sequence[Layer], budget: float) -> list[int | None]:
+    hulls = [hull(layer) for layer in layers]
+    steps = []  # (gain per cost, layer, step): within a layer gains fall, so sorting keeps its order
+    for index, (costs, losses, _) in enumerate(hulls):
+        gains = -np.diff(losses) / np.diff(costs) if len(costs) > 1 else np.zeros(0)
+        gains = np.minimum.accumulate(gains)  # rounding must not reorder the steps of one layer
+        steps += [(-gain, index, step) for step, gain in enumerate(gains)]
+    position = [0] * len(layers)
+    left = budget - sum(float(costs[0]) for costs, _, _ in hulls)
+    blocked: set[int] = set()
+    for _, index, step in sorted(steps):
+        costs = hulls[index][0]
+        price = float(costs[step + 1] - costs[step])
+        if index in blocked or price > left:
+            blocked.add(index)
+            continue
+        position[index] = step + 1
+        left -= price
+    chosen = [ranks[p] for (_, _, ranks), p in zip(hulls, position)]
+    for index in sorted(
+        blocked, key=lambda i: -layers[i].loss(chosen[i])
+    ):  # single ranks below an unaffordable dense step
+        rank = chosen[index]
+        if rank is not None:
+            extra = min(int(left // layers[index].rank_cost), layers[index].limit - rank)
+            chosen[index] = rank + extra
+            left -= extra * layers[index].rank_cost
+    return chosen
+
+
+def dual_bound(layers: Sequence[Layer], budget: float) -> tuple[float, float]:
+    """The best Lagrange lower bound on the loss under the budget, and its multiplier."""
+    hulls = [hull(layer)[:2] for layer in layers]
+    slopes = [-np.diff(losses) / np.diff(costs) for costs, losses in hulls]
+    breaks = np.unique(np.concatenate([*slopes, np.zeros(1)]))
+
+    def value(mu: float) -> tuple[float, float]:
+        best = [(losses + mu * costs).argmin() for costs, losses in hulls]
+        spent = sum(costs[i] for i, (costs, _) in zip(best, hulls))
+        return sum(losses[i] + mu * costs[i] for i, (costs, losses) in zip(best, hulls)) - mu * budget, spent
+
+    low, high = 0, len(breaks) - 1  # concave in mu, with slope (spent - budget): bisect for the sign change
+    while low < high:
+        middle = (low + high) // 2
+        if value(breaks[middle])[1] > budget:
+            low = middle + 1
+        else:
+            high = middle
+    candidates = [breaks[i] for i in (low - 1, low) if i >= 0]
+    return max((float(value(mu)[0]), float(mu)) for mu in candidates)

@@ -1,0 +1,44 @@
+"""Bad input ends in one sentence, not in a traceback."""
+
+import errno
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# what a disk or a folder refuses: the user's to cure, not a defect of the program
+_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used: says what was required, what came and what to do."""
+
+
+@contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """InputError becomes one line on standard error and exit status 2, Ctrl-C status 130."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _line(program, f"a writable disk required, got: {error.strerror}{where}; choose another")
+        raise SystemExit(2) from None
+    except InputError as error:
+        _line(program, str(error))
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\n{program}: interrupted; earlier results are untouched\n")
+        raise SystemExit(130) from None
+
+
+def _line(program: str, text: str) -> None:
+    sys.stderr.write(f"{program}: error: {' '.join(text.split())}\n")
+
+
+def at_least(minimum: float, **flags: float | None) -> None:
+    """InputError that names the first flag below `minimum`; flags that are None are not checked."""
+    for name, value in flags.items():
+        if value is not None and not value >= minimum:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} must be at least {minimum}, got {value}")

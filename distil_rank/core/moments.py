@@ -1,0 +1,150 @@
+"""Count, mean and centred second moments of a stream of vectors: all that the closed forms need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distil_rank.core.records import load_tensors, save_tensors
+
+SCHEMA = "distil-rank/moments/1"
+ROWS = 2048  # rows turned to float64 at a time, about: bounds the memory beside the (d, d) scatter
+BLOCK = 128  # columns per block of the symmetric product: only the upper triangle is computed
+
+
+class Moments:
+    """Streaming moments of vectors x (d,), in float64, mergeable across shards and machines.
+
+    `scatter` is sum_i w_i (x_i - mean)(x_i - mean)^T and `count` is sum_i w_i (the number of rows
+    where there are no weights). Batches are combined as in Chan, Golub and LeVeque (1983), so a
+    large mean costs no precision.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str = "cpu"):
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, got dim={dim}")
+        self.count = 0.0
+        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        self._upper = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    @classmethod
+    def of(cls, x: Tensor | Iterable[Tensor], weights: Tensor | None = None) -> Moments:
+        """Moments of the rows of x (n, d), or of a stream of such batches."""
+        if isinstance(x, Tensor):
+            return cls(x.shape[-1], x.device).update(x, weights)
+        batches = iter(x)
+        first = next(batches, None)
+        if first is None:
+            raise ValueError("moments need at least one batch, got an empty stream")
+        moments = cls(first.shape[-1], first.device).update(first)
+        for batch in batches:
+            moments.update(batch)
+        return moments
+
+    @property
+    def dim(self) -> int:
+        return self.mean.shape[0]
+
+    @property
+    def scatter(self) -> Tensor:
+        """Sum of centred outer products (d, d), symmetric."""
+        return mirrored(self._upper)
+
+    @property
+    def covariance(self) -> Tensor:
+        """Scatter divided by count (d, d): the population covariance of the rows seen."""
+        if self.count <= 0:
+            raise ValueError("covariance needs at least one row, got none")
+        return self.scatter / self.count
+
+    def update(self, x: Tensor, weights: Tensor | None = None) -> Moments:
+        """Add the rows of x (n, d), any float dtype; weights (n,) >= 0, 1 by default."""
+        if x.ndim != 2 or x.shape[1] != self.dim:
+            raise ValueError(f"rows of shape (n, {self.dim}) required, got {tuple(x.shape)}")
+        if weights is not None and (weights.shape != x.shape[:1] or not bool((weights >= 0).all())):
+            raise ValueError(
+                f"weights must be ({len(x)},) and non-negative, got {tuple(weights.shape)}"
+            )
+        pieces = max(1, round(len(x) / ROWS))
+        parts = [None] * pieces if weights is None else weights.tensor_split(pieces)
+        for piece, part in zip(x.tensor_split(pieces), parts):
+            rows = piece.to(self.mean.device, torch.float64)
+            w = None if part is None else part.to(rows)
+            count = float(len(rows)) if w is None else float(w.sum())
+            if count == 0:
+                continue
+            mean = rows.mean(0) if w is None else w @ rows / count
+            if not bool(mean.isfinite().all()):
+                bad = int((~rows.isfinite()).any(1).sum())
+                raise ValueError(
+                    f"finite values required, got NaN or infinity in {bad} of {len(rows)} rows"
+                )
+            rows = rows - mean
+            if w is not None:
+                rows *= w.sqrt()[:, None]
+            self._shift(count, mean)
+            add_upper_product(self._upper, rows.T, rows)
+        return self
+
+    def merge(self, other: Moments) -> Moments:
+        """Add the rows that `other` has seen."""
+        if other.dim != self.dim:
+            raise ValueError(f"moments of {self.dim} features required, got {other.dim}")
+        if other.count:
+            self._shift(other.count, other.mean.to(self.mean))
+            self._upper += other._upper.to(self._upper)
+        return self
+
+    def _shift(self, count: float, mean: Tensor) -> None:
+        """Move count and mean, and add the between-group term of the scatter."""
+        delta = mean - self.mean
+        total = self.count + count
+        if self.count:
+            self._upper.addr_(delta, delta, alpha=self.count * count / total)
+        self.mean = self.mean + delta * (count / total)
+        self.count = total
+
+    def state(self) -> dict[str, Tensor]:
+        count = torch.tensor(self.count, dtype=torch.float64)
+        return {"count": count, "mean": self.mean.cpu(), "scatter": self.scatter.cpu()}
+
+    def save(self, path: str | Path, **provenance: object) -> None:
+        """Write count, mean and scatter as safetensors, with provenance as JSON in the header."""
+        save_tensors(path, self.state(), SCHEMA, provenance=provenance)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Moments:
+        """Read moments written by `save`; InputError where the file is something else."""
+        return cls.from_state(load_tensors(path, SCHEMA, "moments")[0])
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> Moments:
+        """Moments from what `state` returned."""
+        moments = cls(len(state["mean"]))
+        moments.count, moments.mean, moments._upper = (
+            float(state["count"]),
+            state["mean"],
+            state["scatter"],
+        )
+        return moments
+
+
+def add_upper_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left (d, n) @ right (n, d), known to be symmetric, to the upper triangle of total."""
+    for start in range(0, len(total), BLOCK):
+        total[start : start + BLOCK, start:] += left[start : start + BLOCK] @ right[:, start:]
+
+
+def mirrored(upper: Tensor) -> Tensor:
+    """The symmetric matrix (d, d) with this upper triangle; what is below it is ignored."""
+    return upper.triu() + upper.triu(1).T
+
+
+def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
+    """left (d, n) @ right (n, d) known to be symmetric: half the work, exactly symmetric."""
+    product = left.new_zeros(len(left), len(left))
+    add_upper_product(product, left, right)
+    return mirrored(product)

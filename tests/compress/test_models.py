@@ -1,0 +1,212 @@
+"""Compressing whole models: exact at full rank, within budget, blind to padding, never slower, on every architecture."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from distil_rank.core.errors import InputError
+from distil_rank.compress.architectures import describe
+from distil_rank.compress.calibration import collect
+from distil_rank.core.lowrank import LowRankLinear
+from distil_rank.compress.models import compress_model
+from distil_rank.compress.sensitivity import layer_importance
+from distil_rank.compress.sites import find_sites, trace
+from tests.compress.small_models import KINDS, output, small_model, token_batches
+
+
+def students(model: nn.Module) -> dict[str, LowRankLinear]:
+    return {name: part for name, part in model.named_modules() if isinstance(part, LowRankLinear)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sequential", [False, True])
+def test_full_rank_equals_dense(kind, sequential):
+    model = small_model(kind)
+    batches = token_batches(model)
+    small, report = compress_model(model, batches, ranks=1000, never_slower=False, sequential=sequential)
+    assert len(students(small)) == sum(x.rank is not None for x in report.layers) >= 8
+    dense, compressed = output(model, batches[0]), output(small, batches[0])
+    assert float((dense - compressed).abs().max() / dense.abs().max()) < (1e-4 if sequential else 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ratio_is_kept_and_the_model_is_not_changed(kind):
+    model = small_model(kind)
+    before = copy.deepcopy(model.state_dict())
+    batches = token_batches(model)
+    small, report = compress_model(model, batches[:2], ratio=0.5, held_out=batches[2:])
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+    called = [x for x in report.layers if x.note != "not called in the forward pass"]
+    assert sum(x.parameters_after for x in called) <= 0.5 * sum(x.parameters for x in called)
+    assert report.parameters_after == sum(p.numel() for p in small.parameters()) < report.parameters
+    for layer in report.layers:
+        if layer.rank is not None:
+            assert layer.parameters_after < layer.parameters
+            assert layer.held_out_floor_fvu <= layer.held_out_fvu + 1e-7
+            assert students(small)[layer.name].rank == layer.rank
+
+
+def test_tied_uncalled_and_small_layers_stay_dense_and_the_report_says_so():
+    model = small_model("EsmForMaskedLM")
+    small, report = compress_model(model, token_batches(model), ratio=0.5)
+    names = {x.name: x for x in report.layers}
+    assert "lm_head.decoder" not in names  # tied to the embedding
+    assert names["esm.contact_head.regression"].note == "not called in the forward pass"
+    assert small.lm_head.decoder.weight is small.esm.embeddings.word_embeddings.weight
+    _, report = compress_model(model, token_batches(model), ranks=20)  # 20 (32 + 32) > 32 * 32
+    assert {x.note for x in report.layers if x.d_in == x.d_out == 32} == {"factors would not be smaller"}
+
+
+def test_gpt2_conv1d_layers_are_compressed():
+    model = small_model("GPT2LMHeadModel")
+    small, report = compress_model(model, token_batches(model), ratio=0.5)
+    assert all(".attn." in x.name or ".mlp." in x.name for x in report.layers)
+    assert any(x.d_out == 3 * x.d_in for x in report.layers)
+    assert small.lm_head.weight is small.transformer.wte.weight
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_does_not_count_and_start_and_end_do(kind):
+    """More padding on the right changes nothing, and moments count every token that the model reads."""
+    model = small_model(kind)
+    architecture = describe(model)
+    batches = token_batches(model, count=1)
+    tokens = batches[0] if torch.is_tensor(batches[0]) else batches[0]["input_ids"]
+    mask = None if torch.is_tensor(batches[0]) else batches[0]["attention_mask"].bool()
+    wide = nn.functional.pad(tokens, (0, 7), value=0 if architecture.causal else 1)
+    padded = [architecture.batch(wide, None if mask is None else nn.functional.pad(mask, (0, 7)))]
+    read = int(mask.sum()) if mask is not None else int((tokens != 1).sum())
+    assert read == int(architecture.residues(model, batches[0]).sum()) + 2 * len(tokens)
+    sites = find_sites(model, exclude=("*contact_head*", "*decoder*", "lm_head"))
+    (a,) = collect(model, batches, sites, trace(model, batches[0], sites))
+    (b,) = collect(model, padded, sites, trace(model, padded[0], sites))
+    for site in sites:
+        assert a[site.name].moments.count == b[site.name].moments.count == read
+        torch.testing.assert_close(a[site.name].moments.scatter, b[site.name].moments.scatter, rtol=1e-4, atol=1e-5)
+
+
+def test_start_and_end_are_served_as_residues_are():
+    """Three letters, start and end span five inputs of the first layer: rank 6 loses nothing, at any of them."""
+    model = small_model("fair-esm")
+    batches = [torch.tensor([[0, 5, 6, 7, 6, 5, 2], [0, 7, 7, 6, 5, 2, 1]])]
+    small, report = compress_model(model, batches, ranks=6, include=("layers.0.self_attn.?_proj",))
+    assert len(report.layers) == 3
+    with torch.no_grad():
+        expected, got = (m(batches[0])["logits"][batches[0] != 1] for m in (model, small))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_square_batches_are_not_transposed():
+    """fair-esm works on (T, B, d): with B = T only a trace can tell; the moments must equal those of the rows one by one."""
+    model = small_model("fair-esm")
+    (batch,) = token_batches(model, count=1, rows=14, length=14)
+    sites = find_sites(model, include=("layers.0.fc1",))
+    (square,) = collect(model, [batch], sites, trace(model, batch, sites))
+    (single,) = collect(model, [row[None] for row in batch], sites, trace(model, batch[:1], sites))
+    name = "layers.0.fc1"
+    assert square[name].moments.count == single[name].moments.count
+    torch.testing.assert_close(square[name].moments.mean, single[name].moments.mean, rtol=1e-5, atol=1e-6)
+
+
+def test_layer_groups_give_the_same_model_in_less_memory():
+    model = small_model("fair-esm")
+    batches = token_batches(model)
+    whole, _ = compress_model(model, batches, ratio=0.5)
+    parts, _ = compress_model(model, batches, ratio=0.5, memory=1)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), parts.state_dict().values()))
+
+
+def test_sequential_repairs_drift():
+    """Hidden states of the sequential model are closer to the dense ones on the calibration proteins."""
+    model = small_model("EsmForMaskedLM", layers=3)
+    batches = token_batches(model, count=4, rows=8, length=40)
+    errors = []
+    for sequential in (False, True):
+        small, _ = compress_model(model, batches, ratio=0.5, sequential=sequential)
+        errors.append(sum(float((output(small, b) - output(model, b)).square().sum()) for b in batches))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_importance_is_the_mean_squared_gradient():
+    model = small_model("fair-esm")
+    architecture = describe(model)
+    batches = token_batches(model)
+    name = "layers.1.fc2"
+    sites = find_sites(model, include=(name,))
+    found = layer_importance(model, batches, sites, trace(model, batches[0], sites), architecture.loss)
+    squares, rows = 0.0, 0
+    for batch in batches:
+        kept = []
+        layer = model.layers[1].fc2
+        handle = layer.register_forward_hook(lambda m, i, o, kept=kept: kept.append(o.requires_grad_()) or 1 * o)
+        with torch.enable_grad():
+            value = architecture.loss(model, batch)
+        (gradient,) = torch.autograd.grad(value, kept[-1:])
+        handle.remove()
+        mask = batch != 1
+        squares += float(gradient.transpose(0, 1)[mask].double().square().sum())
+        rows += int(mask.sum())
+    assert found[name] == pytest.approx(squares / rows / 32, rel=1e-4)
+
+
+def test_a_user_module_with_float_inputs():
+    class Mine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 40))
+            self.unused = nn.Linear(40, 40)
+
+        def forward(self, x):
+            return self.body(x)
+
+    torch.manual_seed(0)
+    model = Mine()
+    small, report = compress_model(model, [(torch.randn(50, 40),)], ratio=0.5)
+    assert small(torch.randn(3, 40)).shape == (3, 40)
+    assert [x.note for x in report.layers if x.name == "unused"] == ["not called in the forward pass"]
+    assert small.training and model.training  # modes are left as they were
+
+
+def test_two_runs_are_bit_equal():
+    model = small_model("GPT2LMHeadModel")
+    runs = [compress_model(model, token_batches(model), ratio=0.4, sequential=True)[0] for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0].state_dict().values(), runs[1].state_dict().values()))
+
+
+@pytest.mark.parametrize("method", ["uniform", "energy", "budget"])
+def test_flop_budget(method):
+    model = small_model("EsmModel")
+    _, report = compress_model(model, token_batches(model), ratio=0.6, method=method, unit="flops")
+    assert report.allocation["cost"] <= report.allocation["budget"]
+    assert report.allocation["bound"] <= report.allocation["loss"]
+
+
+def test_bad_input():
+    model = small_model("fair-esm")
+    batches = token_batches(model)
+    for arguments, message in (
+        ({"ratio": 0.0}, "ratio must be"),
+        ({"ratio": 1.5}, "ratio must be"),
+        ({"ratio": float("nan")}, "ratio must be"),
+        ({}, "exactly one of ratio and ranks"),
+        ({"ratio": 0.5, "method": "magic"}, "method"),
+        ({"ratio": 0.5, "unit": "miles"}, "unit"),
+        ({"ratio": 0.5, "include": ("nothing",)}, "pattern"),
+        ({"ratio": 0.001}, "budget"),
+        ({"ranks": 0}, "rank of at least 1"),
+        ({"ratio": 0.5, "prior": {"other": None}}, "prior moments"),
+    ):
+        with pytest.raises(InputError, match=message):
+            compress_model(model, batches, **arguments)
+    with pytest.raises(InputError, match="calibration batch"):
+        compress_model(model, [], ratio=0.5)
+    with pytest.raises(InputError, match="2 calibration tokens"):
+        compress_model(model, [torch.tensor([[0, 1, 1]])], ratio=0.5)
+    with pytest.raises(InputError, match="linear layer"):
+        compress_model(nn.Sequential(nn.ReLU()), [torch.randn(3, 4)], ratio=0.5)
+    broken = copy.deepcopy(model)
+    broken.layers[0].fc1.weight[0, 0] = float("nan")
+    with pytest.raises(InputError, match="finite activations required, layer layers"):
+        compress_model(broken, batches, ratio=0.5)

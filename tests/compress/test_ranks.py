@@ -1,0 +1,91 @@
+"""Rank allocation: within budget, never below its certificate, best against brute force."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distil_rank.core.errors import InputError
+from distil_rank.compress.ranks import METHODS, Layer, allocate
+
+
+def layer(name: str, d_in: int, d_out: int, seed: int, importance: float | None = None) -> Layer:
+    eigenvalues = np.sort(np.random.default_rng(seed).exponential(size=min(d_in, d_out)) ** 3)[::-1]
+    tails = np.append(np.cumsum(eigenvalues[::-1])[::-1], 0.0)
+    return Layer(name, d_in, d_out, tails, importance)
+
+
+def brute_force(layers: list[Layer], budget: float) -> float:
+    """The least loss over every choice of ranks, dense included."""
+    choices = [[*range(1, x.limit + 1), None] for x in layers]
+    return min(
+        sum(x.loss(r) for x, r in zip(layers, ranks))
+        for ranks in itertools.product(*choices)
+        if sum(x.cost(r) for x, r in zip(layers, ranks)) <= budget
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(st.integers(2, 14), st.integers(2, 14)), min_size=1, max_size=3),
+    ratio=st.floats(0.05, 1.2),
+    seed=st.integers(0, 1000),
+    method=st.sampled_from(METHODS),
+)
+def test_allocation_is_within_budget_and_never_below_its_certificate(shapes, ratio, seed, method):
+    layers = [layer(f"l{i}", *shape, seed + i) for i, shape in enumerate(shapes)]
+    floor = sum(min(x.rank_cost, x.dense_cost) for x in layers)
+    budget = max(ratio * sum(x.dense_cost for x in layers), floor)
+    found = allocate(layers, budget, method)
+    best = brute_force(layers, budget)
+    assert found.cost <= budget
+    assert all(r is None or 1 <= r <= x.limit for x, r in zip(layers, found.ranks.values()))
+    assert found.bound <= best + 1e-12 and best <= found.loss + 1e-12
+    if method == "budget":  # optimal up to the last step of the walk
+        step = max(float(np.max(-np.diff(x.losses), initial=0)) for x in layers)
+        dense_step = max(x.loss(x.limit) if x.limit else 0.0 for x in layers)
+        assert found.loss <= best + step + dense_step + 1e-12
+
+
+def test_budget_is_optimal_where_every_rank_costs_the_same():
+    layers = [layer(f"l{i}", 12, 12, i) for i in range(3)]
+    for budget in range(24 * 3, 24 * 9, 24):
+        assert allocate(layers, budget).loss == pytest.approx(brute_force(layers, budget), abs=1e-12)
+
+
+def test_budget_is_no_worse_than_uniform_and_energy():
+    layers = [layer(f"l{i}", d_in, d_out, i) for i, (d_in, d_out) in enumerate([(64, 64), (64, 256), (256, 64)] * 4)]
+    budget = 0.4 * sum(x.dense_cost for x in layers)
+    losses = {method: allocate(layers, budget, method) for method in METHODS}
+    assert losses["budget"].loss <= min(losses["uniform"].loss, losses["energy"].loss)
+    assert losses["budget"].gap < 0.01
+
+
+def test_energy_gives_equal_fvu_and_uniform_equal_fractions():
+    layers = [layer(f"l{i}", 128, 128, i) for i in range(4)]
+    budget = 0.5 * sum(x.dense_cost for x in layers)
+    ranks = allocate(layers, budget, "energy").ranks
+    fvu = [x.tails[ranks[x.name]] / x.variance for x in layers]
+    assert max(fvu) - min(fvu) < 0.01
+    assert set(allocate(layers, budget, "uniform").ranks.values()) == {32}
+
+
+def test_importance_moves_ranks():
+    layers = [layer("a", 32, 32, 0, importance=1.0), layer("b", 32, 32, 0, importance=100.0)]
+    ranks = allocate(layers, 32 * 32).ranks
+    assert ranks["b"] is None or ranks["b"] > ranks["a"]
+
+
+def test_a_full_budget_keeps_every_layer_dense():
+    layers = [layer("a", 16, 16, 0), layer("b", 16, 48, 1)]
+    for method in METHODS:
+        assert set(allocate(layers, sum(x.dense_cost for x in layers), method).ranks.values()) == {None}
+
+
+def test_bad_input():
+    with pytest.raises(InputError, match="at least"):
+        allocate([layer("a", 16, 16, 0)], 10)
+    with pytest.raises(InputError, match="method"):
+        allocate([layer("a", 16, 16, 0)], 100, "magic")

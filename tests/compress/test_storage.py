@@ -1,0 +1,176 @@
+"""Saved and loaded again: bit-equal, without pickle, on every architecture; dense exports; compiled and exported parity."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import distil_rank
+from distil_rank.core.errors import InputError
+from distil_rank.compress import storage
+from distil_rank.compress.architectures import describe
+from distil_rank.compress.dense_models import load_dense
+from distil_rank.compress.heads import compress_head
+from distil_rank.compress.models import compress_model
+from distil_rank.compress.quantise import quantise_model
+from tests.compress.small_models import KINDS, output, small_model, token_batches
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    first, second = a.state_dict(), b.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("int8", [False, True])
+def test_reloaded_models_are_bit_equal(kind, int8, tmp_path):
+    model = small_model(kind)
+    batches = token_batches(model)
+    small, _ = compress_model(model, batches, ratio=0.5)
+    if int8:
+        small, _ = quantise_model(small, batches)
+    storage.save(small, tmp_path / "small", describe(model), certificate={"any": 1}, readme="text")
+    state = torch.random.get_rng_state()
+    loaded = distil_rank.load(tmp_path / "small")
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert same(small, loaded)
+    assert torch.equal(output(small, batches[0]), output(loaded, batches[0]))
+    assert {f.name for f in (tmp_path / "small").iterdir()} == {
+        *("model.safetensors", "compressed.json", "certificate.json", "README.md")
+    }
+
+
+def test_tied_weights_stay_tied(tmp_path):
+    model = small_model("GPT2LMHeadModel")
+    small, _ = compress_model(model, token_batches(model), ratio=0.5)
+    storage.save(small, tmp_path / "small", describe(model))
+    loaded = distil_rank.load(tmp_path / "small")
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+@pytest.mark.parametrize("kind", ["EsmForMaskedLM", "EsmModel", "GPT2LMHeadModel"])
+def test_dense_export_runs_without_this_package(kind, tmp_path):
+    import transformers
+
+    model = small_model(kind)
+    batches = token_batches(model)
+    small, _ = compress_model(model, batches, ratio=0.5)
+    storage.save_merged(small, describe(model), tmp_path / "merged")
+    options = {"add_pooling_layer": False} if kind == "EsmModel" else {}
+    plain = getattr(transformers, kind).from_pretrained(tmp_path / "merged", **options).eval()
+    torch.testing.assert_close(output(plain, batches[0]), output(small, batches[0]), rtol=1e-5, atol=2e-5)
+    again, architecture = load_dense(str(tmp_path / "merged"))
+    assert (architecture.class_name == kind and same(plain, again)) or kind == "EsmModel"
+
+
+def test_fair_esm_has_no_dense_export(tmp_path):
+    model = small_model("fair-esm")
+    small, _ = compress_model(model, token_batches(model), ratio=0.5)
+    with pytest.raises(InputError, match="Hugging Face"):
+        storage.save_merged(small, describe(model), tmp_path / "merged")
+
+
+HEAD = nn.Sequential(
+    nn.Linear(40, 48), nn.GELU(), nn.LayerNorm(48), nn.Dropout(0.3), nn.Linear(48, 40), nn.Tanh(), nn.Linear(40, 3)
+)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("module", [HEAD, nn.Linear(40, 40, bias=False)])
+def test_reloaded_heads_are_bit_equal(module, int8, tmp_path):
+    x = torch.randn(100, 40, generator=torch.Generator().manual_seed(0))
+    small, certificate = compress_head(module.eval(), x, rank=8, int8=int8)
+    storage.save(small, tmp_path / "head", certificate=certificate)
+    loaded = distil_rank.load(tmp_path / "head")
+    assert same(small, loaded) and torch.equal(small(x), loaded(x))
+
+
+def test_a_user_class_is_loaded_into_an_instance(tmp_path):
+    class Mine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(40, 40)
+
+        def forward(self, x):
+            return self.body(x).relu()
+
+    model, x = Mine(), torch.randn(50, 40)
+    small, _ = compress_model(model, [(x,)], ratio=0.5)
+    storage.save(small, tmp_path / "mine")
+    with pytest.raises(InputError, match="model="):
+        distil_rank.load(tmp_path / "mine")
+    assert torch.equal(distil_rank.load(tmp_path / "mine", model=Mine())(x), small(x))
+
+
+def test_damaged_folders_are_refused(tmp_path):
+    model = small_model("fair-esm")
+    small, _ = compress_model(model, token_batches(model), ratio=0.5)
+    folder = tmp_path / "small"
+    with pytest.raises(InputError, match="compressed"):
+        distil_rank.load(folder)
+    storage.save(small, folder, describe(model))
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="readable"):
+        distil_rank.load(folder)
+    (folder / "model.safetensors").write_bytes(whole)
+    description = json.loads((folder / "compressed.json").read_text())
+    description["factors"]["layers.0.fc1"]["rank"] += 1
+    description["factors"].pop("layers.0.fc2")
+    (folder / "compressed.json").write_text(json.dumps(description))
+    with pytest.raises(InputError, match="weights of this"):
+        distil_rank.load(folder)
+
+
+def test_an_unwritable_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="writable"):
+        storage.save(nn.Linear(4, 4), tmp_path / "file" / "small")
+
+
+def test_other_files_in_the_folder_survive(tmp_path):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    storage.save(nn.Linear(4, 4), folder)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert [f.name for f in tmp_path.iterdir()] == ["small"]
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_traced_graphs_agree(int8):
+    """torch.compile without a C++ compiler: the traced graph gives the same numbers."""
+    x = torch.randn(20, 40, generator=torch.Generator().manual_seed(0))
+    small, _ = compress_head(HEAD.eval(), x, rank=8, int8=int8)
+    traced = torch.compile(small, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(traced(x), small(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_models_agree(kind):
+    model = small_model(kind)
+    batches = token_batches(model)
+    small, _ = compress_model(model, batches, ratio=0.5)
+    expected = output(small, batches[0])
+    small.compile()
+    torch.testing.assert_close(output(small, batches[0]), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_onnx_agrees(int8, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from distil_rank.compress.compress_head import export_onnx
+
+    x = torch.randn(20, 40, generator=torch.Generator().manual_seed(0))
+    small, _ = compress_head(HEAD.eval(), x, rank=8, int8=int8)
+    export_onnx(small, x[:2], tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    for rows in (x, x[:1]):
+        (found,) = session.run(None, {"x": rows.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), small(rows), rtol=1e-5, atol=1e-5)
+    assert [f.name for f in tmp_path.iterdir()] == ["model.onnx"]
