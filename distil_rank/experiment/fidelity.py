@@ -1,12 +1,14 @@
-"""How faithful a student is on held-out rows, with intervals; every cosine stands beside the constant's."""
+"""How faithful a student is on held-out rows, with intervals, and what no student can beat."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from distil_rank.core.records import interval
 from distil_rank.core.intervals import percentile_interval, t_interval, weighted_quantile
+from distil_rank.core.lowrank import Optimum, fractions, tails
+from distil_rank.core.records import Metric, interval
 
 WORST = 0.01  # the worst-1 % cosine is this quantile over rows: 99 % of proteins are above it
 HIGHER_IS_BETTER = {
@@ -34,13 +36,13 @@ class RowErrors:
 
 
 def fvu(outputs: Tensor, prediction: Tensor) -> float:
-    """FVU alone, of outputs and predictions (n, d_out) compared in the outputs' dtype: cheap on many rows."""
+    """FVU alone, of (n, d_out) compared in the outputs' dtype: cheap on many rows."""
     mse = torch.nn.functional.mse_loss(prediction.to(outputs), outputs)
     return float(mse / outputs.var(0, correction=0).mean())
 
 
 def row_errors(outputs: Tensor, prediction: Tensor) -> RowErrors:
-    """Compare predictions with the teacher's outputs, both (n, d_out); the mean is that of the outputs."""
+    """Compare predictions with the teacher's outputs (n, d_out), whose mean is the mean."""
     y, p = outputs.double(), prediction.double()
     mean = y.mean(0)
     return RowErrors(
@@ -53,10 +55,9 @@ def row_errors(outputs: Tensor, prediction: Tensor) -> RowErrors:
 
 
 def metric_draws(rows: RowErrors, counts: Tensor) -> dict[str, Tensor]:
-    """Each metric under each row of counts (draws, n) -> (draws,); a single row of ones gives the value itself."""
-    error, energy, variance, cosine, centred = (
-        counts @ torch.stack([rows.error, rows.energy, rows.variance, rows.cosine, rows.centred_cosine], 1)
-    ).T
+    """Each metric under each row of counts (draws, n) -> (draws,); one row of ones: its value."""
+    columns = [rows.error, rows.energy, rows.variance, rows.cosine, rows.centred_cosine]
+    error, energy, variance, cosine, centred = (counts @ torch.stack(columns, 1)).T
     n = counts.sum(1)
     return {
         "fvu": error / variance,
@@ -67,41 +68,98 @@ def metric_draws(rows: RowErrors, counts: Tensor) -> dict[str, Tensor]:
     }
 
 
-def summarise(
+def summarize(
     seeds: list[RowErrors], counts: Tensor, reference: list[RowErrors] | None = None
-) -> dict[str, dict[str, object]]:
-    """Metrics of one student over its seeds: mean, interval over rows and over seeds, value per seed.
+) -> dict[str, Any]:
+    """Metrics of one student over its seeds: mean, interval over rows and over seeds, each seed.
 
-    With a reference student, also the paired difference to it: same rows, same seeds, same bootstrap draws.
+    With a reference student, also the paired difference in FVU: same rows, seeds and draws.
     """
-    values, draws = _values_and_draws(seeds, counts)
-    summary: dict[str, dict[str, object]] = {}
-    for name, better in HIGHER_IS_BETTER.items():
-        low, high = percentile_interval(draws[name].mean(0))
-        per_seed = values[name].tolist()
-        summary[name] = interval(
-            float(values[name].mean()), low, high, better, seeds_interval=t_interval(per_seed), per_seed=per_seed
-        )
+    found = [_values_and_draws(rows, counts) for rows in seeds]
+    values, draws = (
+        {name: torch.stack([part[i][name] for part in found]) for name in HIGHER_IS_BETTER}
+        for i in range(2)
+    )
+    summary: dict[str, Any] = {
+        name: _metric(values[name], draws[name], better)
+        for name, better in HIGHER_IS_BETTER.items()
+    }
     if reference is not None:
-        reference_values, reference_draws = _values_and_draws(reference, counts)
-        difference = draws["fvu"] - reference_draws["fvu"]
-        low, high = percentile_interval(difference.mean(0))
-        by_seed = (values["fvu"] - reference_values["fvu"]).tolist()
-        summary["fvu_minus_optimum"] = interval(
-            float(torch.tensor(by_seed).double().mean()),
-            low,
-            high,
-            False,
-            seeds_interval=t_interval(by_seed),
-            per_seed=by_seed,
-        )
+        other = [_values_and_draws(rows, counts) for rows in reference]
+        by_seed = values["fvu"] - torch.stack([value["fvu"] for value, _ in other])
+        paired = draws["fvu"] - torch.stack([drawn["fvu"] for _, drawn in other])
+        summary["fvu_minus_optimum"] = _metric(by_seed, paired, False)
     return summary
 
 
-def _values_and_draws(seeds: list[RowErrors], counts: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Metrics per seed (seeds,) and per seed and draw (seeds, draws)."""
-    ones = counts.new_ones(1, counts.shape[1])
-    values = [metric_draws(rows, ones) for rows in seeds]
-    draws = [metric_draws(rows, counts) for rows in seeds]
-    stack = {name: torch.stack([d[name] for d in draws]).cpu() for name in HIGHER_IS_BETTER}
-    return {name: torch.cat([v[name] for v in values]).cpu() for name in HIGHER_IS_BETTER}, stack
+def _values_and_draws(rows: RowErrors, counts: Tensor) -> tuple[dict[str, Tensor], ...]:
+    """Metrics of one seed: each value () and each draw (draws,)."""
+    values = metric_draws(rows, counts.new_ones(1, counts.shape[1]))
+    draws = metric_draws(rows, counts)
+    return {k: v[0].cpu() for k, v in values.items()}, {k: v.cpu() for k, v in draws.items()}
+
+
+def _metric(per_seed: Tensor, draws: Tensor, higher_is_better: bool) -> Metric:
+    """From the value of each seed (seeds,) and the draws (seeds, draws)."""
+    low, high = percentile_interval(draws.mean(0))
+    values = per_seed.tolist()
+    mean = float(per_seed.mean())
+    more = {"seeds_interval": t_interval(values), "per_seed": values}
+    return interval(mean, low, high, higher_is_better, **more)
+
+
+def rank_curves(solution: Optimum, outputs: Tensor) -> dict[str, Tensor]:
+    """FVU of rank 0 ... k: of the optimum on its own and on held-out outputs, and the floor there.
+
+    And the optimum's mean cosine on the held-out outputs (n, d_out).
+    """
+    achieved, cosine = held_out_curve(solution, outputs)
+    floor = floor_curve(outputs)
+    return {"train_fvu": solution.fvu, "fvu": achieved, "floor_fvu": floor, "cosine": cosine}
+
+
+def held_out_curve(solution: Optimum, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """FVU and mean cosine of the optimum at rank 0 ... k on held-out outputs (n, d_out).
+
+    With y - m = sum_i z_i u_i (m the fitted output mean), the rank-r student outputs
+    m + sum_{i<=r} z_i u_i, so all ranks are cumulated sums over the columns of z = (y - m) U.
+    Two (k + 1,) float64.
+    """
+    m = solution.output_mean
+    y = outputs.to(m)
+    z = (y - m) @ solution.basis
+    u = solution.basis.T @ m
+    error = (y - m).square().sum() - _cumulated(z.square().sum(0, keepdim=True))[0]
+    inner = (y @ m)[:, None] + _cumulated(z * (z + u))
+    length = m.square().sum() + _cumulated(z * (z + 2 * u))
+    norms = (y.square().sum(1, keepdim=True) * length).clamp_min(1e-32).sqrt()
+    return error.clamp_min(0) / (y - y.mean(0)).square().sum(), (inner / norms).mean(0)
+
+
+def floor_curve(outputs: Tensor) -> Tensor:
+    """FVU that no student of rank 0 ... d_out can beat on these outputs (n, d_out); (d_out + 1,)"""
+    y = outputs.double()
+    curve = fractions(tails(gram_eigenvalues(y - y.mean(0)).clamp_min(0)))
+    return torch.cat([curve, curve.new_zeros(max(0, y.shape[1] + 1 - len(curve)))])
+
+
+def cosine_bound(outputs: Tensor, rank: int) -> float:
+    """No affine student of rank r has a mean cosine above this on these rows (n, d_out).
+
+    It is sqrt(sum_{i<=r+1} lambda_i(E y y^T / |y|^2)): outputs lie in r directions and the bias;
+    cos(y, y') is at most the length of y / |y| within that subspace, and by Jensen the mean length
+    is at most the root of the mean square.
+    """
+    y = torch.nn.functional.normalize(outputs.double(), dim=1)
+    return float((gram_eigenvalues(y)[: rank + 1].sum() / len(y)).clamp(0, 1).sqrt())
+
+
+def gram_eigenvalues(y: Tensor) -> Tensor:
+    """Eigenvalues of y^T y for rows y (n, d), the min(n, d) largest, descending."""
+    gram = y @ y.T if len(y) < y.shape[1] else y.T @ y
+    return torch.linalg.eigvalsh(gram).flip(0)
+
+
+def _cumulated(columns: Tensor) -> Tensor:
+    """Cumulated sums over columns (n, k), starting at 0: (n, k + 1)."""
+    return torch.cat([columns.new_zeros(len(columns), 1), columns.cumsum(1)], 1)

@@ -1,4 +1,4 @@
-"""Students trained by distillation: a truncated-SVD warm start, then AdamW on MSE + cosine_weight * (1 - cosine)."""
+"""Students by distillation: truncated-SVD warm start, AdamW on MSE + cosine_weight (1 - cosine)."""
 
 import math
 from collections.abc import Callable
@@ -19,17 +19,19 @@ class Recipe:
     weight_decay: float = 0.01
     warmup: float = 0.0  # share of the steps in which the learning rate rises linearly
     decay_lr: bool = False  # cosine schedule to zero instead of a constant learning rate
-    centre: bool = (
-        False  # train on x - mean x, where the factors need not carry the mean: same students, better conditioned
-    )
+    # train on x - mean x, where the factors need not carry the mean: same students, better
+    # conditioned
+    center: bool = False
 
     def lr_at(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
         rise = min(1.0, (step + 1) / (self.warmup * self.steps)) if self.warmup else 1.0
-        return self.lr * rise * (0.5 * (1 + math.cos(math.pi * step / self.steps)) if self.decay_lr else 1.0)
+        fall = 0.5 * (1 + math.cos(math.pi * step / self.steps)) if self.decay_lr else 1.0
+        return self.lr * rise * fall
 
 
 class Constant(nn.Module):
-    """The output (d_out,) every row gets when the input is ignored: what any cosine must be compared with."""
+    """One output (d_out,) for every row: what any cosine must be compared with."""
 
     def __init__(self, output: Tensor):
         super().__init__()
@@ -39,23 +41,23 @@ class Constant(nn.Module):
         return self.output.expand(len(x), -1)
 
 
-def distillation_loss(prediction: Tensor, target: Tensor, cosine_weight: float) -> tuple[Tensor, Tensor]:
-    """Loss (k,) of predictions (k, n, d) and its gradient by the prediction (k, n, d).
+def distillation_loss(p: Tensor, y: Tensor, cosine_weight: float) -> tuple[Tensor, Tensor]:
+    """Loss (k,) of predictions p (k, n, d) for targets y, and its gradient by p (k, n, d).
 
-    loss = mean (p - y)^2 + w * mean (1 - cos(p, y));  d(1 - cos)/dp = cos p / |p|^2 - y / (|p| |y|).
+    loss = mean (p - y)^2 + w mean (1 - cos(p, y));  d(1 - cos)/dp = cos p / |p|^2 - y / (|p| |y|).
     The norms are kept above 1e-8, as torch.nn.functional.cosine_similarity does.
     """
-    n, d = prediction.shape[-2:]
-    error = prediction - target
-    p2 = prediction.square().sum(-1, keepdim=True).clamp_min(1e-16)
-    norms = (p2 * target.square().sum(-1, keepdim=True).clamp_min(1e-16)).sqrt()
-    cosine = (prediction * target).sum(-1, keepdim=True) / norms
+    n, d = p.shape[-2:]
+    error = p - y
+    p2 = p.square().sum(-1, keepdim=True).clamp_min(1e-16)
+    norms = (p2 * y.square().sum(-1, keepdim=True).clamp_min(1e-16)).sqrt()
+    cosine = (p * y).sum(-1, keepdim=True) / norms
     loss = error.square().mean((-2, -1)) + cosine_weight * (1 - cosine).mean((-2, -1))
-    gradient = error.mul_(2 / (n * d)).addcmul_(prediction, cosine * (cosine_weight / n) / p2)
-    return loss, gradient.addcmul_(target, (-cosine_weight / n) / norms)
+    gradient = error.mul_(2 / (n * d)).addcmul_(p, cosine * (cosine_weight / n) / p2)
+    return loss, gradient.addcmul_(y, (-cosine_weight / n) / norms)
 
 
-def distil(
+def distill(
     x: Tensor,
     outputs: Tensor,
     A: Tensor,
@@ -65,28 +67,31 @@ def distil(
     batches: list[torch.Generator],
     on_step: Callable[[], object] = lambda: None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Train k students of one shape together, each on its own batches; the teachers' outputs are computed once.
+    """Train k students of one shape together, each on its own batches.
 
-    x (n, d_in), outputs (k, n, d_out), A (k, r, d_in), B (k, d_out, r), bias (k, d_out) -> the three trained, and the loss
-    of every step (k, steps) before its update: column 0 is the warm start's. The gradients are written out because they
-    are four lines; a test holds them against autograd.
+    x (n, d_in), the teachers' outputs (k, n, d_out), A (k, r, d_in), B (k, d_out, r), bias
+    (k, d_out) -> the three trained, and the loss of every step (k, steps) before its update:
+    column 0 is the warm start's. The gradients are written out because they are four lines; a test
+    holds them against autograd.
     """
-    mean = x.mean(0) if recipe.centre else torch.zeros_like(x[0])
+    mean = x.mean(0) if recipe.center else torch.zeros_like(x[0])
     A, B, b = A.clone(), B.clone(), (bias + (B @ (A @ mean)[..., None])[..., 0])[:, None]
     for parameter in (A, B, b):
         parameter.grad = torch.zeros_like(parameter)
-    optimiser = torch.optim.AdamW([A, B, b], lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    decay = recipe.weight_decay
+    optimizer = torch.optim.AdamW([A, B, b], lr=recipe.lr, weight_decay=decay, fused=True)
     losses = x.new_empty(len(A), recipe.steps)
     for step in range(recipe.steps):
-        optimiser.param_groups[0]["lr"] = recipe.lr_at(step)
+        optimizer.param_groups[0]["lr"] = recipe.lr_at(step)
         rows = [torch.randint(len(x), (recipe.batch,), generator=g).to(x.device) for g in batches]
         inputs = torch.stack([x[i] for i in rows]) - mean
         targets = torch.stack([y[i] for y, i in zip(outputs, rows)])
         hidden = torch.bmm(inputs, A.mT)
-        losses[:, step], gradient = distillation_loss(torch.baddbmm(b, hidden, B.mT), targets, recipe.cosine_weight)
+        predicted = torch.baddbmm(b, hidden, B.mT)
+        losses[:, step], gradient = distillation_loss(predicted, targets, recipe.cosine_weight)
         torch.bmm(gradient.mT, hidden, out=B.grad)
         torch.bmm(torch.bmm(gradient, B).mT, inputs, out=A.grad)
         torch.sum(gradient, 1, keepdim=True, out=b.grad)
-        optimiser.step()
+        optimizer.step()
         on_step()
     return A, B, b[:, 0] - (B @ (A @ mean)[..., None])[..., 0], losses
