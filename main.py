@@ -14,7 +14,6 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from distil_rank.core import records
 from distil_rank.core.devices import pick_device
 from distil_rank.core.errors import InputError, at_least, one_line_errors
 from distil_rank.core.intervals import bootstrap_counts
@@ -23,14 +22,15 @@ from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.lowrank import optimum, refit_bias, smallest_rank, truncated_svd
 from distil_rank.core.moments import Moments
 from distil_rank.core.randomness import generator
-from distil_rank.core.records import Record, sha256, shown_path
+from distil_rank.core.records import Record, atomic_files, require_writable, write_json
 from distil_rank.core.tables import framed
 from distil_rank.core.weights import load_layer
 from distil_rank.experiment import report
+from distil_rank.experiment.data import load_pair
 from distil_rank.experiment.fidelity import cosine_bound, fvu, rank_curves, row_errors, summarize
 from distil_rank.experiment.students import Constant, Recipe, distill
+from distil_rank.experiment.summary import familiar_keys, passport, plotted
 from distil_rank.experiment.teachers import random_teacher, spectral_teacher, task_trained_teachers
-from distil_rank.proteins.embedding_files import load_matrix, provenance
 from distil_rank.proteins.synthetic import synthetic_embeddings
 
 ROOT = Path(__file__).resolve().parent
@@ -71,6 +71,7 @@ SYNTHETIC_NOTICE = (
 CONSTANT, SVD, SVD_BIAS = "constant (mean output)", "truncated SVD", "truncated SVD, bias refitted"
 PLAIN_DISTILLED, DISTILLED = "distilled, plain recipe", "distilled"
 OPTIMUM, FLOOR = "optimum", "floor (held out)"
+Layers = list[nn.Linear]  # one a seed
 Students = dict[str, list[nn.Module]]  # by label, one a seed
 
 
@@ -82,19 +83,11 @@ def load_data(config: Config) -> tuple[Tensor, Tensor, Record]:
         n_train, n_val = (1500, 500) if config.quick else (4000, 1000)
         x, x_val = synthetic_embeddings(n_train, 0, "train"), synthetic_embeddings(n_val, 0, "val")
         return x, x_val, {"source": SYNTHETIC, "model": None, "sha256": None, "files": None}
-    x, x_val = (load_matrix(path).float() for path in paths)
-    known = provenance(paths[0])
-    about = {
-        "source": config.source or known.get("source") or shown_path(paths[0]),
-        "model": config.embedding_model or known.get("model"),
-        "sha256": {"train": sha256(paths[0]), "val": sha256(paths[1])},
-        "files": [shown_path(path) for path in paths],
-    }
-    return x, x_val, about
+    return load_pair(*paths, config.source, config.embedding_model)
 
 
 # 3. Teachers --------------------------------------------------------------------------------------
-def make_teachers(config: Config, x: Tensor, user: nn.Linear | None) -> dict[str, list[nn.Linear]]:
+def make_teachers(config: Config, x: Tensor, user: nn.Linear | None) -> dict[str, Layers]:
     """Each teacher once a seed; of the user's own layer only the students' batches differ."""
     dim, seeds = x.shape[1], list(range(config.seeds))
     teachers = {
@@ -109,7 +102,7 @@ def make_teachers(config: Config, x: Tensor, user: nn.Linear | None) -> dict[str
 
 # 4. Students --------------------------------------------------------------------------------------
 def make_students(
-    name: str, teachers: list[nn.Linear], x: Tensor, x_val: Tensor, rank: int, steps: int, bar: tqdm
+    name: str, teachers: Layers, x: Tensor, x_val: Tensor, rank: int, steps: int, bar: tqdm
 ) -> tuple[Students, dict[str, Tensor], dict[str, Tensor]]:
     """Fit every student on the training rows; only the floor sees the held-out ones.
 
@@ -150,7 +143,12 @@ def make_students(
 
 # 5. Fidelity on held-out rows ---------------------------------------------------------------------
 def measure(
-    students: Students, teachers: list[nn.Linear], x: Tensor, x_val: Tensor, rank: int, draws: Tensor
+    students: Students,
+    teachers: Layers,
+    x: Tensor,
+    x_val: Tensor,
+    rank: int,
+    draws: Tensor,
 ) -> tuple[dict[str, Record], Record]:
     """Every metric of every student, paired with the optimum; and the bound on any cosine."""
     outputs = [(teacher(x), teacher(x_val)) for teacher in teachers]
@@ -186,7 +184,7 @@ def run(config: Config) -> tuple[Record, Record]:
     x, x_val, data = load_data(config)
     user = None if config.teacher is None else load_layer(config.teacher, config.key)
     rank = max(1, x.shape[1] // 20) if config.rank is None else config.rank
-    check_data(x, x_val, user, rank)
+    check_shapes(x.shape[1], user, rank)
     if data["source"] == SYNTHETIC:
         print(framed(*SYNTHETIC_NOTICE))
     x, x_val = x.to(device), x_val.to(device)
@@ -197,40 +195,35 @@ def run(config: Config) -> tuple[Record, Record]:
     total = 2 * len(teachers) * config.steps
     with tqdm(total=total, desc="distilling", unit="step", disable=None, leave=False) as bar:
         for name, layers in teachers.items():
-            found = make_students(name, layers, x, x_val, rank, config.steps, bar)
-            students, losses, by_seed = found
-            measured, bound = measure(students, layers, x, x_val, rank, draws)
-            teacher, student, shape = layers[0], students[DISTILLED][0], layers[0].weight.shape
+            arguments = layers, x, x_val, rank
+            students, losses, by_seed = make_students(name, *arguments, config.steps, bar)
+            measured, bound = measure(students, *arguments, draws)
+            teacher, student = layers[0], students[DISTILLED][0]
+            shape = teacher.weight.shape
             if shape not in timings:  # latency depends on the shape alone
-                arguments = inputs, config.rounds, config.threads
-                timings[shape] = compare_latency(teacher, student, *arguments)
+                limits = config.rounds, config.threads
+                timings[shape] = compare_latency(teacher, student, inputs, *limits)
+            svd, distilled, best = (measured[label] for label in (SVD, DISTILLED, OPTIMUM))
             curve = {key: values.mean(0) for key, values in by_seed.items()}
-            record = {
+            experiments[name] = {
+                **familiar_keys(svd, distilled, timings[shape], teacher, student),
                 "students": measured,
+                "verdict": report.verdict(distilled["fvu_minus_optimum"], best["fvu"]),
                 "cosine_bound": bound,
                 "rank_for_fvu": ranks_for_fvu(curve),
                 "latency": timings[shape],
             }
-            experiments[name] = familiar_keys(record, teacher, student) | record
-            spectrum = torch.linalg.svdvals(teacher.weight)
-            curves[name] = plotted(curve, losses, spectrum)
+            curves[name] = plotted(curve, losses, teacher.weight)
     head = {
         "real_data": data["source"] != SYNTHETIC,
         "target_rank": rank,
         "input_dim": x.shape[1],
         "data": data | {"n_train": len(x), "n_val": len(x_val), "dim": x.shape[1]},
     }
-    recipes = {PLAIN_DISTILLED: asdict(PLAIN), DISTILLED: asdict(IMPROVED)}
-    timed = [f"experiments.*.{key}" for key in TIMED]
-    passport = {
-        "seeds": list(range(config.seeds)),
-        "config": records.config_record(config),
-        "recipes": recipes,
-        "environment": records.environment(device),
-        "machine_dependent": ["environment", *timed],
-    }
-    summary = {"schema": report.SCHEMA} | head | {"experiments": experiments} | passport
-    return summary, {"schema": report.CURVES_SCHEMA} | head | {"experiments": curves}
+    made = passport(config, {PLAIN_DISTILLED: asdict(PLAIN), DISTILLED: asdict(IMPROVED)}, device)
+    seeds = list(range(config.seeds))
+    summary = {"schema": report.SCHEMA, **head, "seeds": seeds, "experiments": experiments, **made}
+    return summary, {"schema": report.CURVES_SCHEMA, **head, "experiments": curves}
 
 
 # 7. What the user may ask for ---------------------------------------------------------------------
@@ -253,12 +246,8 @@ def check(config: Config) -> Config:
     return replace(config, out=out, **few)
 
 
-def check_data(x: Tensor, x_val: Tensor, user: nn.Linear | None, rank: int) -> None:
-    """Rows and the user's layer must fit one another, and the rank every layer."""
-    dim = x.shape[1]
-    if x_val.shape[1] != dim:
-        found = f"{dim} and {x_val.shape[1]} features"
-        raise InputError(f"train and val of one width required, got {found}")
+def check_shapes(dim: int, user: nn.Linear | None, rank: int) -> None:
+    """The user's layer must take these embeddings, and the rank must fit every layer."""
     if user is not None and user.in_features != dim:
         raise InputError(f"a teacher of {dim} inputs required, got one of {user.in_features}")
     limit = min(dim, dim if user is None else user.out_features)
@@ -270,11 +259,11 @@ def main(arguments: list[str] | None = None) -> None:
     config = tyro.cli(Config, prog="python main.py", description=__doc__, args=arguments)
     with one_line_errors("main.py"):
         config = check(config)
-        out = records.require_writable(config.out or "")
+        out = require_writable(config.out or "")
         summary, curves = run(config)
-        with records.atomic_files(out) as folder:  # the three files change together, at the end
-            records.write_json(folder / report.CURVES, curves)
-            records.write_json(folder / report.SUMMARY, summary)
+        with atomic_files(out) as folder:  # the three files change together, at the end
+            write_json(folder / report.CURVES, curves)
+            write_json(folder / report.SUMMARY, summary)
             report.draw(folder)
         print(report.closing_table(summary))
         print(f"written: {out}/{report.SUMMARY}, {report.CURVES}, {report.PNG}")
