@@ -18,7 +18,7 @@ def mse(weight: Tensor, bias: Tensor, A: Tensor, B: Tensor, b: Tensor, x: Tensor
 
 
 def best_low_rank_by_pinv(weight: Tensor, x: Tensor, rank: int) -> Tensor:
-    """Rank-r M minimising E|y - M x|^2 on centred rows, by pseudo-inverse regression and the SVD of the fit."""
+    """Rank-r M minimizing E|y - M x|^2 on centered rows: pinv regression, SVD of the fit."""
     x = x - x.mean(0)
     y = x @ weight.T
     regression = torch.linalg.pinv(x) @ y
@@ -28,19 +28,22 @@ def best_low_rank_by_pinv(weight: Tensor, x: Tensor, rank: int) -> Tensor:
 
 def combined_loss(prediction: Tensor, target: Tensor, weight: float) -> Tensor:
     """MSE + weight (1 - cosine), by torch's own functions."""
-    return F.mse_loss(prediction, target) + weight * (1 - F.cosine_similarity(prediction, target, dim=-1)).mean()
+    return (
+        F.mse_loss(prediction, target)
+        + weight * (1 - F.cosine_similarity(prediction, target, dim=-1)).mean()
+    )
 
 
-def distil_one(x, y, A, B, b, steps, batch, lr, weight_decay, cosine_weight, generator):
+def distill_one(x, y, A, B, b, steps, batch, lr, weight_decay, cosine_weight, generator):
     """One student, one plain loop with autograd."""
     A, B, b = (t.clone().requires_grad_() for t in (A, B, b))
-    optimiser = torch.optim.AdamW([A, B, b], lr=lr, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW([A, B, b], lr=lr, weight_decay=weight_decay)
     losses = []
     for _ in range(steps):
         rows = torch.randint(len(x), (batch,), generator=generator)
         loss = combined_loss(F.linear(F.linear(x[rows], A), B, b), y[rows], cosine_weight)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     return A.detach(), B.detach(), b.detach(), losses

@@ -44,17 +44,19 @@ class Constant(nn.Module):
 def distillation_loss(p: Tensor, y: Tensor, cosine_weight: float) -> tuple[Tensor, Tensor]:
     """Loss (k,) of predictions p (k, n, d) for targets y, and its gradient by p (k, n, d).
 
-    loss = mean (p - y)^2 + w mean (1 - cos(p, y));  d(1 - cos)/dp = cos p / |p|^2 - y / (|p| |y|).
-    The norms are kept above 1e-8, as torch.nn.functional.cosine_similarity does.
+    loss = mean (p - y)^2 + w mean (1 - cos(p, y)), where 1 - cos = |e|^2 / 2 with e = p/|p| - y/|y|
+    does not cancel near 0, and d(1 - cos)/dp = (e - (1 - cos) p/|p|) / |p|. The norms are kept
+    above 1e-8, as torch.nn.functional.cosine_similarity does.
     """
     n, d = p.shape[-2:]
+    length = p.norm(dim=-1, keepdim=True).clamp_min(1e-8)
+    unit = p / length
+    apart = unit - y / y.norm(dim=-1, keepdim=True).clamp_min(1e-8)
+    distance = apart.square().sum(-1, keepdim=True) / 2
     error = p - y
-    p2 = p.square().sum(-1, keepdim=True).clamp_min(1e-16)
-    norms = (p2 * y.square().sum(-1, keepdim=True).clamp_min(1e-16)).sqrt()
-    cosine = (p * y).sum(-1, keepdim=True) / norms
-    loss = error.square().mean((-2, -1)) + cosine_weight * (1 - cosine).mean((-2, -1))
-    gradient = error.mul_(2 / (n * d)).addcmul_(p, cosine * (cosine_weight / n) / p2)
-    return loss, gradient.addcmul_(y, (-cosine_weight / n) / norms)
+    loss = error.square().mean((-2, -1)) + cosine_weight * distance.mean((-2, -1))
+    angular = apart.addcmul_(unit, distance, value=-1).div_(length)
+    return loss, error.mul_(2 / (n * d)).add_(angular, alpha=cosine_weight / n)
 
 
 def distill(

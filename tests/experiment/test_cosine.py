@@ -22,7 +22,9 @@ def test_it_lowers_the_combined_loss_of_the_plain_optimum():
     x, weight, bias, y = problem()
     A, B, b, losses = cosine_aware_optimum(weight, bias, y, 4, cosine_weight=5.0)
     found = reference.combined_loss(x @ A.T @ B.T + b, y, 5.0)
-    plain = reference.combined_loss(optimum(weight, bias, Moments.of(x)).student(4)(x).detach(), y, 5.0)
+    plain = reference.combined_loss(
+        optimum(weight, bias, Moments.of(x)).student(4)(x).detach(), y, 5.0
+    )
     assert float(found) < float(plain)
     assert (losses == sorted(losses, reverse=True) and losses[-1] == float(found)) or abs(
         losses[-1] - float(found)
@@ -32,7 +34,9 @@ def test_it_lowers_the_combined_loss_of_the_plain_optimum():
 def test_without_a_cosine_term_it_is_the_plain_optimum():
     x, weight, bias, y = problem()
     A, B, b, _ = cosine_aware_optimum(weight, bias, y, 4, cosine_weight=0.0)
-    torch.testing.assert_close(x @ A.T @ B.T + b, optimum(weight, bias, Moments.of(x)).student(4)(x).detach())
+    torch.testing.assert_close(
+        x @ A.T @ B.T + b, optimum(weight, bias, Moments.of(x)).student(4)(x).detach()
+    )
 
 
 def test_it_is_a_stationary_point_within_its_second_order_approximation():
@@ -57,7 +61,9 @@ def test_no_student_passes_the_cosine_bound_and_it_is_nearly_reached():
     for rank in (2, 12):
         bound = cosine_bound(y, rank)
         student = optimum(weight, bias, Moments.of(x)).student(rank)
-        optimiser = torch.optim.LBFGS(student.parameters(), max_iter=40, line_search_fn="strong_wolfe")
+        optimiser = torch.optim.LBFGS(
+            student.parameters(), max_iter=40, line_search_fn="strong_wolfe"
+        )
 
         def closure(student=student, optimiser=optimiser):
             optimiser.zero_grad()

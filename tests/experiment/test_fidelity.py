@@ -18,17 +18,28 @@ def test_metrics_are_their_definitions(outputs, source):
     y, p = (t.double() for t in outputs)
     metrics = summarise([row_errors(*outputs)], bootstrap_counts(80, 50, source))
     mean = y.mean(0)
-    assert metrics["fvu"]["value"] == pytest.approx(float((p - y).square().sum() / (y - mean).square().sum()))
-    assert metrics["relative_mse"]["value"] == pytest.approx(float((p - y).square().sum() / y.square().sum()))
+    assert metrics["fvu"]["value"] == pytest.approx(
+        float((p - y).square().sum() / (y - mean).square().sum())
+    )
+    assert metrics["relative_mse"]["value"] == pytest.approx(
+        float((p - y).square().sum() / y.square().sum())
+    )
     cosine = torch.cosine_similarity(y, p)
     assert metrics["cosine"]["value"] == pytest.approx(float(cosine.mean()))
     assert metrics["centred_cosine"]["value"] == pytest.approx(
         float(torch.cosine_similarity(y - mean, p - mean).mean())
     )
-    assert metrics["worst_1pct_cosine"]["value"] == float(cosine.min())  # 1 % of 80 rows is the first
-    assert {name: metrics[name]["higher_is_better"] for name in HIGHER_IS_BETTER} == HIGHER_IS_BETTER
+    assert metrics["worst_1pct_cosine"]["value"] == float(
+        cosine.min()
+    )  # 1 % of 80 rows is the first
+    assert {
+        name: metrics[name]["higher_is_better"] for name in HIGHER_IS_BETTER
+    } == HIGHER_IS_BETTER
     for name in HIGHER_IS_BETTER:
-        assert metrics[name]["low"] <= metrics[name]["value"] <= metrics[name]["high"] or name == "worst_1pct_cosine"
+        assert (
+            metrics[name]["low"] <= metrics[name]["value"] <= metrics[name]["high"]
+            or name == "worst_1pct_cosine"
+        )
 
 
 def test_the_perfect_and_the_constant_student(outputs, source):
@@ -56,7 +67,9 @@ def test_pairing_makes_the_difference_far_more_certain_than_its_parts(outputs, s
 
 def test_seeds_are_averaged_and_listed(outputs, source):
     y, p = outputs
-    metrics = summarise([row_errors(y, p), row_errors(y, p + 0.1)], bootstrap_counts(80, 50, source))["fvu"]
+    metrics = summarise(
+        [row_errors(y, p), row_errors(y, p + 0.1)], bootstrap_counts(80, 50, source)
+    )["fvu"]
     assert metrics["value"] == pytest.approx(sum(metrics["per_seed"]) / 2)
     low, high = metrics["seeds_interval"]
     assert low < metrics["value"] < high

@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distil_rank.core.lowrank import truncated_svd
-from distil_rank.experiment.students import Recipe, distil, distillation_loss
 from distil_rank.core.randomness import generator
+from distil_rank.experiment.students import Recipe, distill, distillation_loss
 from tests import reference
 
 
@@ -15,6 +15,10 @@ def problem(k: int = 3, n: int = 60, d_in: int = 10, d_out: int = 8, rank: int =
     weights = torch.randn(k, d_out, d_in, generator=g, dtype=torch.float64)
     A, B = (torch.stack(f) for f in zip(*(truncated_svd(w, rank) for w in weights)))
     return x, x @ weights.mT, A, B, torch.zeros(k, d_out, dtype=torch.float64)
+
+
+def batches(seeds: int = 3):
+    return [generator(seed, "batches") for seed in range(seeds)]
 
 
 @settings(max_examples=30, deadline=None)
@@ -30,49 +34,53 @@ def test_the_written_gradient_is_autograds(seed, weight):
     torch.testing.assert_close(gradient, expected)
 
 
+@pytest.mark.parametrize("error", [1e-1, 1e-3, 1e-5])
+def test_the_loss_does_not_cancel_in_float32(source, error):
+    """A student next to its teacher, both nearly one vector, as on variants of one protein."""
+    y = torch.randn(1, 1, 320, generator=source) + 1e-3 * torch.randn(1, 64, 320, generator=source)
+    p = y + error * torch.randn(1, 64, 320, generator=source)
+    found, gradient = distillation_loss(p, y, 1.0)
+    expected, exact = distillation_loss(p.double(), y.double(), 1.0)
+    assert float(found) > 0
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=0)
+    assert (gradient - exact).norm() < 0.02 * exact.norm()
+
+
 def test_training_together_is_training_alone_with_a_plain_loop():
     x, outputs, A, B, b = problem()
     recipe = Recipe(steps=30, batch=16)
-    together = distil(x, outputs, A, B, b, recipe, [generator(s, "batches") for s in range(3)])
+    options = recipe.lr, recipe.weight_decay, recipe.cosine_weight
+    together = distill(x, outputs, A, B, b, recipe, batches())
     for i in range(3):
-        alone = reference.distil_one(
-            x,
-            outputs[i],
-            A[i],
-            B[i],
-            b[i],
-            30,
-            16,
-            recipe.lr,
-            recipe.weight_decay,
-            recipe.cosine_weight,
-            generator(i, "batches"),
-        )
-        for found, expected in zip(together[:3], alone[:3]):
+        start = A[i], B[i], b[i], recipe.steps, recipe.batch
+        *alone, losses = reference.distill_one(x, outputs[i], *start, *options, batches()[i])
+        for found, expected in zip(together, alone):
             torch.testing.assert_close(found[i], expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(together[3][i], torch.tensor(alone[3], dtype=torch.float64), rtol=1e-4, atol=1e-6)
+        expected = torch.tensor(losses, dtype=torch.float64)
+        torch.testing.assert_close(together[3][i], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_step_0_is_the_warm_start_and_the_start_is_left_alone():
     x, outputs, A, B, b = problem()
     before = A.clone(), B.clone(), b.clone()
-    *_, losses = distil(x, outputs, A, B, b, Recipe(steps=1, batch=20), [generator(s, "batches") for s in range(3)])
+    *_, losses = distill(x, outputs, A, B, b, Recipe(steps=1, batch=20), batches())
     for i in range(3):
         rows = torch.randint(len(x), (20,), generator=generator(i, "batches"))
-        expected = reference.combined_loss(x[rows] @ A[i].T @ B[i].T + b[i], outputs[i][rows], 0.1)
+        start = x[rows] @ A[i].T @ B[i].T + b[i]
+        expected = reference.combined_loss(start, outputs[i][rows], 0.1)
         torch.testing.assert_close(losses[i, 0], expected)
     assert all(torch.equal(old, new) for old, new in zip(before, (A, B, b)))
 
 
-def test_centring_changes_the_path_and_not_the_student():
+def test_centering_changes_the_path_and_not_the_student():
     x, outputs, A, B, b = problem()
-    batches = lambda: [generator(s, "batches") for s in range(3)]  # noqa: E731
-    x = x + 5
-    outputs = outputs + 1
-    runs = [distil(x, outputs, A, B, b, Recipe(steps=2, centre=c), batches()) for c in (False, True)]
-    torch.testing.assert_close(runs[0][3][:, 0], runs[1][3][:, 0])
-    still = distil(x, outputs, A, B, b, Recipe(steps=1, centre=True, lr=0.0, weight_decay=0.0), batches())
-    for found, start in zip(still[:3], (A, B, b)):
+    x, outputs = x + 5, outputs + 1
+    recipes = [Recipe(steps=2, center=center) for center in (False, True)]
+    plain, centered = (distill(x, outputs, A, B, b, recipe, batches())[3] for recipe in recipes)
+    torch.testing.assert_close(plain[:, 0], centered[:, 0])
+    recipe = Recipe(steps=1, center=True, lr=0.0, weight_decay=0.0)
+    still = distill(x, outputs, A, B, b, recipe, batches())
+    for found, start in zip(still, (A, B, b)):
         torch.testing.assert_close(found, start)
 
 
@@ -85,10 +93,8 @@ def test_the_learning_rate_rises_then_falls_to_zero():
 
 def test_training_lowers_the_loss_and_two_runs_are_bit_equal():
     x, outputs, A, B, b = problem()
-    runs = []
-    for _ in range(2):
-        batches = [generator(seed, "batches") for seed in range(3)]
-        runs.append(distil(x, outputs, A, B, b, Recipe(steps=200, decay_lr=True), batches))
+    recipe = Recipe(steps=200, decay_lr=True)
+    runs = [distill(x, outputs, A, B, b, recipe, batches()) for _ in range(2)]
     assert all(torch.equal(first, second) for first, second in zip(*runs))
     losses = runs[0][3]
     assert bool((losses[:, -20:].mean(1) < losses[:, 0]).all())

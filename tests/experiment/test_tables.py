@@ -19,7 +19,8 @@ def test_a_cosine_shows_its_distance_to_one(value, shown):
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"), [(0.20351, "0.2035"), (1.0, "1.0000"), (1447.81, "1447.8"), (5.3e-5, "5.3e-05"), (0, "0.0000")]
+    ("value", "shown"),
+    [(0.20351, "0.2035"), (1.0, "1.0000"), (1447.81, "1447.8"), (5.3e-5, "5.3e-05"), (0, "0.0000")],
 )
 def test_numbers_of_one_column_compare(value, shown):
     assert number(value) == shown
@@ -31,9 +32,20 @@ def test_numbers_of_one_column_compare(value, shown):
 )
 def test_the_verdict_follows_the_interval(low, high, words):
     sentence = verdict({"value": (low + high) / 2, "low": low, "high": high}, {"value": 0.2})
-    assert words in sentence and ("times the optimum's 0.2000" in sentence) == (words != "cannot be told apart")
+    assert words in sentence and ("times the optimum's 0.2000" in sentence) == (
+        words != "cannot be told apart"
+    )
 
 
 def test_a_table_is_aligned_markdown():
-    assert markdown([["a", "b"], ["xx", "1.5"]]).splitlines() == ["| a  |   b |", "|----|----:|", "| xx | 1.5 |"]
-    assert framed("one", "three").splitlines() == ["+-------+", "| one   |", "| three |", "+-------+"]
+    assert markdown([["a", "b"], ["xx", "1.5"]]).splitlines() == [
+        "| a  |   b |",
+        "|----|----:|",
+        "| xx | 1.5 |",
+    ]
+    assert framed("one", "three").splitlines() == [
+        "+-------+",
+        "| one   |",
+        "| three |",
+        "+-------+",
+    ]

@@ -4,7 +4,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from distil_rank.core.errors import InputError
-from distil_rank.experiment.teachers import load_teacher, random_teacher, spectral_teacher, task_trained_teachers
+from distil_rank.experiment.teachers import (
+    load_teacher,
+    random_teacher,
+    spectral_teacher,
+    task_trained_teachers,
+)
 from distil_rank.core.randomness import generator
 
 
@@ -39,7 +44,10 @@ def test_task_trained_teacher_is_adam_on_the_denoising_loss(source):
     (fast,) = task_trained_teachers(x, [0], steps=20)
     slow = nn.Linear(6, 6)
     slow.load_state_dict(random_teacher(6, 0).state_dict())
-    optimiser, draws = torch.optim.Adam(slow.parameters(), lr=1e-3), generator(0, "task-trained teacher")
+    optimiser, draws = (
+        torch.optim.Adam(slow.parameters(), lr=1e-3),
+        generator(0, "task-trained teacher"),
+    )
     for _ in range(20):
         rows, noise = torch.randint(50, (64,), generator=draws), torch.randn(64, 6, generator=draws)
         optimiser.zero_grad()
