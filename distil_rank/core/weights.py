@@ -1,13 +1,12 @@
 """Tensors, state dicts and linear layers from files. Nothing is unpickled beyond tensors."""
 
 import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from distil_rank.core.errors import InputError
@@ -44,15 +43,9 @@ def read_tensors(path: str | Path) -> object:
             f"plain tensors required in {path}, got a pickle, which was not executed:"
             f" {str(error).splitlines()[0]}"
         ) from None
-    except (OSError, ValueError, TypeError, RuntimeError, EOFError) as error:
-        raise _unreadable(path, error) from None
-    except (SafetensorError, zipfile.BadZipFile) as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: Exception) -> InputError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return InputError(f"a readable {path.suffix} file required, got {path}: {reason}")
+    except Exception as error:  # bytes of another kind fail in any way: text even with a KeyError
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"a readable {path.suffix} file required, got {path}: {reason}") from None
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:

@@ -1,19 +1,14 @@
 """Embedding matrices (n proteins, d features) from files: .pt, .npy, .npz (key X) and .safetensors."""
 
 import json
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distil_rank.core.errors import InputError
-
-SUFFIXES = (".pt", ".npy", ".npz", ".safetensors")
+from distil_rank.core.weights import read_tensors
 
 
 def load_matrix(path: str | Path) -> Tensor:
@@ -42,35 +37,6 @@ def load_matrix(path: str | Path) -> Tensor:
             f"finite values required in {path}, got NaN or infinity in {bad} of {len(x)} rows; remove them"
         )
     return x if x.dtype == torch.float64 else x.float()
-
-
-def read_tensors(path: str | Path) -> Any:
-    """What a .pt, .npy, .npz or .safetensors file holds: a tensor, or a dict of them.
-
-    Nothing is unpickled: a pickle that is more than tensors is refused, never executed.
-    """
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"a file ending in {', '.join(SUFFIXES)} required, got {path}")
-    if not path.is_file():
-        raise InputError(f"an existing file required, got {path}; check the path")
-    try:
-        if path.suffix == ".pt":
-            return torch.load(path, map_location="cpu", weights_only=True)
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as tensors:
-                return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 - not a dict
-        with open(path, "rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                return torch.from_numpy(loaded)
-            return {key: torch.from_numpy(loaded[key]) for key in loaded.files if key == "X" or len(loaded.files) == 1}
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"plain tensors required in {path}, got a pickle, which was not executed: {reason}") from None
-    except (OSError, ValueError, TypeError, RuntimeError, EOFError, SafetensorError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"a readable {path.suffix} file required, got {path}: {reason}") from None
 
 
 def provenance(path: str | Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 import torch
+from distil_rank.experiment.cosine import cosine_aware_optimum, cosine_bound
 
 from distil_rank import LowRankLinear, Moments
-from distil_rank.experiment.cosine import cosine_aware_optimum, cosine_bound
 from distil_rank.core.lowrank import optimum
 from tests import reference
 

@@ -1,11 +1,11 @@
 import pytest
 import torch
+from distil_rank.experiment.rank_curve import floor_curve, held_out_curve
 
 from distil_rank import Moments
-from distil_rank.experiment.fidelity import HIGHER_IS_BETTER, row_errors, summarise
-from distil_rank.core.lowrank import optimum
-from distil_rank.experiment.rank_curve import floor_curve, held_out_curve
 from distil_rank.core.intervals import bootstrap_counts
+from distil_rank.core.lowrank import optimum
+from distil_rank.experiment.fidelity import HIGHER_IS_BETTER, row_errors, summarise
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
 import pytest
-
 from distil_rank.experiment.tables import cosine_text, framed, markdown, number, verdict
 
 
