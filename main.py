@@ -19,7 +19,7 @@ from distil_rank.core.errors import InputError, at_least, one_line_errors
 from distil_rank.core.intervals import bootstrap_counts
 from distil_rank.core.latency import compare_latency
 from distil_rank.core.linear import LowRankLinear
-from distil_rank.core.lowrank import optimum, refit_bias, smallest_rank, truncated_svd
+from distil_rank.core.lowrank import optimum, refit_bias, truncated_svd
 from distil_rank.core.moments import Moments
 from distil_rank.core.randomness import generator
 from distil_rank.core.records import Record, atomic_files, require_writable, write_json
@@ -29,7 +29,7 @@ from distil_rank.experiment import report
 from distil_rank.experiment.data import load_pair
 from distil_rank.experiment.fidelity import cosine_bound, fvu, rank_curves, row_errors, summarize
 from distil_rank.experiment.students import Constant, Recipe, distill
-from distil_rank.experiment.summary import familiar_keys, passport, plotted
+from distil_rank.experiment.summary import familiar_keys, header, passport, plotted, ranks_for
 from distil_rank.experiment.teachers import random_teacher, spectral_teacher, task_trained_teachers
 from distil_rank.proteins.synthetic import synthetic_embeddings
 
@@ -78,12 +78,13 @@ Students = dict[str, list[nn.Module]]  # by label, one a seed
 # 2. Data ------------------------------------------------------------------------------------------
 def load_data(config: Config) -> tuple[Tensor, Tensor, Record]:
     """Training and held-out embeddings in float32, and what is known about them."""
-    paths = [config.train or ROOT / "embeddings_train.pt", config.val or ROOT / "embeddings_val.pt"]
-    if config.synthetic or (config.train is None and not any(path.exists() for path in paths)):
+    train = config.train or ROOT / "embeddings_train.pt"
+    val = config.val or ROOT / "embeddings_val.pt"
+    if config.synthetic or not (config.train or train.exists() or val.exists()):
         n_train, n_val = (1500, 500) if config.quick else (4000, 1000)
         x, x_val = synthetic_embeddings(n_train, 0, "train"), synthetic_embeddings(n_val, 0, "val")
         return x, x_val, {"source": SYNTHETIC, "model": None, "sha256": None, "files": None}
-    return load_pair(*paths, config.source, config.embedding_model)
+    return load_pair(train, val, config.source, config.embedding_model)
 
 
 # 3. Teachers --------------------------------------------------------------------------------------
@@ -107,7 +108,7 @@ def make_students(
     """Fit every student on the training rows; only the floor sees the held-out ones.
 
     Returns the students, the loss of every distillation step (seeds, steps) and the curves over
-    all ranks (seeds, d + 1).
+    all ranks (d + 1,), averaged over seeds.
     """
     moments, held_out = Moments.of(x), Moments.of(x_val)
     weights = [t.weight.detach() for t in teachers]
@@ -123,13 +124,12 @@ def make_students(
         SVD: [LowRankLinear(A, B, c) for (A, B), c in zip(svd, biases)],
         SVD_BIAS: [LowRankLinear(A, B, c) for (A, B), c in zip(svd, refitted)],
     }
-    start = [torch.stack(factors) for factors in zip(*svd)]
+    A, B = (torch.stack(factors) for factors in zip(*svd))
     losses = {}
     for label, recipe, bias in ((PLAIN_DISTILLED, PLAIN, biases), (DISTILLED, IMPROVED, refitted)):
         batches = [generator(seed, "batches", name) for seed in range(len(teachers))]  # the same
-        initial = *start, torch.stack(bias)
-        recipe = replace(recipe, steps=steps)
-        *trained, losses[label] = distill(x, outputs, *initial, recipe, batches, bar.update)
+        start, recipe = (A, B, torch.stack(bias)), replace(recipe, steps=steps)
+        *trained, losses[label] = distill(x, outputs, start, recipe, batches, bar.update)
         students[label] = [LowRankLinear(*parts) for parts in zip(*trained)]
 
     # the closed form, and the curve over all ranks from the same eigendecomposition
@@ -138,7 +138,8 @@ def make_students(
     floors = [optimum(w, c, held_out, rank) for w, c in zip(weights, biases)]
     students[FLOOR] = [floor.student(rank) for floor in floors]
     curves = [rank_curves(solution, t(x_val)) for solution, t in zip(solutions, teachers)]
-    return students, losses, {key: torch.stack([c[key] for c in curves]) for key in curves[0]}
+    mean_curve = {key: torch.stack([c[key] for c in curves]).mean(0) for key in curves[0]}
+    return students, losses, mean_curve
 
 
 # 5. Fidelity on held-out rows ---------------------------------------------------------------------
@@ -170,12 +171,6 @@ def measure(
     return measured, {"value": mean, "per_seed": bounds, "higher_is_better": True}
 
 
-def ranks_for_fvu(curve: dict[str, Tensor]) -> Record:
-    """The smallest rank that reaches each target, by the curves averaged over seeds (d + 1,)."""
-    kinds = ("train_fvu", "fvu", "floor_fvu")
-    return {f"{t:.2f}": {k: smallest_rank(curve[k], t) for k in kinds} for t in FVU_TARGETS}
-
-
 # 6. The whole experiment --------------------------------------------------------------------------
 @torch.no_grad()
 def run(config: Config) -> tuple[Record, Record]:
@@ -184,7 +179,7 @@ def run(config: Config) -> tuple[Record, Record]:
     x, x_val, data = load_data(config)
     user = None if config.teacher is None else load_layer(config.teacher, config.key)
     rank = max(1, x.shape[1] // 20) if config.rank is None else config.rank
-    check_shapes(x.shape[1], user, rank)
+    check_layer(x, user, rank)
     if data["source"] == SYNTHETIC:
         print(framed(*SYNTHETIC_NOTICE))
     x, x_val = x.to(device), x_val.to(device)
@@ -196,7 +191,7 @@ def run(config: Config) -> tuple[Record, Record]:
     with tqdm(total=total, desc="distilling", unit="step", disable=None, leave=False) as bar:
         for name, layers in teachers.items():
             arguments = layers, x, x_val, rank
-            students, losses, by_seed = make_students(name, *arguments, config.steps, bar)
+            students, losses, curve = make_students(name, *arguments, config.steps, bar)
             measured, bound = measure(students, *arguments, draws)
             teacher, student = layers[0], students[DISTILLED][0]
             shape = teacher.weight.shape
@@ -204,22 +199,16 @@ def run(config: Config) -> tuple[Record, Record]:
                 limits = config.rounds, config.threads
                 timings[shape] = compare_latency(teacher, student, inputs, *limits)
             svd, distilled, best = (measured[label] for label in (SVD, DISTILLED, OPTIMUM))
-            curve = {key: values.mean(0) for key, values in by_seed.items()}
             experiments[name] = {
                 **familiar_keys(svd, distilled, timings[shape], teacher, student),
                 "students": measured,
                 "verdict": report.verdict(distilled["fvu_minus_optimum"], best["fvu"]),
                 "cosine_bound": bound,
-                "rank_for_fvu": ranks_for_fvu(curve),
+                "rank_for_fvu": ranks_for(FVU_TARGETS, curve),
                 "latency": timings[shape],
             }
             curves[name] = plotted(curve, losses, teacher.weight)
-    head = {
-        "real_data": data["source"] != SYNTHETIC,
-        "target_rank": rank,
-        "input_dim": x.shape[1],
-        "data": data | {"n_train": len(x), "n_val": len(x_val), "dim": x.shape[1]},
-    }
+    head = header(data, x, x_val, rank)
     made = passport(config, {PLAIN_DISTILLED: asdict(PLAIN), DISTILLED: asdict(IMPROVED)}, device)
     seeds = list(range(config.seeds))
     summary = {"schema": report.SCHEMA, **head, "seeds": seeds, "experiments": experiments, **made}
@@ -242,14 +231,18 @@ def check(config: Config) -> Config:
     if not config.quick:
         return replace(config, out=out)
     seeds, steps = min(config.seeds, 2), min(config.steps, 100)
-    few = {"seeds": seeds, "steps": steps, "teacher_steps": 50, "bootstrap": 200, "rounds": 20}
-    return replace(config, out=out, **few)
+    few = replace(config, out=out, seeds=seeds, steps=steps, teacher_steps=50)
+    return replace(few, bootstrap=200, rounds=20)
 
 
-def check_shapes(dim: int, user: nn.Linear | None, rank: int) -> None:
+def check_layer(x: Tensor, user: nn.Linear | None, rank: int) -> None:
     """The user's layer must take these embeddings, and the rank must fit every layer."""
+    dim = x.shape[1]
     if user is not None and user.in_features != dim:
         raise InputError(f"a teacher of {dim} inputs required, got one of {user.in_features}")
+    outputs = None if user is None else user(x.to(user.weight))
+    if outputs is not None and bool((outputs == outputs[0]).all()):
+        raise InputError("a teacher whose output varies required, got a constant; check --key")
     limit = min(dim, dim if user is None else user.out_features)
     if not 1 <= rank <= limit:
         raise InputError(f"--rank must be between 1 and {limit} for these layers, got {rank}")

@@ -6,18 +6,51 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 import main
-from distil_rank.experiment import report
 from distil_rank.core.records import ROOT
-from tests.compress.test_fidelity import HIGHER_IS_BETTER
+from distil_rank.experiment import report
+from distil_rank.experiment.fidelity import HIGHER_IS_BETTER
 
-SMALL = ["--steps", "40", "--teacher-steps", "20", "--seeds", "2", "--rounds", "3", "--bootstrap", "50"]
-FAMILIAR = ["svd_cosine", "svd_rel_mse", "student_cosine", "student_rel_mse", "cosine_improvement", "mse_reduction"]
-FAMILIAR += ["latency_teacher_ms", "latency_student_ms", "speedup", "params_teacher", "params_student", "compression"]
+SMALL = [
+    "--steps",
+    "40",
+    "--teacher-steps",
+    "20",
+    "--seeds",
+    "2",
+    "--rounds",
+    "3",
+    "--bootstrap",
+    "50",
+]
+FAMILIAR = [
+    "svd_cosine",
+    "svd_rel_mse",
+    "student_cosine",
+    "student_rel_mse",
+    "cosine_improvement",
+    "mse_reduction",
+    "latency_teacher_ms",
+    "latency_student_ms",
+    "speedup",
+    "params_teacher",
+    "params_student",
+    "compression",
+]
+STUDENTS = {
+    main.CONSTANT,
+    main.SVD,
+    main.SVD_BIAS,
+    main.PLAIN_DISTILLED,
+    main.DISTILLED,
+    main.OPTIMUM,
+    main.FLOOR,
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +66,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
-    main.main([*data, *SMALL, "--rank", "3", "--batch", "7", "--out", str(folder)])
+    main.main([*data, *SMALL, "--rank", "3", "--latency-batches", "7", "--out", str(folder)])
     return folder
 
 
@@ -51,14 +84,15 @@ def test_every_familiar_key_is_there(results):
         students = experiment["students"]
         assert experiment["student_cosine"] == students[main.DISTILLED]["cosine"]["value"]
         assert experiment["svd_rel_mse"] == students[main.SVD]["relative_mse"]["value"]
-        assert experiment["cosine_improvement"] == experiment["student_cosine"] - experiment["svd_cosine"]
-        assert experiment["compression"] == experiment["params_teacher"] / experiment["params_student"]
+        gain = experiment["student_cosine"] - experiment["svd_cosine"]
+        assert experiment["cosine_improvement"] == gain
+        ratio = experiment["params_teacher"] / experiment["params_student"]
+        assert experiment["compression"] == ratio
         assert [row["batch"] for row in experiment["latency"]] == [1, 7, 32, 512]
-        assert set(students) == {main.CONSTANT, main.SVD, main.SVD_BIAS, main.PLAIN_DISTILLED, main.DISTILLED,
-                                 main.OPTIMUM, main.COSINE_AWARE, main.FLOOR}  # fmt: skip
+        assert set(students) == STUDENTS
+        fields = {"value", "low", "high", "higher_is_better", "per_seed", "seeds_interval"}
         for metrics in students.values():
-            for name in HIGHER_IS_BETTER:
-                assert {"value", "low", "high", "higher_is_better", "per_seed", "seeds_interval"} <= set(metrics[name])
+            assert all(fields <= set(metrics[name]) for name in HIGHER_IS_BETTER)
     assert {"schema", "config", "data", "seeds", "environment", "machine_dependent"} <= set(summary)
     assert summary["data"]["n_train"] == 200 and len(summary["data"]["sha256"]["val"]) == 64
 
@@ -68,20 +102,24 @@ def test_no_student_is_below_the_floor_and_the_optimum_leads_on_training_rows(re
         students = experiment["students"]
         floors = students[main.FLOOR]["fvu"]["per_seed"]
         for label, metrics in students.items():
-            assert all(v >= f * (1 - 1e-6) for v, f in zip(metrics["fvu"]["per_seed"], floors)), label
+            assert all(v >= f * (1 - 1e-6) for v, f in zip(metrics["fvu"]["per_seed"], floors)), (
+                label
+            )
             for best, other in zip(students[main.OPTIMUM]["train_fvu"], metrics["train_fvu"]):
                 assert best <= other * (1 + 1e-5), label
             assert metrics["cosine"]["value"] <= experiment["cosine_bound"]["value"] + 1e-9
 
 
 def test_curves_agree_with_the_summary(results):
-    summary, curves = summary_of(results), json.loads((results / "distil_rank_curves.json").read_text())
+    summary = summary_of(results)
+    curves = json.loads((results / "distil_rank_curves.json").read_text())
     for name, experiment in curves["experiments"].items():
         rank, students = experiment["rank"], summary["experiments"][name]["students"]
         assert all(len(values) == 25 for values in rank.values())
-        assert rank["fvu"][3] == pytest.approx(students[main.OPTIMUM]["fvu"]["value"], rel=1e-4)
-        assert rank["cosine"][3] == pytest.approx(students[main.OPTIMUM]["cosine"]["value"], rel=1e-5)
-        assert rank["floor_fvu"][3] == pytest.approx(students[main.FLOOR]["fvu"]["value"], rel=1e-5)
+        best, floor = students[main.OPTIMUM], students[main.FLOOR]
+        assert rank["fvu"][3] == pytest.approx(best["fvu"]["value"], rel=1e-4)
+        assert rank["cosine"][3] == pytest.approx(best["cosine"]["value"], rel=1e-5)
+        assert rank["floor_fvu"][3] == pytest.approx(floor["fvu"]["value"], rel=1e-5)
         assert all(a >= b for a, b in zip(rank["train_fvu"], rank["train_fvu"][1:]))
 
 
@@ -96,9 +134,10 @@ def without_machine(summary):
 
 
 def test_two_runs_agree_bit_for_bit_in_all_but_what_the_machine_decides(data, results, tmp_path):
-    main.main([*data, *SMALL, "--rank", "3", "--batch", "7", "--out", str(tmp_path)])
+    main.main([*data, *SMALL, "--rank", "3", "--latency-batches", "7", "--out", str(tmp_path)])
     assert without_machine(summary_of(tmp_path)) == without_machine(summary_of(results))
-    assert (tmp_path / "distil_rank_curves.json").read_bytes() == (results / "distil_rank_curves.json").read_bytes()
+    first, second = (folder / "distil_rank_curves.json" for folder in (results, tmp_path))
+    assert first.read_bytes() == second.read_bytes()
 
 
 def test_the_report_is_redrawn_from_the_json_alone(results, tmp_path):
@@ -110,7 +149,8 @@ def test_the_report_is_redrawn_from_the_json_alone(results, tmp_path):
 
 def test_a_rectangular_layer_of_the_user_is_a_fourth_teacher(data, tmp_path):
     torch.save(torch.nn.Linear(24, 10).state_dict(), tmp_path / "head.pt")
-    main.main([*data, *SMALL, "--teacher", str(tmp_path / "head.pt"), "--rank", "2", "--out", str(tmp_path / "out")])
+    own = ["--teacher", str(tmp_path / "head.pt"), "--rank", "2"]
+    main.main([*data, *SMALL, *own, "--out", str(tmp_path / "out")])
     experiment = summary_of(tmp_path / "out")["experiments"]["User (head)"]
     assert experiment["params_teacher"] == 250 and experiment["params_student"] == 78
 
@@ -123,25 +163,35 @@ def test_without_data_the_word_synthetic_is_everywhere(tmp_path, monkeypatch, ca
     monkeypatch.setattr(main, "synthetic_embeddings", small)
     main.main([*SMALL, "--out", str(tmp_path)])
     notice, _, table = capsys.readouterr().out.partition("\n\n")
-    assert "SYNTHETIC" in notice and notice.startswith("+---") and "synthetic" in notice.splitlines()[-1] + table
+    assert "SYNTHETIC" in notice and notice.startswith("+---")
+    assert "synthetic" in notice.splitlines()[-1] + table
     summary = summary_of(tmp_path)
     assert summary["real_data"] is False and "synthetic" in summary["data"]["source"]
     assert "SYNTHETIC" in report.title(summary)
 
 
 @pytest.mark.parametrize(
+    ("given", "folder"),
+    [([], "results"), (["--quick"], "results/quick"), (["--quick", "--out", "mine"], "mine")],
+)
+def test_quick_writes_into_the_folder_asked_for(given, folder):
+    config = main.check(main.tyro.cli(main.Config, args=given))
+    assert config.out == Path(folder) and (config.seeds == 2) == ("--quick" in given)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--train", "x.pt"], "both --train and --val"),
+        (["--train", "x.pt"], "--train and --val required, got one of them"),
         (["--train", "none.pt", "--val", "none.pt"], "existing file required"),
         (["--rank", "0"], "--rank must be between 1 and 24"),
         (["--rank", "25"], "--rank must be between 1 and 24"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--seeds", "-1"], "--seeds must be at least 1"),
-        (["--batch", "0"], "--batch must be at least 1"),
+        (["--latency-batches", "0"], "--latency-batches must be at least 1"),
         (["--device", "tpu"], "--device must name a device"),
         (["--device", "cuda:99"], "--device must name a device"),
-        (["--key", "a"], "give --teacher FILE"),
+        (["--key", "a"], "--teacher FILE required"),
         (["--synthetic"], "got both; choose one"),
         (["--teacher", "none.pt"], "existing file required"),
     ],
@@ -156,23 +206,33 @@ def test_bad_options_end_in_one_line_and_status_2(data, tmp_path, capsys, argume
 
 
 def test_bad_data_ends_in_one_line_and_status_2(data, tmp_path, capsys):
-    torch.save(torch.zeros(5, 7), tmp_path / "narrow.pt")
-    torch.save(torch.nn.Linear(9, 9).state_dict(), tmp_path / "head.pt")
-    torch.save(torch.zeros(5, 24), embeddings := tmp_path / "embeddings_train.pt")
+    def saved(name, content):
+        torch.save(content, tmp_path / name)
+        return str(tmp_path / name)
+
+    (tmp_path / "text.pt").write_text("embeddings\n")
+    narrow = saved("narrow.pt", torch.eye(7))
+    constant = saved("constant.pt", torch.ones(5, 24))
+    other = saved("other.pt", torch.nn.Linear(9, 9).state_dict())
+    zero = saved("zero.pt", {"weight": torch.zeros(4, 24), "bias": torch.ones(4)})
     cases = [
-        ([*data[:3], str(tmp_path / "narrow.pt")], "one width required, got 24 and 7"),
-        ([*data, "--teacher", str(tmp_path / "head.pt")], "a teacher of 24 inputs required"),
-        ([*data, "--out", str(embeddings / "out")], "writable output folder"),
+        ([*data[:3], narrow], "one width required, got 24 and 7"),
+        ([*data[:3], constant], "rows that differ required, got one row 5 times"),
+        (["--train", constant, *data[2:]], "rows that differ required"),
+        ([*data[:3], str(tmp_path / "text.pt")], "a readable .pt file required"),
+        ([*data, "--teacher", other], "a teacher of 24 inputs required"),
+        ([*data, "--teacher", zero], "a teacher whose output varies required"),
+        ([*data, "--out", str(Path(narrow) / "out")], "writable output folder"),
     ]
     for arguments, message in cases:
         with pytest.raises(SystemExit) as stop:
             main.main(["--out", str(tmp_path / "out"), *arguments])
         assert stop.value.code == 2
-        assert message in capsys.readouterr().err
+        assert message in (error := capsys.readouterr().err) and error.count("\n") == 1
 
 
 def test_one_of_the_default_pair_missing_is_an_error(tmp_path, monkeypatch, capsys):
-    torch.save(torch.zeros(5, 24), tmp_path / "embeddings_train.pt")
+    torch.save(torch.eye(24), tmp_path / "embeddings_train.pt")
     monkeypatch.setattr(main, "ROOT", tmp_path)
     with pytest.raises(SystemExit) as stop:
         main.main(["--out", str(tmp_path / "out")])
@@ -180,7 +240,9 @@ def test_one_of_the_default_pair_missing_is_an_error(tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_interrupted_or_killed_the_previous_results_are_whole(data, results, tmp_path, sent, status):
+def test_interrupted_or_killed_the_previous_results_are_whole(
+    data, results, tmp_path, sent, status
+):
     before = {}
     for path in results.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -188,7 +250,9 @@ def test_interrupted_or_killed_the_previous_results_are_whole(data, results, tmp
     command = [sys.executable, "main.py", *data, "--steps", "1000000", "--out", str(tmp_path)]
     # a process started in the background ignores Ctrl-C, and so would its children
     listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=listening)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=listening
+    )
     try:
         time.sleep(8)
         process.send_signal(sent)
@@ -206,5 +270,10 @@ def test_help_shows_every_flag_with_its_meaning_and_examples(capsys):
         main.main(["--help"])
     shown = capsys.readouterr().out
     assert stop.value.code == 0
-    for text in ("python main.py --quick", "--train", "rank of every student", "interleaved timings"):
+    for text in (
+        "python main.py --quick",
+        "--train",
+        "rank of every student",
+        "interleaved timings",
+    ):
         assert text in shown

@@ -20,6 +20,9 @@ def load_pair(
     if x.shape[1] != x_val.shape[1]:
         found = f"{x.shape[1]} and {x_val.shape[1]} features"
         raise InputError(f"train and val of one width required, got {found}")
+    for rows, path in ((x, train), (x_val, val)):
+        if bool((rows == rows[0]).all()):
+            raise InputError(f"rows that differ required, got one row {len(rows)} times in {path}")
     known = provenance(train)
     about = {
         "source": source or known.get("source") or shown_path(train),

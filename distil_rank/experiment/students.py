@@ -62,22 +62,21 @@ def distillation_loss(p: Tensor, y: Tensor, cosine_weight: float) -> tuple[Tenso
 def distill(
     x: Tensor,
     outputs: Tensor,
-    A: Tensor,
-    B: Tensor,
-    bias: Tensor,
+    start: tuple[Tensor, Tensor, Tensor],
     recipe: Recipe,
     batches: list[torch.Generator],
     on_step: Callable[[], object] = lambda: None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Train k students of one shape together, each on its own batches.
 
-    x (n, d_in), the teachers' outputs (k, n, d_out), A (k, r, d_in), B (k, d_out, r), bias
-    (k, d_out) -> the three trained, and the loss of every step (k, steps) before its update:
-    column 0 is the warm start's. The gradients are written out because they are four lines; a test
-    holds them against autograd.
+    x (n, d_in), the teachers' outputs (k, n, d_out), A (k, r, d_in), B (k, d_out, r) and bias
+    (k, d_out) to start from -> the three trained, and the loss of every step (k, steps) before its
+    update: column 0 is the warm start's. The gradients are written out because they are four
+    lines; a test holds them against autograd.
     """
     mean = x.mean(0) if recipe.center else torch.zeros_like(x[0])
-    A, B, b = A.clone(), B.clone(), (bias + (B @ (A @ mean)[..., None])[..., 0])[:, None]
+    A, B, b = (part.clone() for part in start)
+    b = (b + (B @ (A @ mean)[..., None])[..., 0])[:, None]
     for parameter in (A, B, b):
         parameter.grad = torch.zeros_like(parameter)
     decay = recipe.weight_decay

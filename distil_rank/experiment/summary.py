@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from distil_rank.core.latency import parameters
+from distil_rank.core.lowrank import smallest_rank
 from distil_rank.core.records import Record, config_record, environment
 
 TIMED = ("latency", "latency_teacher_ms", "latency_student_ms", "speedup")
@@ -37,6 +38,16 @@ def familiar_keys(
     }
 
 
+def header(data: Record, x: Tensor, x_val: Tensor, rank: int) -> Record:
+    """What was compared, of both files: rows x (n, d), what is known of them, and the rank."""
+    return {
+        "real_data": data["files"] is not None,
+        "target_rank": rank,
+        "input_dim": x.shape[1],
+        "data": data | {"n_train": len(x), "n_val": len(x_val), "dim": x.shape[1]},
+    }
+
+
 def passport(config: Any, recipes: Record, device: torch.device) -> Record:
     """How the summary was made, and which of its values may differ on another machine."""
     return {
@@ -45,6 +56,12 @@ def passport(config: Any, recipes: Record, device: torch.device) -> Record:
         "environment": environment(device),
         "machine_dependent": ["environment", *(f"experiments.*.{key}" for key in TIMED)],
     }
+
+
+def ranks_for(targets: tuple[float, ...], curves: dict[str, Tensor]) -> dict[str, dict[str, int]]:
+    """The smallest rank that reaches each FVU, by curves (k + 1,) over the ranks."""
+    kinds = ("train_fvu", "fvu", "floor_fvu")
+    return {f"{t:.2f}": {kind: smallest_rank(curves[kind], t) for kind in kinds} for t in targets}
 
 
 def plotted(curve: dict[str, Tensor], losses: dict[str, Tensor], weight: Tensor) -> Record:

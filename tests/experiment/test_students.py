@@ -50,7 +50,7 @@ def test_training_together_is_training_alone_with_a_plain_loop():
     x, outputs, A, B, b = problem()
     recipe = Recipe(steps=30, batch=16)
     options = recipe.lr, recipe.weight_decay, recipe.cosine_weight
-    together = distill(x, outputs, A, B, b, recipe, batches())
+    together = distill(x, outputs, (A, B, b), recipe, batches())
     for i in range(3):
         start = A[i], B[i], b[i], recipe.steps, recipe.batch
         *alone, losses = reference.distill_one(x, outputs[i], *start, *options, batches()[i])
@@ -63,7 +63,7 @@ def test_training_together_is_training_alone_with_a_plain_loop():
 def test_step_0_is_the_warm_start_and_the_start_is_left_alone():
     x, outputs, A, B, b = problem()
     before = A.clone(), B.clone(), b.clone()
-    *_, losses = distill(x, outputs, A, B, b, Recipe(steps=1, batch=20), batches())
+    *_, losses = distill(x, outputs, (A, B, b), Recipe(steps=1, batch=20), batches())
     for i in range(3):
         rows = torch.randint(len(x), (20,), generator=generator(i, "batches"))
         start = x[rows] @ A[i].T @ B[i].T + b[i]
@@ -76,10 +76,10 @@ def test_centering_changes_the_path_and_not_the_student():
     x, outputs, A, B, b = problem()
     x, outputs = x + 5, outputs + 1
     recipes = [Recipe(steps=2, center=center) for center in (False, True)]
-    plain, centered = (distill(x, outputs, A, B, b, recipe, batches())[3] for recipe in recipes)
+    plain, centered = (distill(x, outputs, (A, B, b), recipe, batches())[3] for recipe in recipes)
     torch.testing.assert_close(plain[:, 0], centered[:, 0])
     recipe = Recipe(steps=1, center=True, lr=0.0, weight_decay=0.0)
-    still = distill(x, outputs, A, B, b, recipe, batches())
+    still = distill(x, outputs, (A, B, b), recipe, batches())
     for found, start in zip(still, (A, B, b)):
         torch.testing.assert_close(found, start)
 
@@ -94,7 +94,7 @@ def test_the_learning_rate_rises_then_falls_to_zero():
 def test_training_lowers_the_loss_and_two_runs_are_bit_equal():
     x, outputs, A, B, b = problem()
     recipe = Recipe(steps=200, decay_lr=True)
-    runs = [distill(x, outputs, A, B, b, recipe, batches()) for _ in range(2)]
+    runs = [distill(x, outputs, (A, B, b), recipe, batches()) for _ in range(2)]
     assert all(torch.equal(first, second) for first, second in zip(*runs))
     losses = runs[0][3]
     assert bool((losses[:, -20:].mean(1) < losses[:, 0]).all())
