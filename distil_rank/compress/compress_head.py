@@ -13,7 +13,7 @@ from distil_rank.core.errors import InputError
 from distil_rank.compress.compress import Config, parse_bytes, unused
 from distil_rank.compress.head_plan import Request
 from distil_rank.compress.heads import check_rows, compress_head
-from distil_rank.experiment.latency import compare_latency
+from distil_rank.core.latency import compare_latency
 from distil_rank.compress.storage import ACTIVATIONS, save
 from distil_rank.compress.tasks import choose_metric, load_labels, task_change
 from distil_rank.experiment.teachers import linear, read_state_dict
