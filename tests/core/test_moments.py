@@ -18,7 +18,9 @@ def assert_moments(moments: Moments, x: torch.Tensor, tolerance: float = 1e-10) 
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=5), st.integers(1, 300), st.integers(0, 99))
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=5), st.integers(1, 300), st.integers(0, 99)
+)
 def test_any_cut_of_the_stream_gives_the_moments_of_the_whole(sizes, dim, seed):
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(sum(sizes), dim, generator=g, dtype=torch.float64) * 3 + 100
@@ -46,7 +48,9 @@ def test_a_mean_much_larger_than_the_spread_costs_no_precision(source):
 def test_weights_count_as_repeated_rows(source):
     x = torch.randn(50, 6, generator=source, dtype=torch.float64)
     weights = torch.randint(0, 4, (50,), generator=source)
-    weighted = Moments(6).update(x[:20], weights[:20].double()).update(x[20:], weights[20:].double())
+    weighted = (
+        Moments(6).update(x[:20], weights[:20].double()).update(x[20:], weights[20:].double())
+    )
     assert weighted.count == float(weights.sum())
     assert_moments(weighted, x.repeat_interleave(weights, 0))
 
@@ -56,7 +60,9 @@ def test_a_file_brings_back_the_same_moments(tmp_path, source):
     moments.save(tmp_path / "m.safetensors", model="test")
     loaded = Moments.load(tmp_path / "m.safetensors")
     assert loaded.count == moments.count
-    assert torch.equal(loaded.mean, moments.mean) and torch.equal(loaded.covariance, moments.covariance)
+    assert torch.equal(loaded.mean, moments.mean) and torch.equal(
+        loaded.covariance, moments.covariance
+    )
     more = torch.randn(5, 8, generator=source)
     assert torch.equal(loaded.update(more).covariance, moments.update(more).covariance)
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
@@ -73,7 +79,11 @@ def test_wrong_width_and_non_finite_rows_are_named():
     with pytest.raises(ValueError, match=r"\(n, 3\) required, got \(2, 4\)"):
         moments.update(torch.zeros(2, 4))
     with pytest.raises(ValueError, match="2 of 5 rows"):
-        moments.update(torch.tensor([[1.0, 2, 3], [float("nan"), 0, 0], [0, 0, 0], [0, float("inf"), 0], [1, 1, 1]]))
+        moments.update(
+            torch.tensor(
+                [[1.0, 2, 3], [float("nan"), 0, 0], [0, 0, 0], [0, float("inf"), 0], [1, 1, 1]]
+            )
+        )
     assert moments.count == 0
     with pytest.raises(ValueError, match="moments of 3 features required, got 4"):
         moments.merge(Moments(4))
@@ -102,7 +112,11 @@ print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.st
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_does_not_grow_with_the_number_of_rows():
     few, many = (
-        int(subprocess.run([sys.executable, "-c", MEMORY, n], capture_output=True, text=True, check=True).stdout)
+        int(
+            subprocess.run(
+                [sys.executable, "-c", MEMORY, n], capture_output=True, text=True, check=True
+            ).stdout
+        )
         for n in ("4", "60")
     )
     assert many < few + 40_000  # kilobytes; 56 more batches hold 230,000
