@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from distil_rank import Moments, compress_linear
+from distil_rank.core.certificates import certify
+from distil_rank.core.errors import InputError
 from distil_rank.core.lowrank import optimum
 from tests import reference
 from tests.core.rows import KINDS, layer, loss, rows
@@ -89,3 +91,58 @@ def test_impossible_requests_say_what_is_possible(arguments):
 def test_moments_of_another_width_are_refused():
     with pytest.raises(ValueError, match="moments of 30 features required for this layer, got 24"):
         compress_linear(nn.Linear(30, 24), Moments.of(rows()), rank=2)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Conv1D(nn.Module):
+    """As GPT-2's: the weight is stored transposed."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(24, 24)), nn.Parameter(torch.zeros(24))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+def changed(how: str) -> nn.Module:
+    """A layer that is not what its weight says."""
+    teacher = layer()
+    if how == "own forward":
+        teacher.forward = lambda x: nn.functional.linear(x, teacher.weight).relu()
+    elif how == "hook":
+        teacher.register_forward_hook(lambda module, x, y: y * (y > 0))
+    elif how == "input hook":
+        teacher.register_forward_pre_hook(lambda module, x: (x[0] + 1e-6,))
+    elif how == "dropout":
+        teacher.register_forward_hook(lambda module, x, y: nn.functional.dropout(y, 0.1))
+    return teacher
+
+
+@pytest.mark.parametrize("how", ["own forward", "hook", "input hook", "dropout"])
+def test_a_layer_whose_output_is_changed_is_refused(how):
+    moments, student = Moments.of(rows()), compress_linear(layer(), Moments.of(rows()), rank=3)[0]
+    with pytest.raises(InputError, match="output W x"):
+        compress_linear(changed(how), moments, rank=3)
+    with pytest.raises(InputError, match="output W x"):
+        certify(changed(how), student, moments)
+
+
+@pytest.mark.parametrize("module", [Scaled(24, 24), Conv1D(), nn.Bilinear(24, 24, 24)])
+def test_what_only_looks_like_a_linear_layer_is_refused(module):
+    with pytest.raises(InputError, match="own forward required"):
+        compress_linear(module, Moments.of(rows().float()), rank=3)
+
+
+def test_parametrizations_and_harmless_hooks_are_certified_as_what_they_compute():
+    x, seen = rows().float(), []
+    teacher = nn.utils.parametrizations.spectral_norm(nn.Linear(24, 24)).eval()
+    teacher.register_forward_hook(lambda module, x, y: seen.append(1))
+    student, certificate = compress_linear(teacher, Moments.of(x), rank=3)
+    y = teacher(x).detach()
+    fvu = loss(student(x), y) / loss(y.mean(0), y)
+    assert certificate.achieved_fvu == pytest.approx(fvu, rel=1e-4) and seen
