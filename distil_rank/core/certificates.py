@@ -46,7 +46,9 @@ def compress_linear(
             raise ValueError(f"fvu must be in [0, 1), got fvu={fvu}")
         solution = optimum(teacher.weight, teacher.bias, moments)
         rank = min(smallest_rank(solution.fvu, fvu), limit)
-    student = solution.student(rank).to(teacher.weight)
+    student = solution.student(rank)
+    student.inner_mean = student.A.weight.detach() @ moments.mean
+    student.to(teacher.weight)
     return student, certify(teacher, student, moments, held_out, solution)
 
 
