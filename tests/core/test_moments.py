@@ -68,6 +68,25 @@ def test_a_file_brings_back_the_same_moments(tmp_path, source):
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
 
 
+def test_rows_of_a_graph_leave_no_graph_behind(source):
+    """Outputs of a layer that trains: the stream must not keep every batch alive."""
+    layer = torch.nn.Linear(6, 4)
+    x, weights = torch.randn(30, 6, generator=source), torch.rand(30, requires_grad=True)
+    moments = Moments.of(layer(x)).update(layer(x), weights)
+    assert not moments.mean.requires_grad and not moments.covariance.requires_grad
+    assert_moments(Moments.of(layer(x)), layer(x).detach())
+
+
+def test_a_state_is_a_copy(source):
+    x = torch.randn(30, 6, generator=source)
+    moments, same = Moments.of(x), Moments.of(x)
+    state = moments.state()
+    Moments.from_state(state).update(x + 3).merge(moments)
+    moments.update(x - 5)
+    for key, value in same.state().items():
+        assert torch.equal(state[key], value)
+
+
 def test_a_file_that_is_not_moments_is_refused(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"not a safetensors file")
     with pytest.raises(ValueError, match="required, got"):
