@@ -38,7 +38,7 @@ from distil_rank.compress.quantise import (
 from distil_rank.compress.sites import evaluating
 from distil_rank.core.errors import InputError
 from distil_rank.core.linear import linear
-from distil_rank.core.lowrank import Joint, optimum
+from distil_rank.core.lowrank import Joint, optimum, require_finite
 from distil_rank.core.moments import Moments
 
 BLEND_RANK = 64  # at which the blend is chosen where no rank is asked for
@@ -179,6 +179,7 @@ def _student(
             best = optimum(layer.weight, layer.bias, target.moments, rank, G)
         exact = best.student(rank)
     student = exact.to(layer.weight)
+    require_finite(student)
     new: nn.Module = student
     measured, eight, equal = student, None, None
     if int8:

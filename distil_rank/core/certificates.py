@@ -7,7 +7,13 @@ from torch import Tensor, nn
 
 from distil_rank.core.errors import InputError
 from distil_rank.core.linear import Certificate, LowRankLinear, check_rank
-from distil_rank.core.lowrank import Optimum, optimum, refit_bias, smallest_rank
+from distil_rank.core.lowrank import (
+    Optimum,
+    optimum,
+    refit_bias,
+    require_finite,
+    smallest_rank,
+)
 from distil_rank.core.moments import Moments
 from distil_rank.core.randomness import generator
 
@@ -61,9 +67,11 @@ def certify(
 ) -> Certificate:
     """Certificate of any student of `teacher`, measured on its stored factors.
 
-    `solution` on `moments` saves time. InputError where the teacher is more than y = W x + c.
+    `solution` on `moments` saves time. InputError where the teacher is more than y = W x + c, or a
+    factor of the student is not finite.
     """
     require_linear(teacher, moments)
+    require_finite(student)
     rank = student.rank
     solution = solution or optimum(teacher.weight, teacher.bias, moments, rank)
     fields = {}

@@ -146,3 +146,21 @@ def test_parametrizations_and_harmless_hooks_are_certified_as_what_they_compute(
     y = teacher(x).detach()
     fvu = loss(student(x), y) / loss(y.mean(0), y)
     assert certificate.achieved_fvu == pytest.approx(fvu, rel=1e-4) and seen
+
+
+def test_factors_that_overflow_in_half_precision_are_an_error():
+    """Each weight fits into float16; a factor that gathers a row of them does not."""
+    teacher = nn.Linear(24, 24)
+    with torch.no_grad():
+        teacher.weight.fill_(40_000.0)
+    moments = Moments.of(rows().float() * 1e-4)
+    _, certificate = compress_linear(teacher, moments, rank=1)
+    assert certificate.achieved_fvu < 1e-6
+    best = optimum(teacher.weight, teacher.bias, moments)
+    for attempt in (
+        lambda: compress_linear(teacher.half(), moments, rank=1),
+        lambda: best.student(1, torch.float16),
+        lambda: certify(teacher, best.student(1).half(), moments),
+    ):
+        with pytest.raises(InputError, match="overflow in A.weight"):
+            attempt()
