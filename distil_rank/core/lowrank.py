@@ -24,6 +24,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from distil_rank.core.errors import InputError
 from distil_rank.core.linear import LowRankLinear, check_rank
 from distil_rank.core.moments import Moments, symmetric_product
 
@@ -67,7 +68,20 @@ class Optimum:
         return A, B, self.output_mean - B @ (left.T @ self.center)
 
     def student(self, rank: int, dtype: torch.dtype = torch.float64) -> LowRankLinear:
-        return LowRankLinear(*(t.to(dtype) for t in self.factors(rank)))
+        """The student in `dtype`; InputError where its range is too small for the factors."""
+        student = LowRankLinear(*(t.to(dtype) for t in self.factors(rank)))
+        require_finite(student)
+        return student
+
+
+def require_finite(student: LowRankLinear) -> None:
+    """InputError where a factor overflowed."""
+    bad = [name for name, t in student.state_dict().items() if not bool(t.isfinite().all())]
+    if bad:
+        raise InputError(
+            f"factors within the range of {student.A.weight.dtype} required, got an overflow in"
+            f" {' and '.join(bad)}; compress the layer in float32 or bfloat16"
+        )
 
 
 def optimum(

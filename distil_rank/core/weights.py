@@ -15,11 +15,11 @@ from distil_rank.core.linear import linear
 SUFFIXES = (".pt", ".npy", ".npz", ".safetensors")
 
 
-def read_tensors(path: str | Path) -> object:
+def read_tensors(path: str | Path, key: str = "X") -> object:
     """What a .pt, .npy, .npz or .safetensors file holds: a tensor, or a dict of them.
 
     A pickle that is more than tensors is refused, never executed. Of an .npz with several arrays
-    only X is read.
+    only `key` is read.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -31,13 +31,13 @@ def read_tensors(path: str | Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True)
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             return torch.from_numpy(loaded)
         with loaded:
-            names = [key for key in loaded.files if key == "X" or len(loaded.files) == 1]
-            return {key: torch.from_numpy(loaded[key]) for key in names}
+            names = [name for name in loaded.files if name == key or len(loaded.files) == 1]
+            return {name: torch.from_numpy(loaded[name]) for name in names}
     except pickle.UnpicklingError as error:
         raise InputError(
             f"plain tensors required in {path}, got a pickle, which was not executed:"
