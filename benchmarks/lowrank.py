@@ -1,18 +1,18 @@
 """The bars of the certified core, measured against the obvious alternative in one run.
 
-    python -m benchmarks.lowrank                        # everything, about four minutes on two cores
-    python -m benchmarks.lowrank --only latency speed   # some of it; the other figures stay
+python -m benchmarks.lowrank                        # everything, about four minutes on two cores
+python -m benchmarks.lowrank --only latency speed   # some of it; the other figures stay
 
-Writes benchmarks/results/lowrank.json and prints it as tables.
+Writes benchmarks/results/lowrank.json and prints it as a table.
 """
 
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,28 +20,46 @@ import tyro
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.tables_experiment import BARS, bars
 from distil_rank import LowRankLinear, Moments, compress_linear
 from distil_rank.core.errors import one_line_errors
 from distil_rank.core.latency import compare_latency
-from distil_rank.experiment.tables import BARS_SCHEMA, bars
-from distil_rank.core.records import ROOT, environment, read_json, write_json
-from tests.compress.test_lowrank import KINDS, inputs
+from distil_rank.core.records import ROOT, Record, environment, read_json, write_json
 
 OUT = ROOT / "benchmarks" / "results" / "lowrank.json"
 DIM, RANK, ROWS = 1280, 64, 10_000
 
 
-def exactness() -> dict[str, Any]:
-    """Gap between the achieved loss, measured by running both layers, and the floor, relative to the floor.
+def difficult_inputs(n: int = 90, d: int = 24) -> dict[str, torch.Tensor]:
+    """Rows (n, d) in float64 by what makes them difficult."""
+    g = torch.Generator().manual_seed(3)
+    mixing = torch.randn(n, d, generator=g, dtype=torch.float64)
+    x = mixing @ torch.randn(d, d, generator=g, dtype=torch.float64) + 4
+    constant, scaled = x.clone(), x.clone()
+    constant[:, ::3] = 7.0
+    scaled[:, ::4] *= 1e4
+    return {
+        "plain": x,
+        "n < d": x[: d // 2],
+        "n = d": x[:d],
+        "one null direction": x - x.mean(1, keepdim=True),  # as after LayerNorm
+        "duplicated rows": x[: d // 3].repeat(5, 1),
+        "constant features": constant,
+        "features scaled by 1e4": scaled,
+    }
 
-    Where the floor is 0 (rank above the number of independent rows) the gap is relative to the output's variance.
+
+def exactness() -> Record:
+    """Gap between the achieved loss, measured by running both layers, and the floor, over it.
+
+    Where the floor is 0 (rank above the number of independent rows) the gap is relative to the
+    output's variance.
     """
     worst = {}
-    for kind in KINDS:
+    for kind, x in difficult_inputs().items():
         gaps = []
         for d_out in (10, 24, 40):
             teacher = nn.Linear(24, d_out, dtype=torch.float64)
-            x = inputs(kind)
             y = teacher(x).detach()
             eigenvalues = torch.linalg.svdvals(y - y.mean(0)).square() / len(x)
             variance = float(eigenvalues.sum())
@@ -49,25 +67,28 @@ def exactness() -> dict[str, Any]:
                 student, _ = compress_linear(teacher, Moments.of(x), rank=rank)
                 floor = float(eigenvalues[rank:].sum())
                 achieved = float((student(x).detach() - y).square().sum(1).mean())
-                gaps.append(abs(achieved - floor) / (floor if floor > 1e-12 * variance else variance))
+                unit = floor if floor > 1e-12 * variance else variance
+                gaps.append(abs(achieved - floor) / unit)
         worst[kind] = max(gaps)
-    return {"largest_relative_gap": worst, "bar": 1e-9, "shapes": "24 -> 10, 24, 40; ranks 1, 4, 9; float64"}
+    shapes = "24 -> 10, 24, 40; ranks 1, 4, 9; float64"
+    return {"largest_relative_gap": worst, "bar": 1e-9, "shapes": shapes}
 
 
 def plain_distillation(x: torch.Tensor, steps: int) -> None:
     """The usual loop: one student, the teacher evaluated in every step."""
     teacher = nn.Linear(DIM, DIM)
     student = nn.Sequential(nn.Linear(DIM, RANK, bias=False), nn.Linear(RANK, DIM))
-    optimiser = torch.optim.AdamW(student.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
     for _ in range(steps):
         batch = x[torch.randint(len(x), (64,))]
         with torch.no_grad():
             target = teacher(batch)
         output = student(batch)
-        loss = F.mse_loss(output, target) + 0.1 * (1 - F.cosine_similarity(output, target, dim=-1)).mean()
-        optimiser.zero_grad()
+        cosine = F.cosine_similarity(output, target, dim=-1)
+        loss = F.mse_loss(output, target) + 0.1 * (1 - cosine).mean()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -76,22 +97,18 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def speed() -> dict[str, Any]:
+def speed() -> Record:
     """compress_linear against 1000 plain distillation steps, interleaved, medians of 5."""
     x, teacher = torch.randn(ROWS, DIM) + 1, nn.Linear(DIM, DIM)
     moments = Moments.of(x)
     compress_linear(teacher, moments, rank=RANK)  # warm-up
     plain_distillation(x, 20)
-    rows = np.array(
-        [
-            [
-                seconds(lambda: plain_distillation(x, 1000)),
-                seconds(lambda: compress_linear(teacher, Moments.of(x), rank=RANK)),
-                seconds(lambda: compress_linear(teacher, moments, rank=RANK)),
-            ]
-            for _ in range(5)
-        ]
+    calls = (
+        lambda: plain_distillation(x, 1000),
+        lambda: compress_linear(teacher, Moments.of(x), rank=RANK),
+        lambda: compress_linear(teacher, moments, rank=RANK),
     )
+    rows = np.array([[seconds(call) for call in calls] for _ in range(5)])
     plain, whole, ready = np.median(rows, axis=0)
     return {
         "plain_1000_steps_s": plain,
@@ -104,15 +121,12 @@ def speed() -> dict[str, Any]:
     }
 
 
-def latency() -> dict[str, Any]:
+def latency() -> Record:
     """Share of the FLOP bound on one thread in float32, in steady use."""
     x = torch.randn(512, DIM)
     student = LowRankLinear(torch.randn(RANK, DIM), torch.randn(DIM, RANK), torch.randn(DIM))
-    batches = [x[:1], x[:32], x]
-    return {
-        "rows": compare_latency(nn.Linear(DIM, DIM), student, batches),
-        "bars": {"batch 32": 0.85, "batch 512": 0.92},
-    }
+    rows = compare_latency(nn.Linear(DIM, DIM), student, [x[:1], x[:32], x])
+    return {"rows": rows, "bars": {"batch 32": 0.85, "batch 512": 0.92}}
 
 
 # VmHWM, because ru_maxrss of a child starts at its parent's
@@ -120,7 +134,8 @@ MEMORY = f"""
 import torch
 from distil_rank import Moments
 def peak():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 g = torch.Generator().manual_seed(0)
 before = peak()
 moments = Moments({DIM})
@@ -130,30 +145,30 @@ print(peak() - before, moments.count)
 """
 
 
-def memory() -> dict[str, Any]:
-    """Peak memory of moments over a stream of 1,000,000 x 1280 rows above the interpreter with torch loaded."""
+def memory() -> Record:
+    """Peak memory of moments over a stream of 1,000,000 x 1280 rows, above torch itself."""
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", MEMORY], cwd=ROOT, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", MEMORY]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     peak, count = map(float, done.stdout.split())
-    return {"rows": int(count), "peak_mb": peak, "bar_mb": 400, "seconds": time.perf_counter() - start}
+    taken = time.perf_counter() - start
+    return {"rows": int(count), "peak_mb": peak, "bar_mb": 400, "seconds": taken}
 
 
-def whole() -> dict[str, Any]:
-    """`python main.py --synthetic`, the 1280-wide default, against three plain students one after the other."""
+def whole() -> Record:
+    """`python main.py --synthetic`, 1280 wide, against three plain students one after the other."""
     x = torch.randn(4000, DIM)
     plain_distillation(x, 20)
     plain = seconds(lambda: [plain_distillation(x, 1000) for _ in range(3)])
-    command = [sys.executable, "main.py", "--synthetic", "--out", "results/benchmark.tmp"]
-    try:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "main.py", "--synthetic", "--out", folder]
         ours = seconds(lambda: subprocess.run(command, cwd=ROOT, capture_output=True, check=True))
-    finally:
-        for path in (ROOT / "results" / "benchmark.tmp").glob("*"):
-            path.unlink()
-        (ROOT / "results" / "benchmark.tmp").rmdir()
     return {"three_plain_students_s": plain, "main_s": ours, "ratio": ours / plain, "bar": 2}
 
 
-SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {f.__name__: f for f in (exactness, speed, latency, memory, whole)}
+SECTIONS: dict[str, Callable[[], Record]] = {
+    section.__name__: section for section in (exactness, speed, latency, memory, whole)
+}
 
 
 @dataclass(frozen=True)
@@ -163,7 +178,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    record = read_json(config.out, BARS_SCHEMA) if config.out.exists() else {"schema": BARS_SCHEMA}
+    record = read_json(config.out, BARS) if config.out.exists() else {"schema": BARS}
     for name in config.only or SECTIONS:
         record[name] = SECTIONS[name]() | {"environment": environment()}
         write_json(config.out, record)

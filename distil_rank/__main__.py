@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generator publish": ("distil_rank.generators.publish", "card, weights and evaluation to the Hugging Face hub"),
     "generator study": ("distil_rank.generators.study", "sweeps, the 2 x 2 ablation, final sizes: the whole paper"),
     "generator pretrain": ("distil_rank.generators.pretrain", "train a small teacher on proteins"),
-    "report": ("distil_rank.redraw", "redraw the figures and tables of results/ from their JSON"),
+    "report": ("distil_rank.command_report", "redraw the figures of a results folder from their JSON"),
 }
 
 

@@ -1,0 +1,70 @@
+"""Fill the generated blocks of README.md, docs/ and results/README.md from their JSON.
+
+python -m benchmarks.documents    # also draws the figures of studies in results/
+
+A block stands between `<!-- begin NAME FILE -->` and `<!-- end -->`.
+"""
+
+import importlib
+import re
+from pathlib import Path
+
+from distil_rank.core.errors import one_line_errors
+from distil_rank.core.records import ROOT, read_json, write_text
+
+# NAME -> module of benchmarks/ and its function of the record; the name of the record's schema
+BLOCKS = {
+    "overview": ("tables_experiment.overview", "SCHEMA"),
+    "summary": ("tables_experiment.documentation", "SCHEMA"),
+    "findings": ("tables_experiment.findings", "SCHEMA"),
+    "lowrank": ("tables_experiment.bars", "BARS"),
+    "compress": ("tables_compress.bars", "SCHEMA"),
+    "compress-cells": ("tables_compress.cells", "SCHEMA"),
+    "compress-models": ("tables_compress.models", "SCHEMA"),
+    "compress-pairs": ("tables_compress.pairs", "SCHEMA"),
+    "compress-precision": ("tables_compress.precision", "SCHEMA"),
+    "nested": ("tables_nested.documentation", "SCHEMA"),
+    "nested-benchmark": ("tables_nested.benchmark", "BENCHMARK"),
+    "generators": ("generator_study.paper.paper", "SCHEMA"),
+    "generators-bars": ("generator_study.bars.bars", "SCHEMA"),
+}
+BLOCK = re.compile(r"(<!-- begin (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def block(name: str, path: Path) -> str:
+    """The text of one block; of a folder, from the summaries of all runs in it."""
+    function, schema = BLOCKS[name]
+    place, _, function = function.rpartition(".")
+    tables = importlib.import_module(f"benchmarks.{place}")
+    if path.is_dir():
+        paths = sorted(path.rglob("distil_rank_summary.json"))
+        record = [read_json(p, getattr(tables, schema)) for p in paths if p.parent.name != "quick"]
+    else:
+        record = read_json(path, getattr(tables, schema))
+    return getattr(tables, function)(record)
+
+
+def filled(text: str) -> str:
+    """The document with every generated block made anew from its JSON."""
+    return BLOCK.sub(lambda m: f"{m[1]}{block(m[2], ROOT / m[3])}\n{m[4]}", text)
+
+
+def documents() -> list[Path]:
+    """Every document of the project, with blocks or without."""
+    fixed = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+    return [*fixed, *sorted((ROOT / "docs").glob("*.md")), ROOT / "results" / "README.md"]
+
+
+def main() -> None:
+    for study in sorted((ROOT / "results").rglob("study.json")):
+        from benchmarks.generator_study.report import draw
+
+        print(f"drawn: {draw(study.parent)}")
+    for document in documents():
+        write_text(document, filled(document.read_text()))
+        print(f"filled: {document.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    with one_line_errors("benchmarks.documents"):
+        main()
