@@ -63,8 +63,8 @@ def findings(summaries: Sequence[Record]) -> str:
     times = f"{min(ratios):.3f} to {max(ratios):.3f} times the optimum's"
     return "\n".join(
         [
-            f"- Of {len(outcomes)} cells (teacher and data), the held-out FVU of distillation in its"
-            f" best form is {counts}; it is {times}.",
+            f"- Of {len(outcomes)} cells (teacher and data), the held-out FVU of distillation in"
+            f" its best form is {counts}; it is {times}.",
             f"- At batch {first['batch']} the speed-up is {', '.join(slow)}: two calls cost much of"
             " what the arithmetic saves.",
         ]

@@ -1,26 +1,91 @@
-"""The arrows between the rooms, and a command line that answers at once."""
+"""The arrows between the rooms, one place for each concept, and a command line that answers."""
 
+import ast
+import doctest
+import importlib
+import inspect
 import subprocess
 import sys
 
-from distil_rank.core.records import ROOT
+import pytest
+
+import distil_rank
+from distil_rank.core.records import PACKAGE, ROOT
+
+LIBRARY = [*sorted(PACKAGE.rglob("*.py")), ROOT / "main.py"]
+PROGRAMS = sorted((ROOT / "benchmarks").rglob("*.py"))
+CORE = {"torch", "numpy", "scipy", "safetensors", "tqdm", "matplotlib", "distil_rank"}
+LONGEST_FILE, LONGEST_FUNCTION = 300, 60
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+def nodes(path, *kinds):
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+
+
+def run(*command):
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_imports_go_one_way_and_only_reports_draw():
-    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c(['--no-cache'])"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = run("-c", "from importlinter.cli import lint_imports_command as c; c(['--no-cache'])")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
+def test_core_needs_little():
+    for path in sorted((PACKAGE / "core").glob("*.py")):
+        found = {alias.name for node in nodes(path, ast.Import) for alias in node.names}
+        found |= {node.module or "" for node in nodes(path, ast.ImportFrom)}
+        tops = {module.split(".")[0] for module in found}
+        assert tops <= CORE | set(sys.stdlib_module_names), name(path)
+        assert path.name == "figures.py" or "matplotlib" not in tops, name(path)
+
+
+def moves(path):
+    """Lines that put a file in another's place: os.replace, shutil.move, Path.replace(target)."""
+    for call in nodes(path, ast.Call):
+        if isinstance(call.func, ast.Attribute):
+            method, owner = call.func.attr, ast.unparse(call.func.value)
+            one = len(call.args) == 1 and not call.keywords  # str.replace takes two
+            path_moves = method in ("replace", "rename") and one
+            if path_moves or (owner, method) in (("shutil", "move"), ("os", "replace")):
+                yield call.lineno
+
+
+@pytest.mark.parametrize("path", [*LIBRARY, *PROGRAMS], ids=name)
+def test_files_reach_their_place_by_the_one_atomic_write(path):
+    assert path.name == "records.py" or not list(moves(path))
+
+
+@pytest.mark.parametrize("path", [*LIBRARY, *PROGRAMS], ids=name)
+def test_a_file_is_one_room(path):
+    assert len(path.read_text().splitlines()) <= LONGEST_FILE
+    if path in LIBRARY:
+        for node in nodes(path, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < LONGEST_FUNCTION, node.name
+
+
+@pytest.mark.parametrize("public", distil_rank.__all__)
+def test_a_public_name_has_an_example_that_runs(public):
+    found = getattr(distil_rank, public)
+    module = importlib.import_module(found.__module__)
+    tests = doctest.DocTestFinder(recurse=False).find(found, public, module, vars(module).copy())
+    assert any(test.examples for test in tests), f"{public} needs an example"
+    for test in tests:
+        result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test)
+        assert result.failed == 0 and inspect.getdoc(found)
+
+
 def test_help_loads_nothing_heavy():
-    code = (
-        "import sys; from distil_rank.__main__ import main; main(['--help']); "
-        "print([m for m in ('torch', 'esm', 'transformers', 'matplotlib', 'scipy', 'tyro') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    heavy = ("torch", "esm", "transformers", "matplotlib", "scipy", "tyro", "accelerate")
+    code = "import sys; from distil_rank.__main__ import main; main(['--help']); "
+    done = run("-c", f"{code}print([m for m in {heavy} if m in sys.modules])")
     assert done.stdout.splitlines()[-1] == "[]" and "usage: distil-rank" in done.stdout
 
 
 def test_an_unknown_command_is_named_with_status_2():
-    done = subprocess.run([sys.executable, "-m", "distil_rank", "destil"], cwd=ROOT, capture_output=True, text=True)
+    done = run("-m", "distil_rank", "destil")
     assert done.returncode == 2 and "unknown command 'destil'" in done.stderr and not done.stdout

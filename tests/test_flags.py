@@ -1,0 +1,84 @@
+"""One flag, one meaning: a name has one type, one default and one help text in every command."""
+
+import ast
+import importlib
+import inspect
+from collections import defaultdict
+from dataclasses import MISSING, fields
+
+import pytest
+
+import main
+from distil_rank.__main__ import COMMANDS
+
+CONFIGS = {"python main.py": main.Config}
+CONFIGS |= {f"distil-rank {c}": importlib.import_module(m).Config for c, (m, _) in COMMANDS.items()}
+
+# name -> commands that differ from the others, and why
+EXCEPTIONS = {
+    "out": ({"python main.py"}, "an experiment has a folder of its own; --quick has another"),
+    "rank": ({"python main.py"}, "an experiment has a default rank, a twentieth of the width"),
+}
+# commands without --device, and why
+WITHOUT_DEVICE = {
+    "distil-rank report": "draws from JSON",
+    "distil-rank generator publish": "copies files",
+}
+
+
+def comments(config):
+    """The help text of every field: the comment on its line, else the comment lines above it."""
+    found = {}
+    for owner in reversed(config.__mro__[:-1]):
+        lines = inspect.getsource(owner).splitlines()
+        for node in ast.parse("\n".join(lines)).body[0].body:
+            if not isinstance(node, ast.AnnAssign):
+                continue
+            text = lines[node.end_lineno - 1][node.end_col_offset :].partition("#")[2].strip()
+            above, line = [], node.lineno - 2
+            while not text and lines[line].lstrip().startswith("#"):
+                above.insert(0, lines[line].strip(" #"))
+                line -= 1
+            found[node.target.id] = text or " ".join(above)
+    return found
+
+
+def flags(aspect):
+    """name -> {value of the aspect: commands}, without the exceptions."""
+    table = defaultdict(lambda: defaultdict(list))
+    for command, config in CONFIGS.items():
+        texts = comments(config)
+        for field in fields(config):
+            if command in EXCEPTIONS.get(field.name, ((), ""))[0]:
+                continue
+            required = field.default is MISSING and field.default_factory is MISSING
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            value = {
+                "type": str(field.type),
+                "default": "required" if required else repr(default),
+                "help": texts[field.name],
+            }[aspect]
+            table[field.name][value].append(command)
+    return table
+
+
+@pytest.mark.parametrize("aspect", ["type", "default", "help"])
+def test_a_flag_means_the_same_everywhere(aspect):
+    differing = {flag: dict(values) for flag, values in flags(aspect).items() if len(values) > 1}
+    assert not differing, "\n".join(f"{flag}: {values}" for flag, values in differing.items())
+
+
+@pytest.mark.parametrize("command", CONFIGS)
+def test_every_flag_has_a_meaning(command):
+    assert not [flag for flag, text in comments(CONFIGS[command]).items() if not text]
+
+
+@pytest.mark.parametrize("command", sorted(CONFIGS.keys() - WITHOUT_DEVICE.keys()))
+def test_a_command_that_computes_has_a_device(command):
+    assert "device" in {field.name for field in fields(CONFIGS[command])}
+
+
+def test_exceptions_are_still_needed():
+    for flag, (commands, _) in EXCEPTIONS.items():
+        for command in commands:
+            assert flag in {field.name for field in fields(CONFIGS[command])}
