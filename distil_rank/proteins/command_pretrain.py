@@ -57,7 +57,9 @@ class Config:
     @property
     def rate(self) -> float:
         """Highest rate of the layers' matrices; wider models want less."""
-        return self.learning_rate or (3e-3 if self.n_embd < 128 else 2e-3)
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 3e-3 if self.n_embd < 128 else 2e-3
 
 
 def run(config: Config) -> None:

@@ -53,7 +53,7 @@ def tokenise(sequences: Sequence[str]) -> Tensor:
 
 
 def check_sequences(sequences: Sequence[str]) -> None:
-    """InputError for an empty sequence, none at all, and a bare string (which is no list of them)."""
+    """InputError for an empty sequence, none at all, and a bare string."""
     if isinstance(sequences, str) or not sequences or not all(sequences):
         shown = repr(sequences)[:60]
         raise InputError(f"a list of sequences of at least one residue required, got {shown}")
