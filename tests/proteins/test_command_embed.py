@@ -14,10 +14,10 @@ import torch
 
 from distil_rank.core.devices import process_group
 from distil_rank.core.errors import InputError
-from distil_rank.proteins import embeddings, moments
+from distil_rank.proteins import command_embed, command_moments
 from distil_rank.proteins.batching import windows
 from distil_rank.proteins.embedding_files import load_matrix, provenance
-from distil_rank.proteins.embeddings import Config, run
+from distil_rank.proteins.command_embed import Config, run
 from distil_rank.proteins.fasta import Protein, write_fasta
 from distil_rank.proteins.pooling import embed
 from distil_rank.proteins.store import EmbeddingStore
@@ -98,7 +98,7 @@ def test_batch_size_and_company_change_nothing(ours):
 def test_stored_dtype_is_a_rounding_of_float32(config, whole, tmp_path):
     exact = torch.cat(list(EmbeddingStore(whole).batches()))
     for dtype in ("float16", "bfloat16"):
-        run(replace(config, out=tmp_path / dtype, dtype=dtype))
+        run(replace(config, out=tmp_path / dtype, store_dtype=dtype))
         stored = torch.cat(list(EmbeddingStore(tmp_path / dtype).batches()))
         assert torch.equal(stored, exact.to(getattr(torch, dtype)))
 
@@ -127,7 +127,7 @@ def families(tmp_path_factory) -> Path:
 
 
 def test_split_writes_what_main_py_reads_and_cuts_no_family(config, families, tmp_path, capsys):
-    run(replace(config, fasta=families, out=tmp_path / "s", split=0.2, dtype="float16"))
+    run(replace(config, fasta=families, out=tmp_path / "s", split=0.2, store_dtype="float16"))
     store = EmbeddingStore(tmp_path / "s")
     x, x_val = load_matrix(store.path / "embeddings_train.pt"), load_matrix(store.path / "embeddings_val.pt")
     assert len(x) + len(x_val) == 90 and 15 <= len(x_val) <= 18
@@ -175,7 +175,7 @@ def _killed(config: Config, replaces: int) -> None:
 def processes():
     """Starts processes that have imported everything and computed nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["distil_rank.proteins.embeddings", "tests.proteins.test_embeddings"])
+    context.set_forkserver_preload(["distil_rank.proteins.command_embed", "tests.proteins.test_command_embed"])
     first = context.Process(target=time.sleep, args=(0,))
     first.start()
     first.join()
@@ -197,7 +197,7 @@ def test_killed_before_a_file_is_complete_then_resumed(config, whole, processes,
 
 
 def test_what_a_run_killed_at_its_very_start_left_is_no_obstacle(config, whole, tmp_path):
-    for name in (".write-test-123", "store.json.tmp123"):
+    for name in (".write-test-123", "store.json.123.tmp", ".lock"):
         (tmp_path / name).write_text("")
     run(replace(config, out=tmp_path))
     assert contents(tmp_path) == contents(whole)
@@ -241,8 +241,8 @@ def test_killed_at_twenty_random_points(config, processes, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"dtype": "float16"},
-        {"compute": "bfloat16"},
+        {"store_dtype": "float16"},
+        {"dtype": "bfloat16"},
         {"pool": "bos"},
         {"layers": (1,)},
         {"long": "truncate"},
@@ -299,7 +299,7 @@ def check_equal_stores_and_moments(folder):
 def test_two_ranks_write_the_store_and_the_moments_of_one(config, processes, tmp_path):
     for name, world in [("one", 1), ("two", 2)]:
         store, out = tmp_path / name, tmp_path / f"{name}.safetensors"
-        jobs = [(run, replace(config, out=store, layers=(-1, 0))), (moments.run, moments.Config(store, out))]
+        jobs = [(run, replace(config, out=store, layers=(-1, 0))), (command_moments.run, command_moments.Config(store, out))]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -353,12 +353,12 @@ def test_bad_settings_are_refused_before_anything_is_written(config, tmp_path):
             {"fasta": tmp_path / "long.fasta", "long": "error"},
             r"titin \(150\); choose --long truncate or --long window",
         ),
-        ({"model": "esm3"}, "required a model name"),
+        ({"model": "esm3"}, "a model name .* required"),
         ({"layers": (4,)}, "layers between -4 and 3"),
         ({"layers": (3, -1)}, "distinct layers"),
         ({"layers": ()}, "distinct layers"),
-        ({"max_length": 2}, "max_length"),
-        ({"batch_tokens": 0}, "batch_tokens"),
+        ({"max_length": 2}, "--max-length must be at least 8"),
+        ({"batch_tokens": 0}, "--batch-tokens must be at least 1"),
         ({"split": 1.0}, "split between 0 and 1"),
         ({"split": 0.2, "pool": "residues"}, "one vector per protein"),
         ({"split": 0.2, "layers": (1, -1)}, "from one layer"),
@@ -384,7 +384,7 @@ def test_changes_to_sequences_are_counted_aloud(config, tmp_path, capsys):
 
 def test_progress_is_silent_in_a_pipe(config, tmp_path, capsys):
     run(replace(config, out=tmp_path / "out"))
-    assert "%" not in capsys.readouterr().err and embeddings.__doc__
+    assert "%" not in capsys.readouterr().err and command_embed.__doc__
 
 
 def _peak(config: Config, queue) -> None:
