@@ -1,11 +1,14 @@
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +17,14 @@ import torch
 
 from distil_rank.core.devices import process_group
 from distil_rank.core.errors import InputError
+from distil_rank.core.locks import only_writer
 from distil_rank.proteins import command_embed, command_moments
 from distil_rank.proteins.batching import windows
 from distil_rank.proteins.embedding_files import load_matrix, provenance
 from distil_rank.proteins.command_embed import Config, run
 from distil_rank.proteins.fasta import Protein, write_fasta
 from distil_rank.proteins.pooling import embed
-from distil_rank.proteins.store import EmbeddingStore
+from distil_rank.proteins.store import INDEX, EmbeddingStore, IndexWriter, shard_path
 from distil_rank.core.moments import Moments
 from tests.conftest import ROOT
 from tests.proteins import reference
@@ -154,6 +158,51 @@ def test_a_second_run_writes_nothing(config, whole):
     before = {path: path.stat().st_mtime_ns for path in whole.iterdir()}
     run(replace(config, out=whole))
     assert {path: path.stat().st_mtime_ns for path in whole.iterdir()} == before
+
+
+def _damage(folder: Path, what: str) -> None:
+    shard, index = shard_path(folder, 2), folder / INDEX
+    content = shard.read_bytes()
+    if what == "missing shard":
+        shard.unlink()
+    elif what == "truncated shard":
+        shard.write_bytes(content[:-1])
+    elif what == "other header":
+        shard.write_bytes(content.replace(b"layer_3", b"layer_1"))
+    elif what == "truncated index":
+        index.write_bytes(index.read_bytes()[:5000])
+    else:
+        with closing(sqlite3.connect(index)) as database, database:
+            database.execute("DELETE FROM protein WHERE position = 7")
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["missing shard", "truncated shard", "other header", "truncated index", "shortened index"],
+)
+def test_a_damaged_store_is_made_whole_again(config, whole, tmp_path, capsys, what):
+    shutil.copytree(whole, tmp_path / "store")
+    _damage(tmp_path / "store", what)
+    kept = shard_path(tmp_path / "store", 1).stat().st_mtime_ns
+    run(replace(config, out=tmp_path / "store"))
+    assert contents(tmp_path / "store") == contents(whole)
+    assert shard_path(tmp_path / "store", 1).stat().st_mtime_ns == kept
+    assert ("1 missing or damaged shards" in capsys.readouterr().err) == ("index" not in what)
+
+
+def test_one_run_at_a_time_writes_in_a_store(config, whole, tmp_path):
+    out = tmp_path / "store"
+    out.mkdir()
+    with only_writer(out), pytest.raises(InputError, match=f"held by process {os.getpid()}"):
+        run(replace(config, out=out))
+    run(replace(config, out=out))
+    assert contents(out) == contents(whole)
+
+
+def test_success_means_that_every_protein_is_in_the_store(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(IndexWriter, "add", lambda *_: None)
+    with pytest.raises(InputError, match="all shards and proteins"):
+        run(replace(config, out=tmp_path / "store"))
 
 
 def _killed(config: Config, replaces: int) -> None:
