@@ -5,26 +5,29 @@ import sys
 
 from distil_rank.core.errors import one_line_errors
 
-# command -> module with a frozen dataclass `Config` (its fields are the flags) and `run(config)`; and one line of help.
-# A module is imported only when its command is called, so `--help` answers at once.
+# command -> its module, which holds a frozen dataclass `Config` (its fields are the flags) and
+# `run(config)`; and one line of help. A module is imported only when its command is called, so
+# `--help` answers at once.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "compress head": ("distil_rank.compress.command_head", "make a layer or a head smaller, with a certificate"),
-    "compress model": ("distil_rank.compress.command_model", "make a whole protein language model smaller"),
-    "embed": ("distil_rank.proteins.embeddings", "embed the proteins of a FASTA with an ESM-2 model"),
-    "moments": ("distil_rank.proteins.moments", "count, mean and covariance of embeddings"),
-    "nested fit": ("distil_rank.nested.fit", "fit a nested embedding of a model family (Reverse Distillation)"),
-    "nested embed": ("distil_rank.nested.embed", "embed proteins with a chain, cut at any dimension"),
-    "nested probe": ("distil_rank.nested.probe", "what a chain is worth on mutational scans, against its baselines"),
-    "pretrain": ("distil_rank.proteins.pretrain", "train a small protein language model of the ESM-2 architecture"),
-    "generator train": ("distil_rank.generators.train", "distil a generator into a smaller GPT-2"),
-    "generator evaluate": ("distil_rank.generators.evaluate", "held-out likelihood, calibration, writing and speed"),
-    "generator generate": ("distil_rank.generators.generate", "write new proteins as FASTA"),
-    "generator finetune": ("distil_rank.generators.finetune", "continue training on a family"),
-    "generator sweep": ("distil_rank.generators.sweep", "temperature, alpha and learning rate on a grid"),
-    "generator publish": ("distil_rank.generators.publish", "card, weights and evaluation to the Hugging Face hub"),
-    "generator study": ("distil_rank.generators.study", "sweeps, the 2 x 2 ablation, final sizes: the whole paper"),
-    "generator pretrain": ("distil_rank.generators.pretrain", "train a small teacher on proteins"),
-    "report": ("distil_rank.command_report", "redraw the figures of a results folder from their JSON"),
+    command: (f"distil_rank.{module}", text)
+    for command, module, text in (
+        ("embed", "proteins.command_embed", "embed the proteins of a FASTA with an ESM-2 model"),
+        ("moments", "proteins.command_moments", "count, mean and covariance of embeddings"),
+        ("pretrain", "proteins.command_pretrain", "train a small model of the ESM-2 architecture"),
+        ("compress head", "compress.command_head", "make a layer or a head smaller, certified"),
+        ("compress model", "compress.command_model", "make a whole model smaller, certified"),
+        ("nested fit", "nested.command_fit", "fit a nested embedding of a model family"),
+        ("nested embed", "nested.command_embed", "embed proteins with a chain, at any dimension"),
+        ("nested probe", "nested.command_probe", "what a chain is worth on mutational scans"),
+        ("generator train", "generators.command_train", "distill a generator into a smaller GPT-2"),
+        ("generator evaluate", "generators.command_evaluate", "likelihood, calibration and speed"),
+        ("generator generate", "generators.command_generate", "write new proteins as FASTA"),
+        ("generator finetune", "generators.command_finetune", "continue training on a family"),
+        ("generator sweep", "generators.command_sweep", "temperature, alpha and rate on a grid"),
+        ("generator publish", "generators.command_publish", "send a generator to a model hub"),
+        ("generator pretrain", "generators.command_pretrain", "train a small teacher on proteins"),
+        ("report", "command_report", "redraw the figures of a results folder from their JSON"),
+    )
 }
 
 
@@ -36,13 +39,15 @@ def main(arguments: list[str] | None = None) -> None:
             import tyro
 
             module = importlib.import_module(COMMANDS[command][0])
-            program = f"distil-rank {command}"
+            program, flags = f"distil-rank {command}", arguments[length:]
             with one_line_errors(program):
-                module.run(tyro.cli(module.Config, prog=program, description=module.__doc__, args=arguments[length:]))
+                about = {"prog": program, "description": module.__doc__}
+                module.run(tyro.cli(module.Config, args=flags, **about))
             return
     width = max(map(len, COMMANDS), default=0)
     listing = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
-    usage = f"usage: distil-rank COMMAND [--help] ...\n\n{listing}\n\n`distil-rank COMMAND --help` shows every flag."
+    more = "`distil-rank COMMAND --help` shows every flag."
+    usage = f"usage: distil-rank COMMAND [--help] ...\n\n{listing}\n\n{more}"
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage)
         return
@@ -50,7 +55,9 @@ def main(arguments: list[str] | None = None) -> None:
     if prefix and (len(arguments) == 1 or arguments[1] in ("-h", "--help")):
         print("\n".join(["commands:", *prefix]))
         return
-    sys.stderr.write(f"distil-rank: error: unknown command {' '.join(arguments[:2])!r}\n\n{usage}\n")
+    sys.stderr.write(
+        f"distil-rank: error: unknown command {' '.join(arguments[:2])!r}\n\n{usage}\n"
+    )
     raise SystemExit(2)
 
 
