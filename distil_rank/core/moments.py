@@ -21,6 +21,10 @@ class Moments:
     `scatter` is sum_i w_i (x_i - mean)(x_i - mean)^T and `count` is sum_i w_i (the number of rows
     where there are no weights). Batches are combined as in Chan, Golub and LeVeque (1983), so a
     large mean costs no precision.
+
+    >>> moments = Moments(2).update(torch.tensor([[0.0, 0.0], [2.0, 4.0]]))
+    >>> moments.count, moments.mean.tolist(), moments.covariance.tolist()
+    (2.0, [1.0, 2.0], [[1.0, 2.0], [2.0, 4.0]])
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu"):
