@@ -17,10 +17,13 @@ test-all: $(VENV)/ready
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 report: $(VENV)/ready
 	$(BIN)/python -m distil_rank report
+	$(BIN)/python -m benchmarks.documents
 
 benchmark: $(VENV)/ready
 	$(BIN)/python -m benchmarks.$(NAME)

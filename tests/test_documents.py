@@ -1,38 +1,95 @@
-"""No number in the documents that no committed file shows."""
+"""No number in the documents that no committed file shows, and no command that does not run."""
 
+import importlib.util
 import re
+import shlex
 import subprocess
 
 import pytest
+import tyro
 
+import main
+from benchmarks.documents import BLOCK, documents, filled
+from distil_rank.__main__ import COMMANDS
 from distil_rank.core.records import ROOT
-from distil_rank.redraw import BLOCK, documents, filled
 
 # figures that define something, rather than report it
-DEFINITIONS = {"95 %", "1 %", "99 %", "0.1", "0.3", "0.01", "0.003", "0.25", "4.0", "3.11", "CC-BY-4.0"}
-# published figures of ESM-2 650M that the synthetic embeddings match (docs/methods.md names the source)
+DEFINITIONS = {"95 %", "1 %", "99 %", "0.1", "0.3", "0.01", "0.003", "0.25", "4.0", "3.11"}
+DEFINITIONS |= {"CC-BY-4.0", "0.1.0", ".0"}
+# published figures of ESM-2 650M that synthetic embeddings match (docs/methods.md names the source)
 PUBLISHED = {".402", ".532", ".710", ".808", ".87", "6.85", "2.03", "3.08"}
 NUMBER = re.compile(r"\d*\.\d+|\d+(?:\.\d+)? ?%|\d{1,3}(?:,\d{3})+")
+COMMAND = re.compile(r"(?:python main\.py|python -m |distil-rank |make )[^\n`]*")
+
+each_document = pytest.mark.parametrize(
+    "document", documents(), ids=lambda path: str(path.relative_to(ROOT))
+)
 
 
-@pytest.mark.parametrize("document", documents(), ids=lambda path: str(path.relative_to(ROOT)))
+@each_document
 def test_generated_blocks_are_what_the_json_says(document):
-    command = ["git", "status", "--porcelain", "-uno", "--", "results/**.json", "benchmarks/results/**.json"]
-    if subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout:
-        pytest.skip("results were renewed here and the documents are of the committed ones: make report fills them")
+    renewed = ["git", "status", "--porcelain", "-uno", "--", "results/**.json"]
+    renewed.append("benchmarks/results/**.json")
+    if subprocess.run(renewed, cwd=ROOT, capture_output=True, text=True).stdout:
+        pytest.skip("results were renewed and the documents are of the committed: make report")
     text = document.read_text()
     assert filled(text) == text, "run `make report`"
 
 
-@pytest.mark.parametrize("document", documents(), ids=lambda path: str(path.relative_to(ROOT)))
+@each_document
 def test_prose_reports_no_figure_of_its_own(document):
     prose = BLOCK.sub("", document.read_text())
     prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", prose, flags=re.DOTALL)
     assert set(NUMBER.findall(prose)) <= DEFINITIONS | PUBLISHED
 
 
-def test_every_link_to_a_file_leads_somewhere():
-    for document in documents():
-        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
-            if "://" not in target:
-                assert (document.parent / target).exists(), f"{document.name}: {target}"
+@each_document
+def test_every_link_to_a_file_leads_somewhere(document):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
+        assert "://" in target or (document.parent / target).exists(), target
+
+
+def commands(document):
+    """Commands in code blocks and in `code`, without comments, as lists of arguments."""
+    text = BLOCK.sub("", document.read_text()).replace("\\\n", " ")
+    blocks = "\n".join(re.findall(r"```\n(.*?)```", text, flags=re.DOTALL))
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    lines = [*blocks.splitlines(), *re.findall(r"`([^`]*)`", prose)]
+    found = [line.strip() for line in lines if COMMAND.match(line.strip())]
+    return [shlex.split(line, comments=True) for line in found if "COMMAND" not in line]
+
+
+def understood(arguments):
+    """Whether the program and its flags exist; nothing is run."""
+    match arguments:
+        case ["make", *words]:
+            targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M)
+            return all(word in targets or "=" in word for word in words)
+        case ["python", "main.py", *flags]:
+            return parsed(main.Config, flags)
+        case ["python", "-m", module, *_]:
+            return importlib.util.find_spec(module) is not None
+        case ["distil-rank", *words]:
+            length = next((n for n in (2, 1) if " ".join(words[:n]) in COMMANDS), 0)
+            if not length:
+                groups = {command.split()[0] for command in COMMANDS}
+                return words == ["--help"] or (len(words) == 1 and words[0] in groups)
+            module = importlib.import_module(COMMANDS[" ".join(words[:length])][0])
+            return parsed(module.Config, words[length:])
+    return False
+
+
+def parsed(config, flags):
+    # without flags a command is only named in the text
+    if not flags or flags == ["--help"]:
+        return True
+    return tyro.cli(config, args=flags) is not None
+
+
+@each_document
+def test_every_command_printed_is_understood(document):
+    for arguments in commands(document):
+        try:
+            assert understood(arguments), shlex.join(arguments)
+        except SystemExit:
+            pytest.fail(shlex.join(arguments))
