@@ -41,14 +41,14 @@ ROOT = Path(__file__).resolve().parent
 class Config:
     train: Path | None = None  # embeddings to fit on (n, d)
     val: Path | None = None  # held-out embeddings (n, d)
-    source: str = ""  # name of the data in tables and figures; default: from embeddings.json
+    data_source: str = ""  # name of the data in tables; default: from embeddings.json
     embedding_model: str = ""  # model behind the embeddings; default: from embeddings.json
     synthetic: bool = False  # synthetic embeddings even where embeddings_train.pt is here
     teacher: Path | None = None  # your own layer, .pt or .safetensors, beside the three teachers
     key: str | None = None  # which layer of a file, for instance classifier.dense
     rank: int | None = None  # rank of every student; default: d / 20, at least 1
     seeds: int = 5  # number of seeds: each has its own teachers and batches
-    steps: int = 1000  # steps of training
+    steps: int = 1000  # steps of the optimizer
     teacher_steps: int = 500  # training steps of the task-trained teacher
     latency_batches: tuple[int, ...] = ()  # batch sizes to time beside 1, 32 and 512
     rounds: int = 50  # interleaved timings of teacher and student
@@ -84,7 +84,7 @@ def load_data(config: Config) -> tuple[Tensor, Tensor, Record]:
         n_train, n_val = (1500, 500) if config.quick else (4000, 1000)
         x, x_val = synthetic_embeddings(n_train, 0, "train"), synthetic_embeddings(n_val, 0, "val")
         return x, x_val, {"source": SYNTHETIC, "model": None, "sha256": None, "files": None}
-    return load_pair(train, val, config.source, config.embedding_model)
+    return load_pair(train, val, config.data_source, config.embedding_model)
 
 
 # 3. Teachers --------------------------------------------------------------------------------------
