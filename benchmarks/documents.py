@@ -36,12 +36,12 @@ def block(name: str, path: Path) -> str:
     function, schema = BLOCKS[name]
     place, _, function = function.rpartition(".")
     tables = importlib.import_module(f"benchmarks.{place}")
-    if path.is_dir():
-        paths = sorted(path.rglob("distil_rank_summary.json"))
-        record = [read_json(p, getattr(tables, schema)) for p in paths if p.parent.name != "quick"]
-    else:
-        record = read_json(path, getattr(tables, schema))
-    return getattr(tables, function)(record)
+    schema = getattr(tables, schema)
+    if not path.is_dir():
+        return getattr(tables, function)(read_json(path, schema))
+    runs = sorted(path.rglob("distil_rank_summary.json"))
+    records = [read_json(run, schema) for run in runs if run.parent.name != "quick"]
+    return getattr(tables, function)(records)
 
 
 def filled(text: str) -> str:

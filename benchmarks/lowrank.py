@@ -159,7 +159,7 @@ def whole() -> Record:
     """`python main.py --synthetic`, 1280 wide, against three plain students one after the other."""
     x = torch.randn(4000, DIM)
     plain_distillation(x, 20)
-    plain = seconds(lambda: [plain_distillation(x, 1000) for _ in range(3)])
+    plain = sum(seconds(lambda: plain_distillation(x, 1000)) for _ in range(3))
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "main.py", "--synthetic", "--out", folder]
         ours = seconds(lambda: subprocess.run(command, cwd=ROOT, capture_output=True, check=True))
@@ -178,7 +178,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    record = read_json(config.out, BARS) if config.out.exists() else {"schema": BARS}
+    record: Record = read_json(config.out, BARS) if config.out.exists() else {"schema": BARS}
     for name in config.only or SECTIONS:
         record[name] = SECTIONS[name]() | {"environment": environment()}
         write_json(config.out, record)

@@ -39,10 +39,9 @@ def main(arguments: list[str] | None = None) -> None:
             import tyro
 
             module = importlib.import_module(COMMANDS[command][0])
-            program, flags = f"distil-rank {command}", arguments[length:]
+            program, text, flags = f"distil-rank {command}", module.__doc__, arguments[length:]
             with one_line_errors(program):
-                about = {"prog": program, "description": module.__doc__}
-                module.run(tyro.cli(module.Config, args=flags, **about))
+                module.run(tyro.cli(module.Config, prog=program, description=text, args=flags))
             return
     width = max(map(len, COMMANDS), default=0)
     listing = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
