@@ -24,6 +24,10 @@ EXCEPTIONS = {
     "fasta": ({"distil-rank nested fit"}, "may be missing: --stores holds the embeddings"),
     "dms": ({"distil-rank nested probe"}, "what the command is about, elsewhere one more measure"),
     "dtype": ({"distil-rank generator generate"}, "also float64, for exact comparisons"),
+    "store_dtype": (
+        {f"distil-rank generator {c}" for c in ("train", "finetune", "pretrain")},
+        "weights, not embeddings: checkpoints are float32 or float16",
+    ),
     "n_embd": ({"distil-rank pretrain"}, "its default is the smallest model of models/"),
 }
 # commands without --device, and why
