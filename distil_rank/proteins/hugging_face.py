@@ -36,8 +36,9 @@ _SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermedia
 _OPTIONAL = ("token_dropout", "layer_norm_eps")
 # of training, of other tasks, of the library: no weight and no hidden state depends on them
 _HARMLESS = """_name_or_path architectures attention_probs_dropout_prob bos_token_id
-    chunk_size_feed_forward classifier_dropout cls_token_id dtype eos_token_id esmfold_config gradient_checkpointing
-    hidden_dropout_prob id2label initializer_range is_encoder_decoder label2id
+    chunk_size_feed_forward classifier_dropout cls_token_id dtype eos_token_id
+    esmfold_config gradient_checkpointing hidden_dropout_prob id2label initializer_range
+    is_encoder_decoder label2id
     max_position_embeddings output_attentions output_hidden_states problem_type return_dict
     torch_dtype transformers_version use_cache""".split()  # noqa: SIM905
 

@@ -41,7 +41,15 @@ def config(checkpoint, tmp_path_factory) -> Config:
     """Sixty proteins in some ten shards, a few of them longer than the window."""
     fasta = tmp_path_factory.mktemp("fasta") / "proteins.fasta.gz"
     reference.random_fasta(fasta, 60)
-    return Config(fasta, str(checkpoint), Path(), long="window", max_length=100, shard_residues=400, batch_tokens=300)
+    return Config(
+        fasta,
+        str(checkpoint),
+        Path(),
+        long="window",
+        max_length=100,
+        shard_residues=400,
+        batch_tokens=300,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +70,9 @@ def test_long_proteins_are_the_blend_of_their_windows(ours, fair_esm, pool):
     blended = reference.blended(fair_esm, sequence, spans, ramp=25)
     ((_, vectors),) = embed(ours, [sequence], pool, max_length=100)
     if pool == "bos":
-        heads = torch.stack([reference.hidden(fair_esm, sequence[start:stop], 3)[0] for start, stop in spans])
+        heads = torch.stack(
+            [reference.hidden(fair_esm, sequence[start:stop], 3)[0] for start, stop in spans]
+        )
         shares = torch.stack([window.blend.sum() / 333 for window in windows(0, 333, 100)])
         expected = (shares[:, None] * heads).sum(0, keepdim=True)
     else:
@@ -71,7 +81,9 @@ def test_long_proteins_are_the_blend_of_their_windows(ours, fair_esm, pool):
 
 
 @pytest.mark.parametrize("pool", ["mean", "bos", "residues"])
-def test_window_is_full_where_the_protein_fits_and_truncate_is_its_beginning(ours, config, tmp_path, pool):
+def test_window_is_full_where_the_protein_fits_and_truncate_is_its_beginning(
+    ours, config, tmp_path, pool
+):
     long = reference.random_sequence(random.Random(2), 140)
     for name, sequence in [("long", long), ("cut", long[:100])]:
         write_fasta(tmp_path / f"{name}.fasta", [Protein("p", "p", sequence)])
@@ -83,7 +95,9 @@ def test_window_is_full_where_the_protein_fits_and_truncate_is_its_beginning(our
 
     full = store("long", long="error", max_length=140)
     assert torch.equal(store("long", long="window", max_length=140), full)
-    assert torch.equal(store("long", long="truncate", max_length=100), store("cut", long="error", max_length=100))
+    assert torch.equal(
+        store("long", long="truncate", max_length=100), store("cut", long="error", max_length=100)
+    )
     windowed = store("long", long="window", max_length=100)
     assert windowed.shape == full.shape and not torch.equal(windowed, full)
 
@@ -91,7 +105,9 @@ def test_window_is_full_where_the_protein_fits_and_truncate_is_its_beginning(our
 def test_batch_size_and_company_change_nothing(ours):
     draw = random.Random(3)
     proteins = [reference.random_sequence(draw, draw.randint(1, 90)) for _ in range(40)]
-    alone = {i: vectors for i, protein in enumerate(proteins) for _, vectors in embed(ours, [protein])}
+    alone = {
+        i: vectors for i, protein in enumerate(proteins) for _, vectors in embed(ours, [protein])
+    }
     for budget in (1, 500, 10**6):
         found = dict(embed(ours, proteins, batch_tokens=budget))
         assert sorted(found) == list(range(40))
@@ -123,7 +139,9 @@ def families(tmp_path_factory) -> Path:
     for family in range(30):
         parent = "".join(draw.choices("ACDEFGHIKLMNPQRSTVWY", k=90))
         for member in range(3):
-            child = "".join(draw.choice("ACDEFGHIKLMNPQRSTVWY") if draw.random() < 0.1 else aa for aa in parent)
+            child = "".join(
+                draw.choice("ACDEFGHIKLMNPQRSTVWY") if draw.random() < 0.1 else aa for aa in parent
+            )
             records.append(Protein(f"f{family}-{member}", f"f{family}-{member}", child))
     draw.shuffle(records)
     write_fasta(path, records)
@@ -133,13 +151,20 @@ def families(tmp_path_factory) -> Path:
 def test_split_writes_what_main_py_reads_and_cuts_no_family(config, families, tmp_path, capsys):
     run(replace(config, fasta=families, out=tmp_path / "s", split=0.2, store_dtype="float16"))
     store = EmbeddingStore(tmp_path / "s")
-    x, x_val = load_matrix(store.path / "embeddings_train.pt"), load_matrix(store.path / "embeddings_val.pt")
+    x, x_val = (
+        load_matrix(store.path / "embeddings_train.pt"),
+        load_matrix(store.path / "embeddings_val.pt"),
+    )
     assert len(x) + len(x_val) == 90 and 15 <= len(x_val) <= 18
     where = {tuple(store[i].tolist()): store.ids[i].partition("-")[0] for i in range(90)}
     families_of = [{where[tuple(row.tolist())] for row in rows} for rows in (x, x_val)]
     assert len(families_of[0]) + len(families_of[1]) == 30 and not families_of[0] & families_of[1]
     known = provenance(store.path / "embeddings_train.pt")
-    assert (known["source"], known["model"], known["n_val"]) == ("families.fasta", "tiny", len(x_val))
+    assert (known["source"], known["model"], known["n_val"]) == (
+        "families.fasta",
+        "tiny",
+        len(x_val),
+    )
     assert f"main.py --train {store.path}/embeddings_train.pt" in capsys.readouterr().out
 
 
@@ -149,7 +174,12 @@ def test_split_writes_what_main_py_reads_and_cuts_no_family(config, families, tm
 def test_provenance_says_how_the_vectors_were_made(config, whole, checkpoint):
     found = EmbeddingStore(whole).provenance
     assert found["model"] == "tiny" and len(found["weights_sha256"]) == 64
-    assert (found["pool"], found["dtype"], found["long"], found["max_length"]) == ("mean", "float32", "window", 100)
+    assert (found["pool"], found["dtype"], found["long"], found["max_length"]) == (
+        "mean",
+        "float32",
+        "window",
+        100,
+    )
     assert found["layers"] == [3] and found["proteins"] == 60 and found["longer_proteins"] > 0
     assert str(checkpoint.parent) not in str(found)
 
@@ -224,7 +254,9 @@ def _killed(config: Config, replaces: int) -> None:
 def processes():
     """Starts processes that have imported everything and computed nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["distil_rank.proteins.command_embed", "tests.proteins.test_command_embed"])
+    context.set_forkserver_preload(
+        ["distil_rank.proteins.command_embed", "tests.proteins.test_command_embed"]
+    )
     first = context.Process(target=time.sleep, args=(0,))
     first.start()
     first.join()
@@ -235,7 +267,9 @@ def processes():
 def test_killed_before_a_file_is_complete_then_resumed(config, whole, processes, tmp_path, point):
     shards = EmbeddingStore(whole).provenance["shards"]
     config = replace(config, out=tmp_path / "store")
-    nth = {"first": 1, "middle": 1 + shards // 2, "last": shards + 2}[point]  # store.json, shards, index
+    nth = {"first": 1, "middle": 1 + shards // 2, "last": shards + 2}[
+        point
+    ]  # store.json, shards, index
     process = processes.Process(target=_killed, args=(config, nth))
     process.start()
     process.join()
@@ -321,7 +355,11 @@ def test_another_configuration_in_the_same_store_is_refused(config, whole, tmp_p
 def command(*arguments, launcher=("-m", "distil_rank")):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, *launcher, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, *launcher, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -330,7 +368,9 @@ def _rank(rank: int, world: int, port: int, jobs) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    with process_group():  # one group for all jobs: a second one on the same port could meet what is left of the first
+    with (
+        process_group()
+    ):  # one group for all jobs: a second one on the same port could meet what is left of the first
         for function, config in jobs:
             function(config)
 
@@ -348,11 +388,16 @@ def check_equal_stores_and_moments(folder):
 def test_two_ranks_write_the_store_and_the_moments_of_one(config, processes, tmp_path):
     for name, world in [("one", 1), ("two", 2)]:
         store, out = tmp_path / name, tmp_path / f"{name}.safetensors"
-        jobs = [(run, replace(config, out=store, layers=(-1, 0))), (command_moments.run, command_moments.Config(store, out))]
+        jobs = [
+            (run, replace(config, out=store, layers=(-1, 0))),
+            (command_moments.run, command_moments.Config(store, out)),
+        ]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        ranks = [processes.Process(target=_rank, args=(rank, world, port, jobs)) for rank in range(world)]
+        ranks = [
+            processes.Process(target=_rank, args=(rank, world, port, jobs)) for rank in range(world)
+        ]
         for rank in ranks:
             rank.start()
         for rank in ranks:
@@ -363,20 +408,47 @@ def test_two_ranks_write_the_store_and_the_moments_of_one(config, processes, tmp
 
 @pytest.mark.slow
 def test_torchrun_writes_the_store_and_the_moments_of_one_process(config, tmp_path):
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "distil_rank")
-    flags = [config.fasta, "--model", config.model, "--long", "window", "--max-length", 100, "--shard-residues", 400]
+    torchrun = (
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "distil_rank",
+    )
+    flags = [
+        config.fasta,
+        "--model",
+        config.model,
+        "--long",
+        "window",
+        "--max-length",
+        100,
+        "--shard-residues",
+        400,
+    ]
     for name, launcher in [("one", ("-m", "distil_rank")), ("two", torchrun)]:
-        done = command("embed", *flags, "--layers", -1, 0, "--out", tmp_path / name, launcher=launcher)
+        done = command(
+            "embed", *flags, "--layers", -1, 0, "--out", tmp_path / name, launcher=launcher
+        )
         assert done.returncode == 0, done.stderr
-        done = command("moments", tmp_path / name, "--out", tmp_path / f"{name}.safetensors", launcher=launcher)
+        done = command(
+            "moments", tmp_path / name, "--out", tmp_path / f"{name}.safetensors", launcher=launcher
+        )
         assert done.returncode == 0, done.stderr
     check_equal_stores_and_moments(tmp_path)
 
 
 def test_bad_input_is_one_line_and_status_2(config, tmp_path):
-    done = command("embed", tmp_path / "none.fasta", "--model", config.model, "--out", tmp_path / "out")
+    done = command(
+        "embed", tmp_path / "none.fasta", "--model", config.model, "--out", tmp_path / "out"
+    )
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("distil-rank embed: error: required a FASTA file") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("distil-rank embed: error: required a FASTA file")
+        and done.stderr.count("\n") == 1
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -425,7 +497,11 @@ def test_changes_to_sequences_are_counted_aloud(config, tmp_path, capsys):
     (tmp_path / "odd.fasta").write_text(">a\nmk-v*\n>b\nMJV\n>long\n" + "MKV" * 50 + "\n")
     run(replace(config, fasta=tmp_path / "odd.fasta", out=tmp_path / "out"))
     warnings = capsys.readouterr().err
-    for words in ("gaps removed: 1 in 1 protein: a", "J or inner * read as X: 1 in 1 protein: b", "long (150)"):
+    for words in (
+        "gaps removed: 1 in 1 protein: a",
+        "J or inner * read as X: 1 in 1 protein: b",
+        "long (150)",
+    ):
         assert warnings.count(words) == 1
     store = EmbeddingStore(tmp_path / "out")
     assert [store.describe(i)["length"] for i in range(3)] == [3, 3, 150]
@@ -448,7 +524,12 @@ def test_peak_memory_does_not_grow_with_the_number_of_proteins(config, processes
     peak = {}
     for count in (200, 2000):
         reference.random_fasta(tmp_path / f"{count}.fasta", count, longest=900)
-        small = replace(config, fasta=tmp_path / f"{count}.fasta", out=tmp_path / str(count), shard_residues=4000)
+        small = replace(
+            config,
+            fasta=tmp_path / f"{count}.fasta",
+            out=tmp_path / str(count),
+            shard_residues=4000,
+        )
         queue = processes.Queue()
         process = processes.Process(target=_peak, args=(small, queue))
         process.start()
