@@ -18,14 +18,14 @@ import torch
 from distil_rank.core.devices import process_group
 from distil_rank.core.errors import InputError
 from distil_rank.core.locks import only_writer
+from distil_rank.core.moments import Moments
 from distil_rank.proteins import command_embed, command_moments
 from distil_rank.proteins.batching import windows
-from distil_rank.proteins.embedding_files import load_matrix, provenance
 from distil_rank.proteins.command_embed import Config, run
+from distil_rank.proteins.embedding_files import load_matrix, provenance
 from distil_rank.proteins.fasta import Protein, write_fasta
 from distil_rank.proteins.pooling import embed
 from distil_rank.proteins.store import INDEX, EmbeddingStore, IndexWriter, shard_path
-from distil_rank.core.moments import Moments
 from tests.conftest import ROOT
 from tests.proteins import reference
 

@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from distil_rank.core.errors import InputError
+from distil_rank.core.moments import Moments
 from distil_rank.proteins import command_embed
 from distil_rank.proteins.command_moments import Config, run
 from distil_rank.proteins.store import EmbeddingStore
-from distil_rank.core.moments import Moments
 from tests.proteins import reference
 
 

@@ -42,13 +42,13 @@ def test_tokens_equal_those_of_fair_esms_batch_converter(fair_esm, batch):
 
 @pytest.mark.parametrize("letter", ["J", "*", "a", " ", "é", "7"])
 def test_letters_without_a_token_are_refused(letter):
-    with pytest.raises(InputError, match="letters of .* required"):
+    with pytest.raises(InputError, match=r"letters of .* required"):
         tokenise(["MK" + letter])
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_data_path_equals_the_reference_outputs_of_the_real_models(shared_data, size):
-    """Tokens, special tokens, mask and pooled rows, exactly, on what the published checkpoints received and gave."""
+    """Tokens, mask and pooled rows, exactly, on what the published checkpoints got and gave."""
     data = load_file(shared_data / "esm2_reference_outputs" / f"esm2_{size}.safetensors")
     ids, state, residues = (
         data["input__input_ids"],
@@ -162,5 +162,5 @@ def test_bfloat16_keeps_the_residual_stream_in_float32(fair_esm, checkpoint):
 def test_layers_count_from_either_end(ours):
     assert ours.depths([-1, 0, 3, -4, 2]) == [3, 0, 3, 0, 2]
     for wrong in (4, -5):
-        with pytest.raises(InputError, match="layers between -4 and 3 .* required"):
+        with pytest.raises(InputError, match=r"layers between -4 and 3 .* required"):
             ours.depths([wrong])

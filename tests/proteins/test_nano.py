@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from benchmarks import nano, nano_additive
-from distil_rank.proteins.checkpoints import FAMILIES, load_model
-from distil_rank.proteins.esm2 import tokenise
-from distil_rank.proteins.masked import load_checkpoint, masked_losses, new_model, perplexity
-from distil_rank.proteins.pretrain import Config
-from distil_rank.proteins.splits import related
 from distil_rank.core.records import ROOT, read_json, sha256
+from distil_rank.proteins.checkpoints import FAMILIES, load_model
+from distil_rank.proteins.command_pretrain import Config
+from distil_rank.proteins.esm2 import tokenise
+from distil_rank.proteins.masked import masked_losses, perplexity
+from distil_rank.proteins.pretrain import new_model
+from distil_rank.proteins.splits import related
 
 NAMES = [member.name for member in FAMILIES["nano"].values()]
 MODELS = ROOT / "models"
@@ -34,7 +35,7 @@ def test_weights_are_those_of_the_card_and_load_by_name(member, card):
     )
     assert (loaded.model.width, len(loaded.model.layers)) == (member.width, member.layers)
     config = card["models"][member.name]["config"]
-    assert (config["width"], config["layers"]) == (member.width, member.layers)
+    assert (config["n_embd"], config["n_layer"]) == (member.width, member.layers)
 
 
 def test_the_family_is_small():
@@ -70,7 +71,7 @@ def test_the_additive_model_finds_a_rule_between_neighbours():
         "KL" * rng.randint(5, 15) if rng.random() < 0.5 else "LK" * rng.randint(5, 15)
         for _ in range(300)
     ]
-    config = Config(Path("x"), Path("y"), tokens=1e5, batch_tokens=300, crop=40)
+    config = Config(Path("x"), Path("y"), tokens=1e5, batch_tokens=300, max_length=40)
     model = nano_additive.train(proteins, config)
     sums, counts = masked_losses(model, proteins[:50])
     model.neighbours.data.zero_()
@@ -144,9 +145,9 @@ def test_the_split_is_rebuilt_and_cuts_no_relatives(parts, card):
 @pytest.mark.parametrize("name", NAMES)
 def test_perplexity_is_as_the_card_says(name, parts, card):
     sequences = [protein.sequence for protein in parts.held_out[::10]]
-    measured = perplexity(load_checkpoint(MODELS / f"{name}.pt"), sequences)
+    measured = perplexity(load_model(name, head=True).model, sequences)
     published = card["models"][name]["perplexity"]["value"]
     assert measured["low"] * 0.99 < published < measured["high"] * 1.01
     config = card["models"][name]["config"]
-    untrained = new_model(config["layers"], config["width"], config["heads"], seed=1).eval()
+    untrained = new_model(config["n_layer"], config["n_embd"], config["n_head"], seed=1).eval()
     assert measured["high"] < 0.7 * perplexity(untrained, sequences[:50])["value"]

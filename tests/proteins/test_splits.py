@@ -68,7 +68,7 @@ def test_equal_sequences_are_always_together_even_without_a_word():
 
 @pytest.mark.parametrize(("identity", "least"), [(0.4, 0.8), (0.5, 0.95), (0.7, 1.0), (0.9, 1.0)])
 def test_planted_relatives_are_found(identity, least):
-    """Uniform random substitutions, the hardest kind: real relatives keep their substitutions in loops."""
+    """Uniform random substitutions, the hardest kind: real ones are mostly in loops."""
     rng = random.Random(f"planted {identity}")
     parents = [draw(rng, 270) for _ in range(60)]
     labels = cluster(
