@@ -85,13 +85,10 @@ def _check(path: Path) -> None:
                 odd = "holds binary data" if not odd and b"\0" in chunk else odd
                 if odd:
                     raise InputError(f"required a FASTA text file, but {path} {odd}; {remedy}")
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except (EOFError, OSError, zlib.error) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise InputError(
-            f"required a whole gzip file, got {path} ({error}); copy or compress it again"
-        ) from error
-    except OSError as error:
-        raise InputError(
-            f"required a readable FASTA file, got {path} ({error.strerror}); {remedy}"
+            f"required a whole and readable FASTA file, got {path} ({reason}); copy it again"
         ) from error
     if not start:
         raise InputError(f"required at least one protein, but {path} is empty; {remedy}")

@@ -95,3 +95,7 @@ def random_fasta(path: Path, count: int, longest: int = 120, seed: int = 0) -> l
     ]
     write_fasta(path, proteins)
     return proteins
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

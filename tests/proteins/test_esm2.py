@@ -26,12 +26,7 @@ def test_tokens_are_the_alphabet_of_fair_esm(fair_esm):
     assert tuple(
         getattr(fair_esm.alphabet, name)
         for name in ("cls_idx", "padding_idx", "eos_idx", "mask_idx")
-    ) == (
-        CLS,
-        PAD,
-        EOS,
-        MASK,
-    )
+    ) == (CLS, PAD, EOS, MASK)
 
 
 @given(batch=st.lists(sequences, min_size=1, max_size=5))

@@ -59,8 +59,8 @@ def test_windows_lines_and_missing_final_newline(tmp_path):
         (b"@a\nACD\n+\nIII\n", "does not begin with '>'"),
         (b"\x89PNG\r\n\x1a\n" + bytes(50), "does not begin with '>'"),
         (b">a\nAC\0DE\n", "binary"),
-        (gzip.compress(b">a\n" + bytes(range(65, 91)) * 999)[:-20], "whole gzip"),
-        (gzip.compress(b">a\nACD\n")[:-8] + bytes(8), "whole gzip"),
+        (gzip.compress(b">a\n" + bytes(range(65, 91)) * 999)[:-20], "whole and readable"),
+        (gzip.compress(b">a\nACD\n")[:-8] + bytes(8), "whole and readable"),
     ],
 )
 def test_what_is_no_fasta_is_refused_at_once(tmp_path, content, says):

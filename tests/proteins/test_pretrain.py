@@ -36,7 +36,7 @@ def proteins(count: int, longest: int = 60, seed: int = 0) -> list[str]:
 SMALL = Config(
     *(Path("x"), Path("y")),
     **{"n_layer": 2, "n_embd": 16, "n_head": 2, "tokens": 4000},
-    **{"batch_tokens": 200, "max_length": 40, "save_every": 3},
+    **{"batch_tokens": 200, "max_length": 40, "save_every": 3, "device": "cpu"},
 )
 OPTIONS = (SMALL.max_length, SMALL.batch_tokens, SMALL.seed)  # of `batches`
 

@@ -29,11 +29,8 @@ def proteins(tmp_path_factory):
 @pytest.fixture(scope="module", params=["mean", "bos", "residues"])
 def store(request, proteins, checkpoint, tmp_path_factory):
     out = tmp_path_factory.mktemp("store") / "s"
-    run(
-        Config(
-            proteins[0], str(checkpoint), out, pool=request.param, shard_residues=60, layers=(1, -1)
-        )
-    )
+    options = {"pool": request.param, "shard_residues": 60, "layers": (1, -1), "device": "cpu"}
+    run(Config(proteins[0], str(checkpoint), out, **options))
     return EmbeddingStore(out)
 
 
