@@ -42,8 +42,7 @@ def load_matrix(path: str | Path) -> Tensor:
     shape = tuple(x.shape)
     if x.ndim != 2:
         raise InputError(
-            f"2 axes (proteins, features) required in {path}, got shape {shape};"
-            " pool residues first"
+            f"2 axes (proteins, features) required in {path}, got shape {shape}; pool residues"
         )
     if len(x) < 2 or x.shape[1] < 1:
         raise InputError(f"at least 2 rows of 1 feature required in {path}, got shape {shape}")

@@ -114,7 +114,7 @@ def _score(text: str | None, where: str) -> float:
 
 
 def mutate(wild_type: str, mutant: str, where: str) -> tuple[str, list[int]]:
-    """Mutated sequence and changed positions (0-based); InputError where the mutant does not fit."""
+    """Mutated sequence and changed positions (0-based); InputError where it does not fit."""
     letters, changed = list(wild_type), []
     for part in mutant.split(":"):
         match = MUTATION.fullmatch(part)
