@@ -1,4 +1,4 @@
-"""Shared fixtures. Tests need no network; those on real data skip with a reason where it is absent."""
+"""Shared fixtures. Tests need no network; those on real data are skipped where it is absent."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ DATA = Path(os.environ.get("DISTIL_RANK_DATA", ROOT.parent / "shared" / "data"))
 def shared_data() -> Path:
     """Folder of public data kept beside the checkout ($DISTIL_RANK_DATA, or ../shared/data)."""
     if not DATA.is_dir():
-        pytest.skip(f"real data is not here: set DISTIL_RANK_DATA to its folder ({DATA.name} is missing)")
+        pytest.skip(f"real data is not here ({DATA.name}): set DISTIL_RANK_DATA to its folder")
     return DATA
 
 
