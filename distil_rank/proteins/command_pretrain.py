@@ -7,7 +7,8 @@ modelling: 15 % of the amino acids are chosen, of which 80 % become <mask>, 10 %
 stay (Lin et al. 2023, Science 379:1123). Muon for the matrices of the layers (Jordan 2024; updates
 of AdamW's size), AdamW for all else, linear warm-up, cosine decay to zero; heads start at
 neighbours (`pretrain.look_at_neighbours`). The rate of the matrices is 3e-3, from width 128 on
-2e-3, where --learning-rate gives no other; all else has a sixth of it.
+2e-3, where --learning-rate gives no other; all else has a sixth of it. Proteins longer than
+--max-length are seen through random windows of that many residues.
 
 The checkpoint (float16) has fair-esm's format, without contact regression. It appears when training
 is complete; until then OUT.state holds what a killed run needs to end bit-equal to an undisturbed
@@ -120,7 +121,7 @@ def train(config: Config, sequences: Sequence[str]) -> ESM2:
                 group["lr"] = group["highest"] * schedule(seen / config.tokens, config.warmup)
         tokens, chosen = mask(batch, generator(config.seed, "mask", step))
         with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            logits = logits_at(model, tokens.to(device), chosen.to(device))
+            logits = logits_at(model, tokens, chosen)
         loss = F.cross_entropy(logits.float(), batch[chosen].to(device), reduction="sum")
         loss = loss / max(1, int(chosen.sum()))
         model.zero_grad()

@@ -1,4 +1,6 @@
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,6 +8,7 @@ import pytest
 import torch
 
 from distil_rank.core.errors import InputError
+from distil_rank.core.records import ROOT
 from distil_rank.proteins.batching import windows
 from distil_rank.proteins.command_embed import run
 from distil_rank.proteins.embedding_files import load_matrix, provenance
