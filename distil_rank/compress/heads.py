@@ -84,7 +84,6 @@ def compress_head(
         chosen = choose_ranks(parts, targets, request, int8, metric == "output")
         small, layers = _fit(parts, targets, chosen, x, held_out, int8, seed)
         module: nn.Module = small[0] if isinstance(head, nn.Linear) else nn.Sequential(*small)
-        module.train(head.training)
         lost = {"fitted": fvu_interval(head(x), module(x), seed)}
         if held_out is not None:
             lost["held_out"] = fvu_interval(head(held_out), module(held_out), seed)
@@ -100,6 +99,10 @@ def compress_head(
             prior=blend,
             layers=layers,
         )
+    for part, new in zip(parts, small):
+        if new is not part:
+            new.train(part.training)
+    module.training = head.training
     return module, certificate
 
 
@@ -178,7 +181,7 @@ def _student(
         if G is not None:
             best = optimum(layer.weight, layer.bias, target.moments, rank, G)
         exact = best.student(rank)
-    student = exact.to(layer.weight)
+    student = exact.to(layer.weight).requires_grad_(layer.weight.requires_grad)
     require_finite(student)
     new: nn.Module = student
     measured, eight, equal = student, None, None

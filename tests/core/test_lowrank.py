@@ -55,6 +55,35 @@ def test_it_is_the_regression_by_pseudo_inverse(kind):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * scale)
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (24, 24, 6)])
+@pytest.mark.parametrize("metric", [None, 4])
+def test_directions_that_the_rows_leave_open_follow_the_weight(shape, metric):
+    """As the limit of a little variance in all directions; and whatever the eigensolver does."""
+    teacher, x = layer(*shape[:2]), rows(n=6)
+    W = teacher.weight.detach()
+    if len(shape) == 3:  # a weight that has few directions itself
+        W = W[:, : shape[2]] @ draw(shape[2], 24, seed=1)
+    G = None if metric is None else draw(len(W), len(W), seed=metric)
+    G = None if G is None else G @ G.T
+    moments = Moments.of(x)
+    scatter = moments.scatter + 1e-7 * moments.scatter.trace() * torch.eye(24)
+    tied = Moments.from_state(moments.state() | {"scatter": scatter})
+    turn = torch.linalg.qr(draw(len(W), len(W), seed=2)).Q
+    turned = None if G is None else turn @ G @ turn.T
+    outputs = Moments.of(x @ W.T)
+    for rank in (5, 8, 10):
+        A, B, _ = optimum(W, None, moments, rank, G).factors(rank)
+        for other in (
+            optimum(W, None, tied, rank, G),
+            optimum(W, None, moments, None, G),
+            *([optimum_from_outputs(W, None, outputs, rank)] if G is None else []),
+        ):
+            a, b, _ = other.factors(rank)
+            torch.testing.assert_close(b @ a, B @ A, rtol=1e-3, atol=1e-3 * float(W.std()))
+        a, b, _ = optimum(turn @ W, None, moments, rank, turned).factors(rank)
+        torch.testing.assert_close(turn.T @ b @ a, B @ A, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_from_outputs_is_from_inputs(shape):
     x, teacher = rows(n=200), layer(*shape)
