@@ -199,6 +199,7 @@ def test_mode_and_frozen_layers_are_the_heads():
     small, _ = compress_head(head, x, rank=8)
     assert small.training and small[0].training and small[2].training and not head[1].training
     assert not small[0].A.weight.requires_grad and small[2].B.bias.requires_grad
+    assert type(small[4]) is nn.Linear and small[4].weight.requires_grad
     assert not compress_head(head.eval(), x, rank=8)[0][0].training
 
 

@@ -20,7 +20,6 @@ from distil_rank.core.lowrank import (
 )
 from tests import reference
 from tests.core.rows import KINDS, draw, layer, loss, rows
-from tests.reference_compress import reduced_rank_regression
 
 SHAPES = [(24, 24), (10, 24), (40, 24)]
 
@@ -112,7 +111,7 @@ def test_changed_inputs_are_reduced_rank_regression(shape):
     variance = loss(y.mean(0), y)
     for rank in (1, 3, min(shape)):
         student = best.student(rank)
-        slow = reduced_rank_regression(changed, y, rank)
+        slow = reference.reduced_rank_regression(changed, y, rank)
         torch.testing.assert_close(student(changed), slow, rtol=1e-6, atol=1e-6)
         error = loss(student(changed), y) / variance
         assert joint.fvu(student) == pytest.approx(error, rel=1e-9)
@@ -127,7 +126,7 @@ def test_any_teacher_is_a_target():
     best = joint.optimum(torch.zeros(12, 24), ridge=1e-12)
     for rank in (1, 4, 12):
         student = best.student(rank)
-        slow = reduced_rank_regression(x, y, rank)
+        slow = reference.reduced_rank_regression(x, y, rank)
         torch.testing.assert_close(student(x), slow, rtol=1e-6, atol=1e-6)
         assert joint.fvu(student) >= floor_fvu(joint.outputs, rank)
 
