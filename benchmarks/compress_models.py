@@ -18,7 +18,7 @@ from distil_rank.compress.sites import Batch, Site, call, find_sites, read_mask,
 from distil_rank.core.randomness import generator
 from distil_rank.core.records import ROOT, sha256
 from distil_rank.core.intervals import t_interval
-from benchmarks.baselines import BASELINES
+from tests.reference_compress import BASELINES
 
 MODELS = ("nano-64", "nano-128", str(ROOT / "models" / "nano-teacher"))
 RATIOS = {False: (0.1, 0.3, 0.5), True: (0.03, 0.1, 0.3)}  # by whether the model is causal

@@ -100,7 +100,7 @@ def test_a_layer_with_a_prior(files):
         (["--rank", 4], {"key": ("head",)}, "--activation"),
         (["--rank", 4, "--activation", "relu"], {"key": ("head.2", "head.0")}, "(n, 48)"),
         (["--rank", 4], {"key": ("head.0", "head.0")}, "fit together"),
-        (["--rank", 4], {"head": "norm.safetensors", "key": ()}, "at least one linear layer"),
+        (["--rank", 4], {"head": "norm.safetensors", "key": ()}, "(d_out, d_in) required"),
         (["--rank", 2], {"head": "inf.safetensors", "key": ()}, "finite weight"),
         (["--rank", 4], {"head": "absent.pt"}, "absent.pt"),
         ([], {}, "exactly one"),
