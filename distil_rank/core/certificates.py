@@ -30,8 +30,8 @@ def compress_linear(
 ) -> tuple[LowRankLinear, Certificate]:
     """Best student of `teacher` at `rank`, or at the smallest rank whose FVU is at most `fvu`.
 
-    The student has the teacher's dtype and device. A teacher without bias gets one: it is free and
-    carries the mean.
+    The student has the teacher's dtype, device and mode, and is frozen where the teacher is. A
+    teacher without bias gets one: it is free and carries the mean.
 
     >>> x = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
     >>> layer = torch.nn.Linear(16, 8)
@@ -54,7 +54,8 @@ def compress_linear(
         rank = min(smallest_rank(solution.fvu, fvu), limit)
     student = solution.student(rank)
     student.inner_mean = student.A.weight.detach() @ moments.mean
-    student.to(teacher.weight)
+    student.to(teacher.weight).train(teacher.training)
+    student.requires_grad_(teacher.weight.requires_grad)
     return student, certify(teacher, student, moments, held_out, solution)
 
 

@@ -162,5 +162,15 @@ def test_factors_that_overflow_in_half_precision_are_an_error():
         lambda: best.student(1, torch.float16),
         lambda: certify(teacher, best.student(1).half(), moments),
     ):
-        with pytest.raises(InputError, match="overflow in A.weight"):
+        with pytest.raises(InputError, match=r"overflow in A\.weight"):
             attempt()
+
+
+def test_the_student_has_the_teachers_mode_and_is_frozen_where_it_is():
+    moments = Moments.of(rows())
+    student, _ = compress_linear(layer(), moments, rank=3)
+    assert student.training and all(p.requires_grad for p in student.parameters())
+    teacher = layer(bias=False).eval().requires_grad_(False)
+    student, _ = compress_linear(teacher, moments, rank=3)
+    modes = {part.training for part in student.modules()}
+    assert modes == {False} and not any(p.requires_grad for p in student.parameters())

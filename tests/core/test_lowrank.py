@@ -20,7 +20,6 @@ from distil_rank.core.lowrank import (
 )
 from tests import reference
 from tests.core.rows import KINDS, draw, layer, loss, rows
-from tests.reference_compress import reduced_rank_regression
 
 SHAPES = [(24, 24), (10, 24), (40, 24)]
 
@@ -55,6 +54,35 @@ def test_it_is_the_regression_by_pseudo_inverse(kind):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * scale)
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (24, 24, 6)])
+@pytest.mark.parametrize("metric", [None, 4])
+def test_directions_that_the_rows_leave_open_follow_the_weight(shape, metric):
+    """As the limit of a little variance in all directions; and whatever the eigensolver does."""
+    teacher, x = layer(*shape[:2]), rows(n=6)
+    W = teacher.weight.detach()
+    if len(shape) == 3:  # a weight that has few directions itself
+        W = W[:, : shape[2]] @ draw(shape[2], 24, seed=1)
+    G = None if metric is None else draw(len(W), len(W), seed=metric)
+    G = None if G is None else G @ G.T
+    moments = Moments.of(x)
+    scatter = moments.scatter + 1e-7 * moments.scatter.trace() * torch.eye(24)
+    tied = Moments.from_state(moments.state() | {"scatter": scatter})
+    turn = torch.linalg.qr(draw(len(W), len(W), seed=2)).Q
+    turned = None if G is None else turn @ G @ turn.T
+    outputs = Moments.of(x @ W.T)
+    for rank in (5, 8, 10):
+        A, B, _ = optimum(W, None, moments, rank, G).factors(rank)
+        for other in (
+            optimum(W, None, tied, rank, G),
+            optimum(W, None, moments, None, G),
+            *([optimum_from_outputs(W, None, outputs, rank)] if G is None else []),
+        ):
+            a, b, _ = other.factors(rank)
+            torch.testing.assert_close(b @ a, B @ A, rtol=1e-3, atol=1e-3 * float(W.std()))
+        a, b, _ = optimum(turn @ W, None, moments, rank, turned).factors(rank)
+        torch.testing.assert_close(turn.T @ b @ a, B @ A, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_from_outputs_is_from_inputs(shape):
     x, teacher = rows(n=200), layer(*shape)
@@ -83,7 +111,7 @@ def test_changed_inputs_are_reduced_rank_regression(shape):
     variance = loss(y.mean(0), y)
     for rank in (1, 3, min(shape)):
         student = best.student(rank)
-        slow = reduced_rank_regression(changed, y, rank)
+        slow = reference.reduced_rank_regression(changed, y, rank)
         torch.testing.assert_close(student(changed), slow, rtol=1e-6, atol=1e-6)
         error = loss(student(changed), y) / variance
         assert joint.fvu(student) == pytest.approx(error, rel=1e-9)
@@ -98,7 +126,7 @@ def test_any_teacher_is_a_target():
     best = joint.optimum(torch.zeros(12, 24), ridge=1e-12)
     for rank in (1, 4, 12):
         student = best.student(rank)
-        slow = reduced_rank_regression(x, y, rank)
+        slow = reference.reduced_rank_regression(x, y, rank)
         torch.testing.assert_close(student(x), slow, rtol=1e-6, atol=1e-6)
         assert joint.fvu(student) >= floor_fvu(joint.outputs, rank)
 

@@ -72,7 +72,7 @@ def test_zero_weight_is_no_prior():
     )
     assert blend == Blend(0.0, 0.0, 1.0)
     torch.testing.assert_close(found.covariance, Moments.of(own).covariance)
-    only = choose(folds_of(own)[:1], Moments.of(own), 5, WEIGHTS)
+    only = choose(folds_of(own)[:1], Moments.of(own), 5, WEIGHTS, W)
     assert only == Blend(0.0, 0.0, 1.0)  # one fold: nothing to validate on
 
 
@@ -91,3 +91,14 @@ def test_blend_and_map_are_what_they_say():
 def test_a_prior_of_another_width_is_refused():
     with pytest.raises(InputError, match="a prior of 60 features required for this layer, got 7"):
         blended_moments(draw(4, 60), "input", folds_of(rows(30, 1)), Moments.of(draw(9, 7)), 2)
+
+
+def test_a_bad_prior_is_not_preferred_to_directions_that_the_rows_leave_open():
+    """More ranks than rows: a prior has to beat the order of W W^T."""
+    W = draw(60, 60, seed=3) * torch.logspace(0, -2, 60, dtype=torch.float64)
+    own, held = draw(15, 60, seed=1), draw(2000, 60, seed=2)
+    scales = torch.logspace(-2, 0, 60, dtype=torch.float64)  # wide where W reads little
+    found, _ = blended_moments(
+        W, "input", folds_of(own), Moments.of(draw(3000, 60, seed=5) * scales), 20
+    )
+    assert loss(W, held, found, 20) < 1.02 * loss(W, held, Moments.of(own), 20)
