@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from distil_rank import LowRankLinear, Moments, compress_linear
 from distil_rank.core.errors import one_line_errors
-from distil_rank.experiment.latency import compare_latency
+from distil_rank.core.latency import compare_latency
 from distil_rank.experiment.tables import BARS_SCHEMA, bars
 from distil_rank.core.records import ROOT, environment, read_json, write_json
 from tests.compress.test_lowrank import KINDS, inputs

@@ -1,29 +1,47 @@
 """Compress a linear layer, or a head of several, on the activations that really reach each layer.
 
-    student, certificate = compress_head(nn.Sequential(nn.Linear(1280, 512), nn.GELU(), nn.Linear(512, 10)), x, speedup=5)
+    head = nn.Sequential(nn.Linear(1280, 512), nn.GELU(), nn.Linear(512, 10))
+    student, certificate = compress_head(head, x, speedup=5)
 
-Layers are fitted in order: each reads what the compressed layers before it put out and imitates the teacher's own output there
-(`solutions.drifted_student`), in the metric of what the rest of the head, or the next linear layer, makes of it. A layer that
-stays dense is refitted to its changed inputs, which costs nothing.
+Layers are fitted in order: each reads the outputs of the compressed layers before it and imitates
+the teacher's own output there (`core.lowrank.Joint`), in the metric of what the rest of the head
+makes of it (`head_metrics`). A layer that stays dense is refitted to its changed inputs, at no cost
+in size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from distil_rank.core.errors import InputError
-from distil_rank.compress.certificates import equal_bytes, flops, fvu_interval, layer_certificate, output_fvu, row_squares
-from distil_rank.compress.head_plan import METRICS, Request, Target, choose_ranks, find_targets
-from distil_rank.compress.quantise import certify_int8, imitated, module_bytes, quantise
+from distil_rank.compress.head_certificate import (
+    EqualBytes,
+    HeadCertificate,
+    LayerCertificate,
+    flops,
+    fvu_interval,
+    losses,
+    rank_curve,
+)
+from distil_rank.compress.head_metrics import METRICS
+from distil_rank.compress.head_plan import Request, Target, choose_ranks, find_targets
+from distil_rank.compress.quantise import (
+    at_equal_bytes,
+    certify_int8,
+    imitated,
+    module_bytes,
+    quantise,
+)
 from distil_rank.compress.sites import evaluating
-from distil_rank.core.lowrank import Drift, drifted_map, drifted_student
-from distil_rank.experiment.teachers import linear
+from distil_rank.core.errors import InputError
+from distil_rank.core.linear import linear
+from distil_rank.core.lowrank import Joint, optimum
 from distil_rank.core.moments import Moments
+
+BLEND_RANK = 64  # at which the blend is chosen where no rank is asked for
 
 
 def compress_head(
@@ -39,60 +57,74 @@ def compress_head(
     prior: Moments | None = None,
     int8: bool = False,
     seed: int = 0,
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Compressed copy of an `nn.Linear` or `nn.Sequential` and its certificate (a JSON record).
+) -> tuple[nn.Module, HeadCertificate]:
+    """Compressed copy of an `nn.Linear` or `nn.Sequential`, and its certificate.
 
-    x (n, d_in): rows to fit on; held_out: rows to measure on. metric: fit every layer for its "own" output, for that of the
-    "next" linear layer, or for the "output" of the head (which then also shares out the ranks); by default for the output,
-    or its own where `fvu` is asked of it. prior: moments of x from other proteins, blended in for the first layer (see
-    `prior`). Layers that factors would not make smaller stay dense.
+    x (n, d_in): rows to fit on; held_out: rows to measure on. metric: fit every layer for its "own"
+    output, for that of the "next" linear layer, or for the "output" of the head (which then also
+    shares out the ranks); by default for the output, or its own where `fvu` is asked of it. prior:
+    moments of x from other proteins, blended in for the first layer (see `core.prior`). Layers that
+    factors would not make smaller stay dense.
     """
     request = Request(rank, fvu, speedup, bytes)
     request.check()
-    if metric is None:
-        metric = "output" if fvu is None else "own"
+    metric = metric or ("output" if fvu is None else "own")
     if metric not in METRICS:
         raise InputError(f"a metric out of {', '.join(METRICS)} required, got {metric!r}")
-    parts: list[nn.Module] = (
-        [head] if isinstance(head, nn.Linear) else list(head) if type(head) is nn.Sequential else []
-    )
-    first = next((part for part in parts if isinstance(part, nn.Linear)), None)
-    if first is None:
-        raise InputError(f"an nn.Linear, or an nn.Sequential with at least one, required, got {type(head).__name__}")
+    parts = parts_of(head)
+    first = next(part for part in parts if isinstance(part, nn.Linear))
     check_rows(x, first.in_features, "data")
+    x = x.to(first.weight)
     if held_out is not None:
         check_rows(held_out, first.in_features, "held-out data")
-    x, held_out = x.to(first.weight), None if held_out is None else held_out.to(first.weight)
+        held_out = held_out.to(first.weight)
     with evaluating(head), torch.no_grad():
-        targets, blend = find_targets(parts, x, prior, metric, min(rank or 64, *first.weight.shape), seed)
+        blend_rank = min(rank or BLEND_RANK, *first.weight.shape)
+        targets, blend = find_targets(parts, x, prior, metric, blend_rank, seed)
         chosen = choose_ranks(parts, targets, request, int8, metric == "output")
         small, layers = _fit(parts, targets, chosen, x, held_out, int8, seed)
         module: nn.Module = small[0] if isinstance(head, nn.Linear) else nn.Sequential(*small)
         module.train(head.training)
-        certificate = {
-            "schema": "distil-rank/certificate/1",
-            "request": request.given,
-            "metric": metric,
-            "rows": len(x),
-            "held_out_rows": None if held_out is None else len(held_out),
-            "flops_ratio": flops(parts) / flops(small),
-            "bytes_before": module_bytes(head),
-            "bytes_after": module_bytes(module),
-            "output_fvu": output_fvu(head, module, x, held_out, seed),
-            "prior": blend and asdict(blend),
-            "layers": layers,
-        }
+        lost = {"fitted": fvu_interval(head(x), module(x), seed)}
+        if held_out is not None:
+            lost["held_out"] = fvu_interval(head(held_out), module(held_out), seed)
+        certificate = HeadCertificate(
+            request=request.given,
+            metric=metric,
+            rows=len(x),
+            held_out_rows=None if held_out is None else len(held_out),
+            flops_ratio=flops(parts) / flops(small),
+            bytes_before=module_bytes(head),
+            bytes_after=module_bytes(module),
+            output_fvu=lost,
+            prior=blend,
+            layers=layers,
+        )
     return module, certificate
+
+
+def parts_of(head: nn.Module) -> list[nn.Module]:
+    """The layers of a head in order; InputError where it is no head."""
+    single = isinstance(head, nn.Linear)
+    parts = [head] if single else list(head) if type(head) is nn.Sequential else []
+    if not any(isinstance(part, nn.Linear) for part in parts):
+        got = type(head).__name__
+        raise InputError(
+            f"an nn.Linear, or an nn.Sequential with at least one, required, got {got}"
+        )
+    return parts
 
 
 def check_rows(x: Tensor, d_in: int, what: str) -> None:
     if x.ndim != 2 or x.shape[1] != d_in:
-        raise InputError(f"{what} of shape (n, {d_in}) required for this layer, got {tuple(x.shape)}")
+        got = tuple(x.shape)
+        raise InputError(f"{what} of shape (n, {d_in}) required for this layer, got {got}")
     if len(x) < 2:
         raise InputError(f"at least 2 rows of {what} required, got {len(x)}")
     bad = int((~x.isfinite()).any(1).sum())
     if bad:
-        raise InputError(f"finite {what} required, got NaN or infinity in {bad} of {len(x)} rows; remove them")
+        got = f"NaN or infinity in {bad} of {len(x)} rows"
+        raise InputError(f"finite {what} required, got {got}; remove them")
 
 
 def _fit(
@@ -103,73 +135,86 @@ def _fit(
     held_out: Tensor | None,
     int8: bool,
     seed: int,
-) -> tuple[list[nn.Module], list[dict[str, Any]]]:
-    """Compressed parts in order, and one record a linear layer."""
+) -> tuple[list[nn.Module], list[LayerCertificate]]:
+    """Compressed parts in order, and one certificate a linear layer."""
     small: list[nn.Module] = []
-    records = []
-    dense_held, held, changed = held_out, held_out, False
+    certificates = []
+    known = {target.place: target for target in targets}
+    dense, held, changed = held_out, held_out, False  # held-out rows on their way through
     for i, part in enumerate(parts):
         new = part
         if isinstance(part, nn.Linear):
-            target, rank = next(t for t in targets if t.place == i), chosen[i]
-            record: dict[str, Any] = {
-                "name": str(i),
-                "d_in": part.in_features,
-                "d_out": part.out_features,
-                "rank": rank,
-            }
+            target, rank, reached = known[i], chosen[i], x if changed else None
             if rank is not None:
-                measured = None if dense_held is None else _drift(part, dense_held, held if changed else None)
-                new, more = _student(target, rank, x if changed else None, measured, int8)
-                record |= more
+                measured = None
+                if dense is not None:
+                    measured = _joint(part, dense, held if changed else None)
+                new, certificate = _student(target, rank, reached, measured, int8)
                 changed = True
             else:
-                record["note"] = "stays dense: factors would not be smaller"
-                if changed:
-                    new = _refitted(part, _drift(part, target.inputs, x))
-                    record["note"] += "; refitted to its changed inputs"
-            if dense_held is not None and held is not None and changed:
-                record["held_out_fvu_interval"] = fvu_interval(row_squares(part(dense_held), new(held)), seed)
-            records.append(record)
+                new, certificate = _dense(target, reached)
+            if dense is not None and held is not None and changed:
+                lost = fvu_interval(part(dense), new(held), seed)
+                certificate = replace(certificate, held_out_fvu_interval=lost)
+            certificates.append(certificate)
         small.append(new)
         x = new(x)
-        if dense_held is not None and held is not None:
-            dense_held, held = part(dense_held), new(held)
-    return small, records
+        if dense is not None and held is not None:
+            dense, held = part(dense), new(held)
+    return small, certificates
 
 
 def _student(
-    target: Target, rank: int, changed: Tensor | None, held: Drift | None, int8: bool
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The student of a layer that reads `changed` (None: what the dense head feeds it), and its certificate."""
-    layer = target.layer
-    drift = _drift(layer, target.inputs, changed)
-    fitted = drift if changed is not None else Drift.none(layer.weight, layer.bias, target.moments)
+    target: Target, rank: int, changed: Tensor | None, held: Joint | None, int8: bool
+) -> tuple[nn.Module, LayerCertificate]:
+    """The student of a layer that reads `changed` (None: what the dense head feeds it)."""
+    layer, best, G = target.layer, target.best, target.metric
+    joint = _joint(layer, target.inputs, changed)
     if changed is not None:
-        student = drifted_student(layer.weight, drift, rank, metric=target.metric)
-    elif target.metric is not None:
-        student = drifted_student(layer.weight, fitted, rank, ridge=float("inf"), metric=target.metric)
+        fitted = joint
+        exact = joint.optimum(layer.weight, metric=G, rank=rank).student(rank)
     else:
-        student = target.spectrum.student(layer.weight.double(), layer.bias, rank)
-    new: nn.Module = student.to(layer.weight)
-    record: dict[str, Any] = {}
+        fitted = Joint.of_layer(layer.weight, layer.bias, target.moments)
+        if G is not None:
+            best = optimum(layer.weight, layer.bias, target.moments, rank, G)
+        exact = best.student(rank)
+    student = exact.to(layer.weight)
+    new: nn.Module = student
+    measured, eight, equal = student, None, None
     if int8:
         new = quantise(student, imitated(student, fitted))
-        record["int8"] = asdict(certify_int8(student, new, held or drift))
-    record |= layer_certificate(layer, new, target.spectrum, drift, held)
-    if changed is None and target.metric is None:
-        record["equal_bytes"] = equal_bytes(layer, target.spectrum, fitted, held or drift, module_bytes(new))
-    return new, record
+        measured, eight = new.dequantised(), certify_int8(student, new, held or joint)
+    if changed is None and G is None:
+        size = module_bytes(new)
+        choices = at_equal_bytes(best.student, fitted, held or joint, size)
+        equal = EqualBytes(size, choices, min(choices, key=lambda c: c.fvu, default=None))
+    shape = layer.in_features, layer.out_features
+    return new, LayerCertificate(
+        *(str(target.place), *shape, rank),
+        **losses(measured, joint, held),
+        parameters_before=shape[0] * shape[1],
+        parameters_after=rank * sum(shape),
+        rank_curve=rank_curve(target.best, held),
+        int8=eight,
+        equal_bytes=equal,
+    )
 
 
-def _refitted(layer: nn.Linear, drift: Drift) -> nn.Linear:
-    """The layer that imitates the dense one best on its changed inputs."""
-    M, _ = drifted_map(layer.weight, drift)
-    weight, bias = (t.to(layer.weight) for t in (M, drift.output_mean - M @ drift.input_mean))
-    return linear(weight, bias)
+def _dense(target: Target, changed: Tensor | None) -> tuple[nn.Linear, LayerCertificate]:
+    """A layer that stays dense imitates the teacher's best on its changed inputs."""
+    layer, note = target.layer, "stays dense: factors would not be smaller"
+    shape = layer.in_features, layer.out_features
+    if changed is not None:
+        joint = _joint(layer, target.inputs, changed)
+        M, _ = joint.regression(layer.weight)
+        bias = joint.output_mean - M @ joint.input_mean
+        note += "; refitted to its changed inputs"
+        layer = linear(M.to(layer.weight), bias.to(layer.weight))
+    return layer, LayerCertificate(str(target.place), *shape, None, note)
 
 
-def _drift(layer: nn.Linear, x: Tensor, changed: Tensor | None) -> Drift:
+def _joint(layer: nn.Linear, x: Tensor, changed: Tensor | None) -> Joint:
+    """Moments of what a student reads, x or `changed` (n, d_in), and of the layer's output."""
     if changed is None:
-        return Drift.none(layer.weight, layer.bias, Moments.of(x))
-    return Drift.of(Moments.of(torch.cat([changed, layer(x)], 1)), layer.in_features)
+        return Joint.of_layer(layer.weight, layer.bias, Moments.of(x))
+    return Joint.of(Moments.of(torch.cat([changed, layer(x)], 1)), layer.in_features)

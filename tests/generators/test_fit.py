@@ -20,7 +20,7 @@ from distil_rank.generators.inherit import initial_student
 from distil_rank.generators.loss import Objective
 from distil_rank.generators.models import fresh
 from distil_rank.generators.teachers import Cache, Live
-from distil_rank.experiment.latency import threads
+from distil_rank.core.devices import threads
 from tests.generators.conftest import write_toy_fasta
 
 SCHEDULE = Schedule(steps=6, batch_size=8, learning_rate=3e-3, seed=5)

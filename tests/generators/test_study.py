@@ -12,7 +12,7 @@ from distil_rank.generators.fit import Schedule
 from distil_rank.generators.loss import Objective
 from distil_rank.generators.models import RATIO_THRESHOLDS, fresh, save
 from distil_rank.generators.paper import paper
-from distil_rank.experiment.latency import threads
+from distil_rank.core.devices import threads
 from tests.generators.conftest import write_toy_fasta
 
 TOY = replace(

@@ -2,7 +2,8 @@ import torch
 from torch import nn
 
 from distil_rank import LowRankLinear
-from distil_rank.experiment.latency import compare_latency, parameters, threads
+from distil_rank.core.devices import threads
+from distil_rank.core.latency import compare_latency, parameters
 
 
 def test_parameters_are_the_published_counts():
@@ -12,7 +13,10 @@ def test_parameters_are_the_published_counts():
 
 def test_records_hold_every_batch_and_leave_the_threads_alone():
     before = torch.get_num_threads()
-    teacher, student = nn.Linear(64, 64), LowRankLinear(torch.zeros(4, 64), torch.zeros(64, 4), torch.zeros(64))
+    teacher, student = (
+        nn.Linear(64, 64),
+        LowRankLinear(torch.zeros(4, 64), torch.zeros(64, 4), torch.zeros(64)),
+    )
     records = compare_latency(teacher, student, [torch.zeros(b, 64) for b in (1, 32)], rounds=7)
     assert torch.get_num_threads() == before
     assert [r["batch"] for r in records] == [1, 32]
