@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +14,13 @@ from torch import nn
 from distil_rank.compress.architectures import CLASSES, Architecture, describe
 from distil_rank.core.errors import InputError
 from distil_rank.core.records import sha256
+from distil_rank.core.resume import fingerprint
+from distil_rank.proteins.checkpoints import load_model, locate
+from distil_rank.proteins.hugging_face import weight_files
 
 
 class Dense(NamedTuple):
-    """A model to compress, where it was read from and the SHA-256 of its weights."""
+    """A model to compress, its weight file (or first shard) and the SHA-256 of all of them."""
 
     model: nn.Module
     architecture: Architecture
@@ -28,19 +30,18 @@ class Dense(NamedTuple):
 
 def load_dense(name: str, device: torch.device | str = "cpu") -> Dense:
     """A model with its head, by name, fair-esm checkpoint or Hugging Face folder; InputError."""
-    from distil_rank.proteins.checkpoints import load_model, locate
-
     path = Path(name) if (Path(name) / "config.json").is_file() else locate(name)
     if path.is_dir():
-        model: nn.Module = _from_folder(path).to(device)
-        digests = [sha256(file) for file in sorted(path.glob("model*.safetensors"))]
-        digest = hashlib.sha256("".join(digests).encode()).hexdigest()
-        digest = digests[0] if len(digests) == 1 else digest
+        model: nn.Module = _from_folder(path).eval().requires_grad_(False)
+        files = weight_files(path)
+        source, digests = files[0], [sha256(file) for file in files]
+        digest = digests[0] if len(digests) == 1 else fingerprint(digests)
     else:
-        model, _, digest = load_model(name, device=device, head=True)
+        model, _, digest = load_model(name, head=True)
+        source = path
     architecture = describe(model, path if path.is_dir() else None)
     assert architecture is not None
-    return Dense(model.eval().requires_grad_(False), architecture, path, digest)
+    return Dense(model.to(device), architecture, source, digest)
 
 
 def _from_folder(folder: Path) -> nn.Module:
