@@ -93,7 +93,7 @@ def _run(
     rows: dict[str, Tensor] = {}
 
     def see(site: Site, read: Read) -> None:
-        rows[site.name] = read(side)
+        rows[site.name] = read(side)  # the model may change it before the block ends
         if len(rows) == len(block):
             raise _Reached
 
