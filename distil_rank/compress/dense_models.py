@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +18,11 @@ from distil_rank.core.records import sha256
 from distil_rank.core.resume import fingerprint
 from distil_rank.proteins.checkpoints import load_model, locate
 from distil_rank.proteins.hugging_face import weight_files
+
+# never run, or computed anew: contact prediction, learned positions, buffers of positions and masks
+HARMLESS = re.compile(
+    r"contact_head\.|position_embeddings\.|(position_ids|inv_freq|\.attn\.(masked_)?bias)$"
+)
 
 
 class Dense(NamedTuple):
@@ -64,17 +70,39 @@ def _from_folder(folder: Path) -> nn.Module:
             f"an ESM-2 or GPT-2 required, got model_type {kind!r} in {folder};"
             " use compress_model in Python"
         )
-    named = (config.get("architectures") or [""])[0]
     usual = {"esm": "EsmForMaskedLM", "gpt2": "GPT2LMHeadModel"}[kind]
-    cls = getattr(transformers, named if named in CLASSES else usual)
+    name = (config.get("architectures") or [usual])[0]
+    if name not in CLASSES:
+        raise InputError(
+            f"a class out of {', '.join(CLASSES)} required, got {name} in {folder};"
+            " use compress_model in Python, which takes any module"
+        )
+    model, unlike = _read(getattr(transformers, name), folder)
+    if name == "EsmModel" and unlike and all(key.startswith("pooler.") for key in unlike):
+        model, unlike = _read(transformers.EsmModel, folder, add_pooling_layer=False)
+    if unlike:
+        raise InputError(
+            f"the weights of {name}, all and no others, required in {folder};"
+            f" missing, unexpected or of another shape: {', '.join(unlike[:5])}"
+        )
+    return model
+
+
+def _read(cls: Any, folder: Path, **options: Any) -> tuple[nn.Module, list[str]]:
+    """A model and the names of the weights that are missing, unexpected or of another shape."""
+    from safetensors import SafetensorError
+
+    settings = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
+    settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with quiet_transformers(), torch.random.fork_rng(devices=[]):
-            return cls.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
-            )
-    except (OSError, ValueError, RuntimeError) as error:
+            model, found = cls.from_pretrained(folder, **settings, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"a readable model in {folder} required, got: {reason}") from None
+    unlike = [*found["missing_keys"], *found["unexpected_keys"]]
+    unlike += [mismatch[0] for mismatch in found["mismatched_keys"]]
+    return model, sorted(key for key in unlike if not HARMLESS.search(key))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Evaluation against the obvious loops, exact resumption, mutation scores, loading."""
+"""Evaluation against the obvious loops, exact resumption, mutation scores."""
 
 import math
 
@@ -8,15 +8,13 @@ import torch
 
 from distil_rank.compress import recover as recovery
 from distil_rank.compress.architectures import describe
-from distil_rank.compress.dense_models import load_dense
 from distil_rank.compress.evaluate import compare, cost, mutation_effects
 from distil_rank.compress.models import compress_model
 from distil_rank.compress.quantise import module_bytes
 from distil_rank.core.errors import InputError
-from distil_rank.proteins.checkpoints import save_model
 from distil_rank.proteins.esm2 import MASK, tokenise
 from distil_rank.proteins.variants import read_assays
-from tests.compress.small_models import KINDS, output, small_model, token_batches
+from tests.compress.small_models import KINDS, small_model, token_batches
 
 
 def pair(kind: str):
@@ -189,25 +187,3 @@ def test_cost_counts_bytes():
         == 4 * sum(p.numel() for p in model.parameters())
     )
     assert found["bytes_after"] < found["bytes_before"] and found["before_ms"] > 0
-
-
-@pytest.mark.parametrize("kind", ["EsmForMaskedLM", "GPT2LMHeadModel"])
-def test_folders_and_checkpoints_are_loaded_whole(kind, tmp_path):
-    model = small_model(kind)
-    model.save_pretrained(tmp_path / "model")
-    loaded, architecture, *_ = load_dense(str(tmp_path / "model"))
-    assert architecture.class_name == kind
-    batch = token_batches(model)[0]
-    assert torch.equal(output(model, batch), output(loaded, batch))
-
-
-def test_fair_esm_checkpoints(tmp_path):
-    model = small_model("esm2")
-    save_model(model, tmp_path / "nano.pt")
-    loaded, *_ = load_dense(str(tmp_path / "nano.pt"))
-    batch = token_batches(model)[0]
-    expected = output(model, batch)
-    torch.testing.assert_close(output(loaded, batch), expected, rtol=1e-2, atol=1e-2)  # float16
-    torch.save({"model": {}}, tmp_path / "other.pt")
-    with pytest.raises(InputError, match="fair-esm"):
-        load_dense(str(tmp_path / "other.pt"))
