@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,8 +203,7 @@ def _tokenizer(folder: Path | None) -> Any:
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
-def copy_tokenizer(source: Path | None, folder: Path) -> None:
-    """Put the tokenizer's files beside a compressed model."""
-    for name in TOKENIZER:
-        if source is not None and (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+def tokenizer_files(source: Path | None) -> dict[str, str]:
+    """Names and texts of a tokenizer's files, to put beside a compressed model."""
+    found = [] if source is None else [source / name for name in TOKENIZER]
+    return {path.name: path.read_text() for path in found if path.is_file()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distil_rank.compress.architectures import Architecture, copy_tokenizer
+from distil_rank.compress.architectures import TOKENIZER, Architecture, tokenizer_files
 from distil_rank.compress.quantise import Int8LowRank
 from distil_rank.compress.sites import is_linear
 from distil_rank.core.errors import InputError
@@ -28,6 +29,9 @@ from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.records import atomic, read_json, require_writable
 
 SCHEMA = "distil-rank/compressed/1"
+# what may lie beside an earlier module, and would pass for that of the next one
+STALE = (*TOKENIZER, "certificate.json", "README.md", "report.json", "report.png")
+STALE += ("model.onnx", "model.onnx.data", "merged")
 WEIGHTS, DESCRIPTION = "model.safetensors", "compressed.json"
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -51,7 +55,8 @@ def save(
 ) -> None:
     """Write a compressed layer, head or model; an earlier one in the folder is replaced whole.
 
-    Files are put in place when all are written, the description last; other files are left alone.
+    Files are put in place when all are written, the description last. What was put beside the
+    earlier module (reports, exports) goes with it; files of other names stay.
     """
     folder = Path(folder)
     tensors, tied = untied(module.state_dict())
@@ -62,13 +67,16 @@ def save(
         texts["certificate.json"] = json.dumps(certificate, indent=1, allow_nan=False) + "\n"
     if readme:
         texts["README.md"] = readme
+    if architecture is not None:
+        texts |= tokenizer_files(architecture.source)
     require_writable(folder)
     with ExitStack() as last_in_first_out:
         for name, text in texts.items():
             last_in_first_out.enter_context(atomic(folder / name)).write_text(text)
         save_file(tensors, last_in_first_out.enter_context(atomic(folder / WEIGHTS)))
-    if architecture is not None:
-        copy_tokenizer(architecture.source, folder)
+        if (folder / DESCRIPTION).is_file():
+            for stale in [folder / name for name in STALE if name not in texts]:
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
 
 
 def describe_module(module: nn.Module, architecture: Architecture | None) -> dict[str, Any]:
@@ -245,4 +253,5 @@ def save_merged(module: nn.Module, architecture: Architecture, folder: str | Pat
         )
     with atomic(folder) as temporary:
         cast(Any, merged(module, architecture.build())).save_pretrained(temporary)
-        copy_tokenizer(architecture.source, temporary)
+        for name, text in tokenizer_files(architecture.source).items():
+            (temporary / name).write_text(text)

@@ -146,6 +146,22 @@ def test_other_files_in_the_folder_survive(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["small"]
 
 
+def test_nothing_of_an_earlier_module_stays(tmp_path):
+    model = small_model("EsmForMaskedLM")
+    small, _ = compress_model(model, token_batches(model), ratio=0.5)
+    storage.save(small, tmp_path, describe(model), certificate={"any": 1}, readme="text")
+    storage.save_merged(small, describe(model), tmp_path / "merged")
+    for name in ("model.onnx", "report.json", "report.png", "notes.txt"):
+        (tmp_path / name).write_text("of the earlier module")
+    storage.save(nn.Linear(4, 4), tmp_path)
+    left = {"model.safetensors", "compressed.json", "notes.txt"}
+    assert {f.name for f in tmp_path.iterdir()} == left
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("of a folder that holds no module")
+    storage.save(nn.Linear(4, 4), tmp_path / "mine")
+    assert (tmp_path / "mine" / "README.md").is_file()
+
+
 @pytest.mark.parametrize("int8", [False, True])
 def test_traced_graphs_agree(int8):
     """torch.compile without a C++ compiler: the traced graph gives the same numbers."""
