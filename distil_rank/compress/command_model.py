@@ -80,7 +80,11 @@ def run(config: Config) -> None:
     batches = architecture.calibration(raw)
     prior = None if config.prior is None else load_prior(config.prior)
     out = config.out
-    require_writable(out.absolute().parent)
+    require_writable(out if out.exists() else out.absolute().parent)
+    if config.moments_out is not None:
+        require_writable(config.moments_out.absolute().parent)
+        if config.moments_out.is_dir():
+            raise InputError(f"a file required for --moments-out, {config.moments_out} is a folder")
     if config.moments_out is not None:
         write_moments(config, model, batches)
     small, report = compress_model(

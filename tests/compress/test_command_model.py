@@ -104,6 +104,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(folder, capsys):
     for fasta, message in (("empty", "empty.fasta"), ("one", "protein"), ("none", "none.fasta")):
         refused(folder, capsys, message, fasta=f"{fasta}.fasta")
     refused(folder, capsys, "no-such-model", model="no-such-model")
-    with pytest.raises(SystemExit):
-        compress(folder, out="proteins.fasta/small")
-    assert "writable" in capsys.readouterr().err
+    below = str(folder / "proteins.fasta" / "moments.safetensors")
+    refused(folder, capsys, "writable", "--moments-out", below)
+    refused(folder, capsys, "is a folder", "--moments-out", str(folder))
+    for out in ("proteins.fasta", "proteins.fasta/small"):
+        refused(folder, capsys, "writable", out=out)
