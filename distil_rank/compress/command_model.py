@@ -159,20 +159,27 @@ def checked(
 
 
 def proteins(config: Config) -> tuple[list[str], list[str]]:
-    """Sequences to fit on and to measure on, cut at --max-length."""
-    sequences = read(config.fasta, config.max_length)
+    """Sequences to fit on and to measure on, cut at --max-length; none is in both."""
+    fitted = read(config.fasta, config.max_length)
     if config.held_out_fasta is not None:
-        return sequences, read(config.held_out_fasta, config.max_length)
-    count = round(config.held_out * len(sequences))
-    if count < 1 or count == len(sequences):
+        found, known = read(config.held_out_fasta, config.max_length), set(fitted)
+        held_out = [sequence for sequence in found if sequence not in known]
+        if len(held_out) < len(found):
+            note(f"{len(found) - len(held_out)} held-out proteins left out: also fitted on")
+    else:
+        unique = list(dict.fromkeys(fitted))
+        if len(unique) < len(fitted):
+            note(f"{len(fitted) - len(unique)} proteins left out: equal to others")
+        draws = generator(config.seed, "held-out proteins")
+        order = torch.randperm(len(unique), generator=draws).tolist()
+        count = round(config.held_out * len(unique))
+        fitted, held_out = ([unique[i] for i in sorted(p)] for p in (order[count:], order[:count]))
+    if not fitted or not held_out:
         raise InputError(
-            "at least one protein to fit and one to hold out required,"
-            f" got {len(sequences)} in all; give more"
+            "at least one protein to fit and another one to hold out required,"
+            f" got {len(fitted)} and {len(held_out)}; give more"
         )
-    draws = generator(config.seed, "held-out proteins")
-    order = torch.randperm(len(sequences), generator=draws).tolist()
-    parts = sorted(order[count:]), sorted(order[:count])
-    return [sequences[i] for i in parts[0]], [sequences[i] for i in parts[1]]
+    return fitted, held_out
 
 
 def read(path: Path, limit: int) -> list[str]:

@@ -84,6 +84,20 @@ def test_a_hugging_face_model_is_exported_dense(folder):
         torch.testing.assert_close(plain(tokens).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_held_out_proteins_are_not_among_the_fitted_ones(folder, capsys):
+    path = folder / "proteins.fasta"
+    records = path.read_text()
+    path.write_text(records + records.lower())  # the same residues
+    found = record(compress(folder))["data"]
+    assert (found["n_train"], found["n_val"]) == (10, 2)
+    assert "12 proteins left out" in capsys.readouterr().err
+    (folder / "tests.fasta").write_text(records + ">new\nMKTAYIAKQRQISFVK\n>other\nGAVLMKT\n")
+    held_out = ("--held-out-fasta", str(folder / "tests.fasta"))
+    assert record(compress(folder, *held_out))["data"]["n_val"] == 2
+    assert "12 held-out proteins left out" in capsys.readouterr().err
+    refused(folder, capsys, "another one", "--held-out-fasta", str(path))
+
+
 def test_bad_input_is_one_line_and_nothing_is_written(folder, capsys):
     (folder / "empty.fasta").write_text("")
     (folder / "one.fasta").write_text(">a\nMKT\n")
