@@ -94,7 +94,7 @@ def baseline_model(
     sites: list[Site],
     ranks: Mapping[str, int | None],
 ) -> nn.Module:
-    """The model compressed by a reference method in its best form (bias refitted), at these ranks."""
+    """The model compressed by a reference method, its bias refitted, at these ranks."""
     rows: dict[str, list[Tensor]] = {s.name: [] for s in sites}
     for batch in batches:
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from distil_rank.compress.sites import Batch, Read, Site, observe
 from distil_rank.core.errors import InputError
@@ -71,7 +72,7 @@ def collect(
         yield from group
 
 
-def update(moments: Moments, rows: Any, name: str) -> None:
+def update(moments: Moments, rows: Tensor, name: str) -> None:
     """Add rows (n, d); InputError names the layer where they are not finite."""
     try:
         moments.update(rows)
@@ -151,8 +152,8 @@ def measure(
 
 def save_prior(path: str | Path, found: Iterable[Statistics], **provenance: object) -> None:
     """Write the moments of many layers as one safetensors file; shared ones are stored once."""
-    layers = {}
-    tensors = {}
+    layers: dict[str, dict[str, str]] = {}
+    tensors: dict[str, Tensor] = {}
     for statistics in found:
         origin = statistics.sites[0].name
         layers |= {s.name: {"side": statistics.side, "from": origin} for s in statistics.sites}
@@ -161,12 +162,12 @@ def save_prior(path: str | Path, found: Iterable[Statistics], **provenance: obje
     save_tensors(path, tensors, SCHEMA, layers=layers, provenance=provenance)
 
 
-def load_prior(path: str | Path) -> Prior:
+def load_prior(path: str | Path, device: torch.device | str = "cpu") -> Prior:
     """What `save_prior` wrote."""
     tensors, header = load_tensors(path, SCHEMA, "a model's moments (--moments-out)")
     made = {
         origin: Moments.from_state(
-            {key: tensors[f"{origin}/{key}"] for key in ("count", "mean", "scatter")}
+            {k: tensors[f"{origin}/{k}"].to(device) for k in ("count", "mean", "scatter")}
         )
         for origin in {layer["from"] for layer in header["layers"].values()}
     }

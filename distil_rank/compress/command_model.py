@@ -78,7 +78,7 @@ def run(config: Config) -> None:
     model, architecture = dense.model, dense.architecture
     raw, tests = (architecture.batches(part, device) for part in (fitted, held_out))
     batches = architecture.calibration(raw)
-    prior = None if config.prior is None else load_prior(config.prior)
+    prior = None if config.prior is None else load_prior(config.prior, device)
     out = config.out
     require_writable(out if out.exists() else out.absolute().parent)
     if config.moments_out is not None:
@@ -214,8 +214,11 @@ def recovered(
     """The model after --recover steps, which an interrupted command goes on with."""
     checkpoint = config.out.absolute().parent / f".{config.out.name}.recovery.pt"
     record["before_recovery"] = compare(architecture, model, small, tests, seed=config.seed)
-    options = {"seed": config.seed, "checkpoint": checkpoint}
-    better, losses = recover(architecture, model, small, raw, config.recover, **options)
+    better, losses = recover(
+        *(architecture, model, small, raw, config.recover),
+        seed=config.seed,
+        checkpoint=checkpoint,
+    )
     states = small.state_dict().values(), better.state_dict().values()
     kept = any(not torch.equal(a, b) for a, b in zip(*states))
     record |= {"recovery_loss": losses, "recovery_kept": kept}

@@ -141,7 +141,7 @@ def mutation_effects(
 def cost(dense: nn.Module, small: nn.Module, batch: Batch, rounds: int = 10) -> dict[str, Any]:
     """Bytes in memory and milliseconds per forward pass, timed in turn."""
     tokens = tokens_of(batch)
-    cuda = tokens is not None and tokens.is_cuda
+    cuda = tokens.device if tokens is not None and tokens.is_cuda else None
     samples = []
     with evaluating(dense), evaluating(small), torch.inference_mode():
         for _ in range(rounds + 1):
@@ -150,7 +150,7 @@ def cost(dense: nn.Module, small: nn.Module, batch: Batch, rounds: int = 10) -> 
                 start = time.perf_counter_ns()
                 call(model, batch)
                 if cuda:
-                    torch.cuda.synchronize(tokens.device)
+                    torch.cuda.synchronize(cuda)
                 pair.append((time.perf_counter_ns() - start) / 1e6)
             samples.append(pair)
     times = np.array(samples[1:])  # the first round warms up

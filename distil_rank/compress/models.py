@@ -128,9 +128,9 @@ def compress_model(
         low_rank = {s.name: small.get_submodule(s.name) for s in run if chosen[s.name]}
         held = measure(model, low_rank, list(held_out), run, memory)
     layers = [_layer_report(s, chosen, solved, held, blends) for s in sites]
-    how = (method if ranks is None else "given", unit, sequential)
-    sizes = [sum(p.numel() for p in m.parameters()) for m in (model, small)]
-    return small, ModelReport(ratio, *how, layers, *sizes, allocation)
+    how = method if ranks is None else "given"
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
+    return small, ModelReport(ratio, how, unit, sequential, layers, before, after, allocation)
 
 
 def _check(

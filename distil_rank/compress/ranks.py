@@ -193,12 +193,13 @@ def hull(layer: Layer) -> tuple[Array, Array, Ranks]:
     dense = layer.dense_cost
     if layer.limit < 1:
         return np.array([dense]), np.array([0.0]), [None]
-    ranks = np.arange(1, layer.limit + 1)
-    costs, losses = ranks * layer.rank_cost, layer.losses[1 : layer.limit + 1]
+    ranks = list(range(1, layer.limit + 1))
+    costs: Array = np.array(ranks) * layer.rank_cost
+    losses = layer.losses[1 : layer.limit + 1]
     # the curve is convex, so the hull leaves it where the slope of the step to dense is least
     last = int(np.argmin(losses / (dense - costs)))
-    costs, losses = np.append(costs[: last + 1], dense), np.append(losses[: last + 1], 0.0)
-    return costs, losses, [*map(int, ranks[: last + 1]), None]
+    end = last + 1
+    return np.append(costs[:end], dense), np.append(losses[:end], 0.0), [*ranks[:end], None]
 
 
 def _gains(costs: Array, losses: Array) -> Array:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from distil_rank.core.figures import INK, PALETTE, QUIET, drawn
 from distil_rank.core.records import Record, read_json
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 SCHEMA = "distil-rank/compressed-model/1"
 LABEL = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6}
@@ -117,7 +114,7 @@ def kinds(record: Record) -> dict[str, str]:
     return {kind: PALETTE[i % len(PALETTE)] for i, kind in enumerate(found)}
 
 
-def fidelity(axes: Axes, record: Record, colors: dict[str, str]) -> None:
+def fidelity(axes: Any, record: Record, colors: dict[str, str]) -> None:
     """FVU of each layer on held-out activations, and the floor."""
     layers = record["compression"]["layers"]
     for i, layer in enumerate(layers):
@@ -135,7 +132,7 @@ def fidelity(axes: Axes, record: Record, colors: dict[str, str]) -> None:
     axes.set_xlim(-1, len(layers))
 
 
-def ranks(axes: Axes, record: Record, colors: dict[str, str]) -> None:
+def ranks(axes: Any, record: Record, colors: dict[str, str]) -> None:
     """Share of the parameters that each layer keeps."""
     layers = record["compression"]["layers"]
     for i, layer in enumerate(layers):
@@ -143,7 +140,7 @@ def ranks(axes: Axes, record: Record, colors: dict[str, str]) -> None:
         axes.bar(i, share, color=QUIET if dense else colors[kind_of(layer["name"])], width=0.8)
         if len(layers) <= 48:
             text, turn = "dense" if dense else str(layer["rank"]), 90 * (len(layers) > 24)
-            place = {"ha": "center", "va": "bottom"}
+            place: Any = {"ha": "center", "va": "bottom"}
             axes.text(i, share + 0.015, text, size=8, rotation=turn, bbox=LABEL, **place)
     if record["compression"]["ratio"]:
         axes.axhline(record["compression"]["ratio"], color=INK, lw=1, ls="--")
@@ -154,7 +151,7 @@ def ranks(axes: Axes, record: Record, colors: dict[str, str]) -> None:
     axes.set_xlim(-1, len(layers))
 
 
-def quality(axes: Axes, record: Record) -> None:
+def quality(axes: Any, record: Record) -> None:
     """Losses of the whole model with their intervals, on one log axis."""
     rows: list[tuple[str, list[float], str]] = []
     names = {"hidden_fvu": "hidden-state FVU", "logits_kl": "logits KL (nats)"}
@@ -170,7 +167,7 @@ def quality(axes: Axes, record: Record) -> None:
     for i, (_, (value, low, high), color) in enumerate(rows):
         axes.plot([low, high], [i, i], color=color, lw=3, solid_capstyle="butt")
         axes.plot(value, i, "o", color=color, ms=7)
-        place = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
+        place: Any = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
         axes.annotate(f"{value:.3g}", (value, i), size=9, **place)
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
     axes.set_ylim(len(rows) - 0.4, -0.7)
@@ -180,7 +177,7 @@ def quality(axes: Axes, record: Record) -> None:
     axes.set_xlabel("loss, smaller is better (log)")
 
 
-def costs(axes: Axes, record: Record) -> None:
+def costs(axes: Any, record: Record) -> None:
     """Parameters, bytes and time after / before."""
     found, cost = record["compression"], record["cost"]
     speed = cost["speedup"]
@@ -202,7 +199,7 @@ def costs(axes: Axes, record: Record) -> None:
     axes.set_xlabel(f"batch {rows_} × {tokens} tokens, {threads} thread(s), median and quartiles")
 
 
-def recovery(axes: Axes, record: Record) -> None:
+def recovery(axes: Any, record: Record) -> None:
     """Loss of the recovery, and its mean over ten steps."""
     losses = record["recovery_loss"]
     means = [losses[max(0, i - 9) : i + 1] for i in range(len(losses))]

@@ -151,7 +151,9 @@ def trace(model: nn.Module, batch: Batch, sites: Sequence[Site]) -> list[Site]:
             layout = "bt" if x.shape[:2] == shape else "tb"
         elif shape is not None and x.ndim == 2 and rows == positions and shape[1] > 1:
             layout = "flat"
-        found[site.name] = replace(site, input=(id(x), x._version), layout=layout, rows=rows / positions)
+        found[site.name] = replace(
+            site, input=(id(x), x._version), layout=layout, rows=rows / positions
+        )
 
     with evaluating(model), watching(sites, see), torch.no_grad():
         call(model, batch)

@@ -23,15 +23,14 @@ from torch import Tensor, nn
 
 from distil_rank.compress.architectures import TOKENIZER, Architecture, tokenizer_files
 from distil_rank.compress.quantise import Int8LowRank
-from distil_rank.compress.sites import is_linear
 from distil_rank.core.errors import InputError
 from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.records import atomic, read_json, require_writable
 
 SCHEMA = "distil-rank/compressed/1"
 # what may lie beside an earlier module, and would pass for that of the next one
-STALE = (*TOKENIZER, "certificate.json", "README.md", "report.json", "report.png")
-STALE += ("model.onnx", "model.onnx.data", "merged")
+STALE = ("certificate.json", "README.md", "report.json", "report.png", "merged", *TOKENIZER)
+EXPORTS = ("model.onnx", "model.onnx.data")
 WEIGHTS, DESCRIPTION = "model.safetensors", "compressed.json"
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -75,7 +74,7 @@ def save(
             last_in_first_out.enter_context(atomic(folder / name)).write_text(text)
         save_file(tensors, last_in_first_out.enter_context(atomic(folder / WEIGHTS)))
         if (folder / DESCRIPTION).is_file():
-            for stale in [folder / name for name in STALE if name not in texts]:
+            for stale in [folder / name for name in (*STALE, *EXPORTS) if name not in texts]:
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
 
 
@@ -127,14 +126,11 @@ def factors(module: nn.Module) -> dict[str, dict[str, Any]]:
     found = {}
     for name, part in module.named_modules():
         if isinstance(part, LowRankLinear):
-            shape, bias = (part.in_features, part.out_features), part.B.bias
+            sizes = {"d_in": part.in_features, "d_out": part.out_features, "rank": part.rank}
+            found[name] = {"type": "low-rank", **sizes, "bias": part.B.bias is not None}
         elif isinstance(part, Int8LowRank):
-            shape, bias = (part.A.shape[1], part.B.shape[0]), part.bias
-        else:
-            continue
-        kind = "low-rank" if isinstance(part, LowRankLinear) else "int8"
-        sizes = {"d_in": shape[0], "d_out": shape[1], "rank": part.rank}
-        found[name] = {"type": kind, **sizes, "bias": bias is not None}
+            sizes = {"d_in": part.A.shape[1], "d_out": part.B.shape[0], "rank": part.rank}
+            found[name] = {"type": "int8", **sizes, "bias": part.bias is not None}
     return found
 
 
@@ -221,9 +217,9 @@ def merged(module: nn.Module, dense: nn.Module) -> nn.Module:
     for name, part in module.named_modules():
         if not isinstance(part, LowRankLinear | Int8LowRank):
             continue
-        layer = result.get_submodule(name)
-        assert is_linear(layer)
-        weight, bias = dense_weight(part)
+        layer: Any = result.get_submodule(name)
+        low_rank = part.dequantised() if isinstance(part, Int8LowRank) else part
+        weight, bias = low_rank.B.weight.double() @ low_rank.A.weight.double(), low_rank.B.bias
         if layer.bias is None:
             raise InputError(
                 f"a layer with bias required for a dense export, {name} has none;"
@@ -233,15 +229,6 @@ def merged(module: nn.Module, dense: nn.Module) -> nn.Module:
             layer.weight.copy_(weight if isinstance(layer, nn.Linear) else weight.T)
             layer.bias.copy_(bias if bias is not None else torch.zeros_like(layer.bias))
     return result
-
-
-def dense_weight(part: LowRankLinear | Int8LowRank) -> tuple[Tensor, Tensor | None]:
-    """W = B A (d_out, d_in) and the bias of a low-rank layer, multiplied in float64."""
-    if isinstance(part, Int8LowRank):
-        A, B, bias = part.factors()
-    else:
-        A, B, bias = part.A.weight.detach(), part.B.weight.detach(), part.B.bias
-    return B.double() @ A.double(), None if bias is None else bias.detach()
 
 
 def save_merged(module: nn.Module, architecture: Architecture, folder: str | Path) -> None:
