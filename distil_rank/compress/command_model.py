@@ -55,7 +55,6 @@ class Config:
     held_out: float = 0.1  # share of the proteins kept aside
     max_length: int = 1022  # longest protein in residues
     method: Literal["budget", "energy", "uniform"] = "budget"  # how layers share the parameters
-    unit: Literal["parameters", "flops"] = "parameters"  # what --ratio counts
     sensitivity: bool = False  # weigh layers by the gradient of the model's own loss
     sequential: bool = False  # fit each block to what the compressed blocks before it do
     include: tuple[str, ...] = ("*",)  # name patterns of the layers to compress
@@ -90,7 +89,6 @@ def run(config: Config) -> None:
     small, report = compress_model(
         *(model, batches, config.ratio),
         method=config.method,
-        unit=config.unit,
         include=config.include,
         exclude=config.exclude,
         held_out=architecture.calibration(tests),

@@ -58,7 +58,6 @@ class ModelReport:
 
     ratio: float | None
     method: str
-    unit: str
     sequential: bool
     layers: list[LayerReport]
     parameters: int  # of the whole model, tied ones counted once
@@ -83,7 +82,6 @@ def compress_model(
     *,
     ranks: Asked | None = None,
     method: str = "budget",
-    unit: str = "parameters",
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     held_out: Iterable[Batch] | None = None,
@@ -96,7 +94,7 @@ def compress_model(
     """Copy of `model` with low-rank linear layers, and what was lost. The model is not changed.
 
     The layers are those whose names match `include` and not `exclude`.
-    ratio: their parameters (or FLOPs, `unit`) after / before; or `ranks`, one for all or by name.
+    ratio: their parameters after / before; or `ranks`, one for all or by name.
     method: uniform, energy or budget (see `ranks`).
     loss: weigh layers by the gradient of this loss (see `sensitivity`).
     sequential: fit each block to what the compressed blocks before it do.
@@ -104,7 +102,7 @@ def compress_model(
     never_slower: layers whose factors would not be smaller stay dense.
     """
     batches = list(batches)
-    _check(batches, ratio, ranks, method, unit)
+    _check(batches, ratio, ranks, method)
     sites = find_sites(model, include, exclude)
     run = trace(model, batches[0], sites)
     importance = {} if loss is None else layer_importance(model, batches, run, loss)
@@ -114,7 +112,7 @@ def compress_model(
         allocation, chosen = None, given(run, ranks, never_slower)
     else:
         assert ratio is not None
-        found = allocated(run, solved, ratio, method, importance, unit == "flops")
+        found = allocated(run, solved, ratio, method, importance)
         allocation, chosen = found.record(), found.ranks
     if sequential:
         small = sequential_students(model, batches, run, chosen, solved)
@@ -130,12 +128,10 @@ def compress_model(
     layers = [_layer_report(s, chosen, solved, held, blends) for s in sites]
     how = method if ranks is None else "given"
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
-    return small, ModelReport(ratio, how, unit, sequential, layers, before, after, allocation)
+    return small, ModelReport(ratio, how, sequential, layers, before, after, allocation)
 
 
-def _check(
-    batches: Sequence[Batch], ratio: float | None, ranks: Asked | None, method: str, unit: str
-) -> None:
+def _check(batches: Sequence[Batch], ratio: float | None, ranks: Asked | None, method: str) -> None:
     if not batches:
         raise InputError("at least one calibration batch required, got none; give proteins")
     if (ratio is None) == (ranks is None):
@@ -146,12 +142,8 @@ def _check(
         raise InputError(
             f"ratio must be above 0 and at most 1, got {ratio}; 0.5 halves the linear layers"
         )
-    for name, value, known in (("method", method, METHODS), ("unit", unit, UNITS)):
-        if value not in known:
-            raise InputError(f"a {name} out of {', '.join(known)} required, got {value!r}")
-
-
-UNITS = ("parameters", "flops")
+    if method not in METHODS:
+        raise InputError(f"a method out of {', '.join(METHODS)} required, got {method!r}")
 
 
 def _solved(

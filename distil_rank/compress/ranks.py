@@ -38,16 +38,15 @@ class Layer:
     d_out: int
     tails: Array  # sum_{i>r} lambda_i for r = 0 ... k (k + 1,): the loss at each rank
     importance: float | None = None  # of its loss; None: 1 / variance, for a sum of FVUs
-    rows: float = 1.0  # rows seen per token: scales the cost when the budget counts FLOPs
     bytes: tuple[float, float] = (1.0, 1.0)  # of a number in the factors and in the dense layer
 
     @property
     def rank_cost(self) -> float:
-        return (self.d_in + self.d_out) * self.rows * self.bytes[0]
+        return (self.d_in + self.d_out) * self.bytes[0]
 
     @property
     def dense_cost(self) -> float:
-        return self.d_in * self.d_out * self.rows * self.bytes[1]
+        return self.d_in * self.d_out * self.bytes[1]
 
     @property
     def limit(self) -> int:
@@ -107,14 +106,12 @@ def allocated(
     ratio: float,
     method: str,
     importance: Mapping[str, float],
-    flops: bool,
 ) -> Allocation:
     """Ranks of a model's layers at this ratio of their cost; layers not solved stay dense."""
     layers = []
     for s in sites:
         tails = solved[s.name].tails.cpu().numpy() if s.name in solved else np.zeros(1)
-        rows = s.rows if flops else 1.0
-        layers.append(Layer(s.name, s.d_in, s.d_out, tails, importance.get(s.name), rows))
+        layers.append(Layer(s.name, s.d_in, s.d_out, tails, importance.get(s.name)))
     return allocate(layers, ratio * sum(layer.dense_cost for layer in layers), method)
 
 

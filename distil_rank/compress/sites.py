@@ -29,7 +29,6 @@ class Site:
     module: nn.Module
     input: tuple[int, int] = (0, 0)  # equal for sites that read one tensor in one state
     layout: str = "all"  # of rows: "bt", "tb", "flat" or "all" (not by position: each one counts)
-    rows: float = 1.0  # per position of the batch
 
     @property
     def weight(self) -> Tensor:
@@ -146,14 +145,11 @@ def trace(model: nn.Module, batch: Batch, sites: Sequence[Site]) -> list[Site]:
             return
         kept.append(x)
         rows, layout = x.numel() // x.shape[-1], "all"
-        positions = rows if shape is None else shape[0] * shape[1]
         if shape is not None and x.ndim == 3 and x.shape[:2] in (shape, shape[::-1]):
             layout = "bt" if x.shape[:2] == shape else "tb"
-        elif shape is not None and x.ndim == 2 and rows == positions and shape[1] > 1:
+        elif shape is not None and x.ndim == 2 and rows == shape[0] * shape[1] and shape[1] > 1:
             layout = "flat"
-        found[site.name] = replace(
-            site, input=(id(x), x._version), layout=layout, rows=rows / positions
-        )
+        found[site.name] = replace(site, input=(id(x), x._version), layout=layout)
 
     with evaluating(model), watching(sites, see), torch.no_grad():
         call(model, batch)
