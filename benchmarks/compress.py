@@ -2,10 +2,10 @@
 
     python -m benchmarks.compress                  # everything but `large`
     python -m benchmarks.compress cells int8       # some parts
-    python -m benchmarks.compress large            # a random ESM-2 of the 650M shape: about 11 GB, some minutes
+    python -m benchmarks.compress large            # a random ESM-2 of the 650M shape, 11 GB
 
-Each part replaces its own entry of benchmarks/results/compress.json. Real data: $DISTIL_RANK_DATA or ../shared/data beside
-the checkout.
+Each part replaces its own entry of benchmarks/results/compress.json. Real data: $DISTIL_RANK_DATA
+or ../shared/data beside the checkout.
 """
 
 import os
@@ -13,6 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.baselines import BASELINES, fvu
 from distil_rank.compress.head_plan import FEW
 from distil_rank.compress.heads import compress_head
-from distil_rank.core.prior import FOLDS, blended_moments
-from distil_rank.compress.quantise import certify_int8, equal_bytes_curve, imitated, quantise
-from distil_rank.core.lowrank import Drift, spectrum_from_inputs
+from distil_rank.compress.quantise import at_equal_bytes, certify_int8, imitated, quantise
 from distil_rank.compress.tasks import task_change
-from distil_rank.experiment.teachers import random_teacher, spectral_teacher, task_trained_teachers
-from distil_rank.proteins.embedding_files import load_matrix
+from distil_rank.core.intervals import t_interval
+from distil_rank.core.lowrank import Joint, optimum
+from distil_rank.core.moments import Moments
+from distil_rank.core.prior import FOLDS, blended_moments
 from distil_rank.core.randomness import generator
 from distil_rank.core.records import ROOT, environment, read_json, sha256, write_json
-from distil_rank.core.intervals import t_interval
-from distil_rank.core.moments import Moments
-from tests.reference_compress import BASELINES, fvu
+from distil_rank.experiment.teachers import random_teacher, spectral_teacher, task_trained_teachers
+from distil_rank.proteins.embedding_files import load_matrix
 
 SCHEMA = "distil-rank/benchmark-compress/1"
 RESULT = ROOT / "benchmarks" / "results" / "compress.json"
@@ -41,7 +42,9 @@ DATA = Path(os.environ.get("DISTIL_RANK_DATA", ROOT.parent / "shared" / "data"))
 
 def peptides() -> tuple[Tensor, Tensor]:
     folder = DATA / "esm2_8m_peptides"
-    return load_matrix(folder / "embeddings_train.pt").double(), load_matrix(folder / "embeddings_val.pt").double()
+    return load_matrix(folder / "embeddings_train.pt").double(), load_matrix(
+        folder / "embeddings_val.pt"
+    ).double()
 
 
 def gb1() -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
@@ -57,7 +60,10 @@ def teachers(x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         "Task-Trained": task_trained_teachers(x.float(), [0])[0],
         "Spectral": spectral_teacher(x.shape[1], 0),
     }
-    return {name: (layer.weight.detach().double(), layer.bias.detach().double()) for name, layer in layers.items()}
+    return {
+        name: (layer.weight.detach().double(), layer.bias.detach().double())
+        for name, layer in layers.items()
+    }
 
 
 def subset(x: Tensor, n: int, draw: int) -> Tensor:
@@ -71,32 +77,51 @@ def summary(values: list[float] | np.ndarray) -> dict[str, float]:
 
 
 def cells() -> dict[str, Any]:
-    """Held-out FVU of the closed form against other layer compressors, over data x teachers x ranks x rows x draws."""
+    """Held-out FVU of the closed form against other layer compressors.
+
+    Over data x teachers x ranks x rows x draws.
+    """
     records = []
     train, val = peptides()
     variants, variants_val, _, _ = gb1()
-    for data, (x, held) in {"peptides": (train, val), "GB1 variants": (variants, variants_val)}.items():
+    for data, (x, held) in {
+        "peptides": (train, val),
+        "GB1 variants": (variants, variants_val),
+    }.items():
         for teacher, (W, c) in teachers(x).items():
             for n in (200, 1000, len(x)):
                 for draw in range(3 if n < len(x) else 1):
                     rows = subset(x, n, draw)
-                    moments, folds = Moments.of(rows), [Moments.of(rows[f::FOLDS]) for f in range(FOLDS)]
-                    spectrum = spectrum_from_inputs(W, moments)
+                    moments, folds = (
+                        Moments.of(rows),
+                        [Moments.of(rows[f::FOLDS]) for f in range(FOLDS)],
+                    )
+                    best = optimum(W, c, moments)
                     for rank in (8, 16, 32, 64):
-                        record = {"data": data, "teacher": teacher, "n": n, "draw": draw, "rank": rank}
-                        record["optimum"] = fvu(W, c, detached(spectrum.student(W, c, rank)), held)
+                        record = {
+                            "data": data,
+                            "teacher": teacher,
+                            "n": n,
+                            "draw": draw,
+                            "rank": rank,
+                        }
+                        record["optimum"] = fvu(W, c, best.factors(rank), held)
                         own, blend = moments, None
                         if n < FEW * x.shape[1]:  # as `distil-rank compress` does without a prior
                             own, blend = blended_moments(W, "input", folds, None, rank)
-                        student = spectrum_from_inputs(W, own).student(W, c, rank)
-                        record["few rows"] = fvu(W, c, detached(student), held)
+                        record["few rows"] = fvu(W, c, optimum(W, c, own).factors(rank), held)
                         record["own_weight"] = blend.weight if blend else 0.0
                         for name, method in BASELINES.items():
                             record[name] = fvu(W, c, method(W, c, rows, rank, refit=False), held)
-                            record[f"{name}, refitted"] = fvu(W, c, method(W, c, rows, rank, refit=True), held)
+                            record[f"{name}, refitted"] = fvu(
+                                W, c, method(W, c, rows, rank, refit=True), held
+                            )
                         records.append(record)
     methods = [form for name in BASELINES for form in (name, f"{name}, refitted")]
-    against = {ours: {name: verdict(records, ours, name) for name in methods} for ours in ("optimum", "few rows")}
+    against = {
+        ours: {name: verdict(records, ours, name) for name in methods}
+        for ours in ("optimum", "few rows")
+    }
     against["few rows"]["optimum"] = verdict(records, "few rows", "optimum")
     return {"cells": len(records), "against": against, "records": records}
 
@@ -116,24 +141,23 @@ def verdict(records: list[dict[str, Any]], ours: str, name: str) -> dict[str, An
 
 
 def prior() -> dict[str, Any]:
-    """Fifty proteins with and without a prior, in domain (other peptides) and out of it (variants of one protein)."""
+    """Fifty proteins with and without a prior, in domain (other peptides) and out of it (GB1)."""
     train, val = peptides()
     variants, _, _, _ = gb1()
     records = []
     for teacher, (W, c) in teachers(train).items():
         for rank in (16, 64):
-            full = spectrum_from_inputs(W, Moments.of(train)).student(W, c, rank)
-            full_fvu = fvu(W, c, detached(full), val)
+            full_fvu = fvu(W, c, optimum(W, c, Moments.of(train)).factors(rank), val)
             for draw in range(10):
                 order = torch.randperm(len(train), generator=generator(draw, "fifty proteins"))
                 own, others = train[order[:50]], train[order[50:]]
                 folds = [Moments.of(own[f::FOLDS]) for f in range(FOLDS)]
                 record = {"teacher": teacher, "rank": rank, "draw": draw, "full_data": full_fvu}
-                alone = spectrum_from_inputs(W, Moments.of(own)).student(W, c, rank)
-                record["no_prior"] = fvu(W, c, detached(alone), val)
+                alone = optimum(W, c, Moments.of(own)).factors(rank)
+                record["no_prior"] = fvu(W, c, alone, val)
                 for name, rows in (("in_domain", others), ("out_of_domain", variants)):
                     moments, blend = blended_moments(W, "input", folds, Moments.of(rows), rank)
-                    record[name] = fvu(W, c, detached(spectrum_from_inputs(W, moments).student(W, c, rank)), val)
+                    record[name] = fvu(W, c, optimum(W, c, moments).factors(rank), val)
                     record[f"{name}_weight"] = blend.weight
                 records.append(record)
     return {
@@ -141,35 +165,46 @@ def prior() -> dict[str, Any]:
         "in_domain_over_full_data": summary([r["in_domain"] / r["full_data"] for r in records]),
         "no_prior_over_full_data": summary([r["no_prior"] / r["full_data"] for r in records]),
         "worst_in_domain_over_full_data": max(r["in_domain"] / r["full_data"] for r in records),
-        "worst_out_of_domain_over_no_prior": max(r["out_of_domain"] / r["no_prior"] for r in records),
-        "mean_out_of_domain_over_no_prior": summary([r["out_of_domain"] / r["no_prior"] for r in records]),
+        "worst_out_of_domain_over_no_prior": max(
+            r["out_of_domain"] / r["no_prior"] for r in records
+        ),
+        "mean_out_of_domain_over_no_prior": summary(
+            [r["out_of_domain"] / r["no_prior"] for r in records]
+        ),
         "records": records,
     }
 
 
-def detached(student: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    return student.A.weight.detach(), student.B.weight.detach(), student.B.bias.detach()
-
-
 def int8() -> dict[str, Any]:
-    """Extra held-out FVU of eight-bit factors at the same rank, and the best precision at equal bytes."""
+    """Extra held-out FVU of eight-bit factors at the same rank; every precision at equal bytes."""
     train, val = peptides()
     same, curves = [], {}
     for teacher, (W, c) in teachers(train).items():
         moments = Moments.of(train)
-        spectrum = spectrum_from_inputs(W, moments)
-        fitted, held = Drift.none(W, c, moments), Drift.none(W, c, Moments.of(val))
+        best = optimum(W, c, moments)
+        fitted, held = Joint.of_layer(W, c, moments), Joint.of_layer(W, c, Moments.of(val))
         for rank in (8, 16, 32, 64, 128):
-            student = spectrum.student(W, c, rank)
+            student = best.student(rank)
             found = certify_int8(student, quantise(student, imitated(student, fitted)), held)
             same.append(
-                {"teacher": teacher, "rank": rank, "low_rank": found.low_rank, "quantisation": found.quantisation}
+                {
+                    "teacher": teacher,
+                    "rank": rank,
+                    "low_rank": found.low_rank,
+                    "quantisation": found.quantisation,
+                }
             )
-            same[-1] |= {"fvu": found.fvu, "extra": found.fvu / found.low_rank - 1, "bytes": found.bytes}
+            same[-1] |= {
+                "fvu": found.fvu,
+                "extra": found.fvu / found.low_rank - 1,
+                "bytes": found.bytes,
+            }
         budgets = [4 * (2 * 320 * r + 320) for r in (8, 16, 32, 64)]
-        curves[teacher] = equal_bytes_curve(
-            lambda r, s=spectrum, W=W, c=c: s.student(W, c, r), fitted, held, 320, 320, budgets
-        )
+        curves[teacher] = [
+            asdict(choice)
+            for size in budgets
+            for choice in at_equal_bytes(best.student, fitted, held, size)
+        ]
     factors_won = []
     for curve in curves.values():
         for size in {point["bytes"] for point in curve}:
@@ -188,7 +223,7 @@ def int8() -> dict[str, Any]:
 
 
 def head() -> dict[str, Any]:
-    """An MLP head on real ESM-2 embeddings of GB1 variants, compressed 10 x: Spearman with the measured fitness."""
+    """An MLP head on ESM-2 embeddings of GB1 variants, compressed 10 x: Spearman with fitness."""
     x, held, y, y_held = (t.float() if isinstance(t, Tensor) else t for t in gb1())
     mean, scale = x.mean(0), x.std(0)
     x, held = (x - mean) / scale, (held - mean) / scale
@@ -197,7 +232,9 @@ def head() -> dict[str, Any]:
     for seed in range(3):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            mlp = nn.Sequential(nn.Linear(320, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 1))
+            mlp = nn.Sequential(
+                nn.Linear(320, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 1)
+            )
         optimiser = torch.optim.AdamW(mlp.parameters(), lr=1e-3, weight_decay=0.1)
         batches = generator(seed, "GB1 batches")
         for _ in range(600):
@@ -208,31 +245,49 @@ def head() -> dict[str, Any]:
             optimiser.step()
         mlp.eval().requires_grad_(False)
         bytes = 4 * sum(p.numel() for p in mlp.parameters()) // 10
-        for metric, eight in (("output", False), ("next", False), ("own", False), ("output", True), ("own", True)):
-            small, certificate = compress_head(mlp, x, held, bytes=bytes, metric=metric, int8=eight, seed=seed)
-            change = task_change(mlp(held), small(held), y_held, seed)
-            record = {"seed": seed, "metric": metric, "int8": eight, "flops_ratio": certificate["flops_ratio"]}
-            record |= {"bytes_ratio": certificate["bytes_before"] / certificate["bytes_after"], "task": change}
+        for metric, eight in (
+            ("output", False),
+            ("next", False),
+            ("own", False),
+            ("output", True),
+            ("own", True),
+        ):
+            small, certificate = compress_head(
+                mlp, x, held, bytes=bytes, metric=metric, int8=eight, seed=seed
+            )
+            change = asdict(task_change(mlp(held), small(held), y_held, seed))
+            record = {
+                "seed": seed,
+                "metric": metric,
+                "int8": eight,
+                "flops_ratio": certificate.flops_ratio,
+            }
             record |= {
-                "output_fvu": certificate["output_fvu"]["held_out"],
-                "ranks": [r["rank"] for r in certificate["layers"]],
+                "bytes_ratio": certificate.bytes_before / certificate.bytes_after,
+                "task": change,
+            }
+            record |= {
+                "output_fvu": certificate.output_fvu["held_out"],
+                "ranks": [layer.rank for layer in certificate.layers],
             }
             records.append(record)
     return {"n_train": len(x), "n_val": len(held), "records": records}
 
 
 def models() -> dict[str, Any]:
-    """Ranks and baselines on whole models; those named in $COMPRESS_MODELS only, the rest kept as they were."""
+    """Ranks and baselines on whole models: those named in $COMPRESS_MODELS, the rest as it was."""
     from benchmarks.compress_models import MODELS, compare_models
 
     wanted = os.environ.get("COMPRESS_MODELS", " ".join(MODELS)).split()
     found = compare_models(DATA, wanted)
-    known = read_json(RESULT, SCHEMA).get("models", {}).get("models", {}) if RESULT.is_file() else {}
+    known = (
+        read_json(RESULT, SCHEMA).get("models", {}).get("models", {}) if RESULT.is_file() else {}
+    )
     return {**found, "models": {**known, **found["models"]}}
 
 
 def large() -> dict[str, Any]:
-    """A random ESM-2 of the 650M shape (33 layers, 1280 wide): seconds and peak memory of its compression."""
+    """Seconds and peak memory of compressing a random ESM-2 of the 650M shape."""
     import esm
 
     from distil_rank.compress.models import compress_model
@@ -278,18 +333,27 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
 def main(names: list[str]) -> None:
     unknown = set(names) - set(PARTS)
     if unknown:
-        raise SystemExit(f"parts out of {', '.join(PARTS)} required, got {', '.join(sorted(unknown))}")
+        raise SystemExit(
+            f"parts out of {', '.join(PARTS)} required, got {', '.join(sorted(unknown))}"
+        )
     for name in names or [n for n in PARTS if n != "large"]:
         start = time.perf_counter()
         found = PARTS[name]()
         record = read_json(RESULT, SCHEMA) if RESULT.is_file() else {"schema": SCHEMA}
-        record[name] = {**found, "environment": environment(), "part_seconds": time.perf_counter() - start}
+        record[name] = {
+            **found,
+            "environment": environment(),
+            "part_seconds": time.perf_counter() - start,
+        }
         record["data"] = {
             "peptides": {
                 "source": "UniDL4BioPep, ESM-2 8M",
                 "sha256": sha256(DATA / "esm2_8m_peptides/embeddings_train.pt"),
             },
-            "gb1": {"source": "GB1 of plm-finetune-eval, ESM-2 8M", "sha256": sha256(DATA / "esm2_8m_gb1/train.npz")},
+            "gb1": {
+                "source": "GB1 of plm-finetune-eval, ESM-2 8M",
+                "sha256": sha256(DATA / "esm2_8m_gb1/train.npz"),
+            },
         }
         RESULT.parent.mkdir(parents=True, exist_ok=True)
         write_json(RESULT, record)

@@ -44,3 +44,15 @@ def distil_one(x, y, A, B, b, steps, batch, lr, weight_decay, cosine_weight, gen
         optimiser.step()
         losses.append(loss.item())
     return A.detach(), B.detach(), b.detach(), losses
+
+
+def reduced_rank_regression(x: Tensor, y: Tensor, rank: int) -> Tensor:
+    """Predictions (n, d_out) of the best rank-r affine map from x to y on these rows.
+
+    Least squares, then PCA of the fit.
+    """
+    ones = torch.cat([x, torch.ones(len(x), 1).to(x)], 1)
+    fit = ones @ torch.linalg.lstsq(ones, y, driver="gelsd").solution
+    mean = fit.mean(0)
+    U, s, Vh = torch.linalg.svd(fit - mean, full_matrices=False)
+    return (U[:, :rank] * s[:rank]) @ Vh[:rank] + mean

@@ -104,14 +104,26 @@ def rank_curve(best: Optimum, held: Joint | None) -> RankCurve:
     return RankCurve(ranks, fvu, missed[at].tolist(), floors[at].tolist())
 
 
-def losses(student: LowRankLinear, joint: Joint, held: Joint | None) -> dict[str, float]:
-    """Achieved and floor FVU of a student on both row sets, as fields of LayerCertificate."""
-    found = {}
-    for prefix, rows in (("", joint), ("held_out_", held)):
-        if rows is not None:
-            found[f"{prefix}achieved_fvu"] = rows.fvu(student)
-            found[f"{prefix}floor_fvu"] = floor_fvu(rows.outputs, student.rank)
-    return found
+def certify_layer(
+    name: str,
+    layer: nn.Linear,
+    student: LowRankLinear,
+    best: Optimum,
+    joint: Joint,
+    held: Joint | None,
+) -> LayerCertificate:
+    """Of a student on the fitted rows and the held-out ones; `best` has its rank curve."""
+    rank, d_in, d_out = student.rank, layer.in_features, layer.out_features
+    return LayerCertificate(
+        *(name, d_in, d_out, rank),
+        achieved_fvu=joint.fvu(student),
+        floor_fvu=floor_fvu(joint.outputs, rank),
+        held_out_achieved_fvu=None if held is None else held.fvu(student),
+        held_out_floor_fvu=None if held is None else floor_fvu(held.outputs, rank),
+        parameters_before=d_in * d_out,
+        parameters_after=rank * (d_in + d_out),
+        rank_curve=rank_curve(best, held),
+    )
 
 
 def fvu_interval(y: Tensor, other: Tensor, seed: int) -> Metric:

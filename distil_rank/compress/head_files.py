@@ -22,31 +22,16 @@ def load_head(
 ) -> nn.Linear | nn.Sequential:
     """The layers named by `keys` (or under one prefix) of a state dict, `activation` between them.
 
-    InputError where they are not linear or do not fit together.
+    InputError where one is no linear layer, or they do not fit together.
     """
     tensors = read_state_dict(path)
     names = layer_names(tensors)
-    matrices = [x for x in names if tensors[f"{x}.weight" if x else "weight"].ndim == 2]
-    if not matrices:
-        got = ", ".join(tensors) or "nothing"
-        raise InputError(f"at least one linear layer (a 2-D weight) required in {path}, got {got}")
     chosen: list[str] = []
     for key in keys or ("",):
         key = key.removesuffix(".weight")
         under = [x for x in names if not key or x.startswith(f"{key}.")]
-        under = [key] if key in matrices else under
-        if not under:
-            raise InputError(
-                f"key {key!r} required in {path}, which has layers {', '.join(matrices)};"
-                " choose one with --key"
-            )
-        odd = [name for name in under if name not in matrices]
-        if odd:
-            raise InputError(
-                f"linear layers only required, {odd[0]} in {path} is none;"
-                " name layers with --key, or use Python"
-            )
-        chosen += sorted(under, key=_natural)
+        # a key that names nothing is refused by layer_of
+        chosen += [key] if key in names or not under else sorted(under, key=_natural)
     layers = [layer_of(tensors, name, path) for name in chosen]
     for (a, first), (b, second) in pairwise(zip(chosen, layers)):
         if first.out_features != second.in_features:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from distil_rank.compress.head_metrics import METRICS
 from distil_rank.compress.quantise import module_bytes
 from distil_rank.compress.ranks import Layer, allocate
+from distil_rank.core.certificates import require_linear
 from distil_rank.core.errors import InputError
 from distil_rank.core.lowrank import Optimum, optimum, smallest_rank
 from distil_rank.core.moments import Moments
@@ -86,6 +87,7 @@ def find_targets(
         y = part(x)
         if isinstance(part, nn.Linear):
             moments = Moments.of(x)
+            require_linear(part, moments)
             if not targets and (prior is not None or len(x) < FEW * part.in_features):
                 folds = [Moments.of(x[f::FOLDS]) for f in range(min(FOLDS, len(x)))]
                 moments, blend = blended_moments(part.weight, "input", folds, prior, rank)

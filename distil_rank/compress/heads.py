@@ -21,10 +21,9 @@ from distil_rank.compress.head_certificate import (
     EqualBytes,
     HeadCertificate,
     LayerCertificate,
+    certify_layer,
     flops,
     fvu_interval,
-    losses,
-    rank_curve,
 )
 from distil_rank.compress.head_metrics import METRICS
 from distil_rank.compress.head_plan import Request, Target, choose_ranks, find_targets
@@ -38,7 +37,7 @@ from distil_rank.compress.quantise import (
 from distil_rank.compress.sites import evaluating
 from distil_rank.core.errors import InputError
 from distil_rank.core.linear import linear
-from distil_rank.core.lowrank import Joint, optimum
+from distil_rank.core.lowrank import Joint, optimum, require_finite
 from distil_rank.core.moments import Moments
 
 BLEND_RANK = 64  # at which the blend is chosen where no rank is asked for
@@ -84,7 +83,6 @@ def compress_head(
         chosen = choose_ranks(parts, targets, request, int8, metric == "output")
         small, layers = _fit(parts, targets, chosen, x, held_out, int8, seed)
         module: nn.Module = small[0] if isinstance(head, nn.Linear) else nn.Sequential(*small)
-        module.train(head.training)
         lost = {"fitted": fvu_interval(head(x), module(x), seed)}
         if held_out is not None:
             lost["held_out"] = fvu_interval(head(held_out), module(held_out), seed)
@@ -100,6 +98,10 @@ def compress_head(
             prior=blend,
             layers=layers,
         )
+    for part, new in zip(parts, small):
+        if new is not part:
+            new.train(part.training)
+    module.training = head.training
     return module, certificate
 
 
@@ -117,8 +119,8 @@ def parts_of(head: nn.Module) -> list[nn.Module]:
 
 def check_rows(x: Tensor, d_in: int, what: str) -> None:
     if x.ndim != 2 or x.shape[1] != d_in:
-        got = tuple(x.shape)
-        raise InputError(f"{what} of shape (n, {d_in}) required for this layer, got {got}")
+        shape = tuple(x.shape)
+        raise InputError(f"{what} of shape (n, {d_in}) required for this layer, got {shape}")
     if len(x) < 2:
         raise InputError(f"at least 2 rows of {what} required, got {len(x)}")
     bad = int((~x.isfinite()).any(1).sum())
@@ -178,7 +180,8 @@ def _student(
         if G is not None:
             best = optimum(layer.weight, layer.bias, target.moments, rank, G)
         exact = best.student(rank)
-    student = exact.to(layer.weight)
+    student = exact.to(layer.weight).requires_grad_(layer.weight.requires_grad)
+    require_finite(student)
     new: nn.Module = student
     measured, eight, equal = student, None, None
     if int8:
@@ -188,16 +191,8 @@ def _student(
         size = module_bytes(new)
         choices = at_equal_bytes(best.student, fitted, held or joint, size)
         equal = EqualBytes(size, choices, min(choices, key=lambda c: c.fvu, default=None))
-    shape = layer.in_features, layer.out_features
-    return new, LayerCertificate(
-        *(str(target.place), *shape, rank),
-        **losses(measured, joint, held),
-        parameters_before=shape[0] * shape[1],
-        parameters_after=rank * sum(shape),
-        rank_curve=rank_curve(target.best, held),
-        int8=eight,
-        equal_bytes=equal,
-    )
+    certificate = certify_layer(str(target.place), layer, measured, target.best, joint, held)
+    return new, replace(certificate, int8=eight, equal_bytes=equal)
 
 
 def _dense(target: Target, changed: Tensor | None) -> tuple[nn.Linear, LayerCertificate]:
@@ -209,7 +204,8 @@ def _dense(target: Target, changed: Tensor | None) -> tuple[nn.Linear, LayerCert
         M, _ = joint.regression(layer.weight)
         bias = joint.output_mean - M @ joint.input_mean
         note += "; refitted to its changed inputs"
-        layer = linear(M.to(layer.weight), bias.to(layer.weight))
+        trained = layer.weight.requires_grad
+        layer = linear(M.to(layer.weight), bias.to(layer.weight)).requires_grad_(trained)
     return layer, LayerCertificate(str(target.place), *shape, None, note)
 
 

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from distil_rank.core.errors import InputError
 from distil_rank.core.linear import Certificate, LowRankLinear, check_rank
-from distil_rank.core.lowrank import Optimum, optimum, refit_bias, smallest_rank
+from distil_rank.core.lowrank import (
+    Optimum,
+    optimum,
+    refit_bias,
+    require_finite,
+    smallest_rank,
+)
 from distil_rank.core.moments import Moments
+from distil_rank.core.randomness import generator
+
+ROWS = 8  # drawn to check a layer's own forward
+ROUNDINGS = 8  # of each product that it may differ by
 
 
 def compress_linear(
@@ -18,8 +30,8 @@ def compress_linear(
 ) -> tuple[LowRankLinear, Certificate]:
     """Best student of `teacher` at `rank`, or at the smallest rank whose FVU is at most `fvu`.
 
-    The student has the teacher's dtype and device. A teacher without bias gets one: it is free and
-    carries the mean.
+    The student has the teacher's dtype, device and mode, and is frozen where the teacher is. A
+    teacher without bias gets one: it is free and carries the mean.
 
     >>> x = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
     >>> layer = torch.nn.Linear(16, 8)
@@ -27,6 +39,7 @@ def compress_linear(
     >>> student.rank, certificate.gap < 1e-6
     (4, True)
     """
+    require_linear(teacher, moments)
     if (rank is None) == (fvu is None):
         raise ValueError(f"exactly one of rank and fvu is required, got rank={rank}, fvu={fvu}")
     limit = min(teacher.weight.shape)
@@ -39,7 +52,10 @@ def compress_linear(
             raise ValueError(f"fvu must be in [0, 1), got fvu={fvu}")
         solution = optimum(teacher.weight, teacher.bias, moments)
         rank = min(smallest_rank(solution.fvu, fvu), limit)
-    student = solution.student(rank).to(teacher.weight)
+    student = solution.student(rank)
+    student.inner_mean = student.A.weight.detach() @ moments.mean
+    student.to(teacher.weight).train(teacher.training)
+    student.requires_grad_(teacher.weight.requires_grad)
     return student, certify(teacher, student, moments, held_out, solution)
 
 
@@ -52,8 +68,11 @@ def certify(
 ) -> Certificate:
     """Certificate of any student of `teacher`, measured on its stored factors.
 
-    `solution` on `moments` saves time.
+    `solution` on `moments` saves time. InputError where the teacher is more than y = W x + c, or a
+    factor of the student is not finite.
     """
+    require_linear(teacher, moments)
+    require_finite(student)
     rank = student.rank
     solution = solution or optimum(teacher.weight, teacher.bias, moments, rank)
     fields = {}
@@ -85,3 +104,39 @@ def student_fvu(
     if variance is None:
         variance = float(((W @ covariance) * W).sum())
     return mse / variance if variance > 0 else 0.0
+
+
+def require_linear(layer: nn.Module, moments: Moments) -> None:
+    """InputError unless the module computes W x + c on rows like those behind `moments`.
+
+    Refused are modules that only look like a layer (GPT-2's Conv1D stores W transposed), subclasses
+    with a forward of their own, and whatever hooks or replaced methods do to the output.
+    """
+    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+        raise InputError(
+            "an nn.Linear with nn.Linear's own forward required, got"
+            f" {type(layer).__name__}; copy its weight (d_out, d_in) and bias into an nn.Linear"
+        )
+    if moments.dim != layer.in_features:
+        raise InputError(
+            f"moments of {layer.in_features} features required for this layer, got {moments.dim}"
+        )
+    spread = moments.covariance.diagonal().sqrt().cpu()
+    noise = torch.randn(ROWS, moments.dim, generator=generator(0, "rows"), dtype=torch.float64)
+    x = (moments.mean.cpu() + spread * noise).to(layer.weight)
+    with torch.no_grad():
+        found = layer(x)  # before the weight is read: a hook may recompute it
+        expected = nn.functional.linear(x, layer.weight, layer.bias)
+        if found.shape != expected.shape or not _close(found, expected, layer, x):
+            raise InputError(
+                "a layer with the output W x + c required, got another output:"
+                " hooks or a replaced forward change it; remove them"
+            )
+
+
+def _close(found: Tensor, expected: Tensor, layer: nn.Linear, x: Tensor) -> bool:
+    scale = x.abs().double() @ layer.weight.abs().double().T
+    if layer.bias is not None:
+        scale = scale + layer.bias.abs().double()
+    allowed = ROUNDINGS * torch.finfo(found.dtype).eps * scale
+    return bool(((found.double() - expected.double()).abs() <= allowed).all())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +38,19 @@ class Certificate:
 class LowRankLinear(nn.Module):
     """y = B (A x) + bias with A (r, d_in) and B (d_out, r): two plain linear layers.
 
+    inner_mean (r,), where given, is A mu with the mean mu of the inputs: `truncate` refits the bias
+    with it.
+
     >>> layer = LowRankLinear(torch.ones(2, 5), torch.ones(3, 2), torch.zeros(3))
     >>> layer.rank, layer(torch.ones(1, 5)).tolist()
     (2, [[10.0, 10.0, 10.0]])
     """
 
-    def __init__(self, A: Tensor, B: Tensor, bias: Tensor | None = None):
+    inner_mean: Tensor | None
+
+    def __init__(
+        self, A: Tensor, B: Tensor, bias: Tensor | None = None, inner_mean: Tensor | None = None
+    ):
         super().__init__()
         if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
             got = f"{tuple(A.shape)} and {tuple(B.shape)}"
@@ -54,6 +62,7 @@ class LowRankLinear(nn.Module):
         self.B.weight = nn.Parameter(B.detach().clone(memory_format=torch.contiguous_format))
         if bias is not None:
             self.B.bias = nn.Parameter(bias.detach().clone())
+        self.register_buffer("inner_mean", None if inner_mean is None else inner_mean.clone())
 
     @property
     def rank(self) -> int:
@@ -71,14 +80,30 @@ class LowRankLinear(nn.Module):
         return self.B(self.A(x))
 
     def truncate(self, rank: int) -> LowRankLinear:
-        """The student of the first `rank` factors: they are ordered, so it is the rank-`rank` one.
+        """The student that `compress_linear` makes at a smaller rank: factors are ordered.
 
-        The bias stays as it is; `Optimum.student` also refits it.
+        Exact for a student as it was fitted; training ends the order. ValueError for one that does
+        not know the mean of its inner features, which the bias needs.
         """
         check_rank(rank, self.rank)
-        return LowRankLinear(
-            self.A.weight[:rank].detach(), self.B.weight[:, :rank].detach(), self.B.bias
-        )
+        if self.inner_mean is None:
+            raise ValueError(
+                "a student made by compress_linear required, which refits its bias when truncated,"
+                " got one without the mean of its inner features; use Optimum.student(rank)"
+            )
+        A, B = self.A.weight.detach(), self.B.weight.detach()
+        bias = B[:, rank:] @ self.inner_mean[rank:]
+        bias = bias if self.B.bias is None else self.B.bias.detach() + bias
+        return LowRankLinear(A[:rank], B[:, :rank], bias, self.inner_mean[:rank])
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *rest: Any, **more: Any
+    ) -> None:
+        """As a plain module, and with an inner mean where the state dict has one."""
+        found = state_dict.get(f"{prefix}inner_mean")
+        if (found is None) != (self.inner_mean is None):
+            self.inner_mean = None if found is None else torch.empty_like(found)
+        super()._load_from_state_dict(state_dict, prefix, *rest, **more)
 
     def save(self, path: str | Path, certificate: Certificate | None = None) -> None:
         """Write the factors as safetensors, the certificate as JSON in the header."""
@@ -90,7 +115,8 @@ class LowRankLinear(nn.Module):
         """Read a student written by `save`, with its certificate."""
         tensors, header = load_tensors(path, SCHEMA, "low-rank factors")
         fields = header["certificate"]
-        student = LowRankLinear(tensors["A.weight"], tensors["B.weight"], tensors.get("B.bias"))
+        names = ("A.weight", "B.weight", "B.bias", "inner_mean")
+        student = LowRankLinear(*(tensors.get(name) for name in names))  # type: ignore[arg-type]
         return student, Certificate(**fields) if fields else None
 
 

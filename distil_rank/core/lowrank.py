@@ -12,7 +12,9 @@ eigenpairs of R M S M^T R, descending, and U = [u_1 ... u_r], over all rank-r ma
 where `unexplained` is what no linear map can do, 0 for a layer. (The best b centers the problem;
 predictions then lie in an r-dimensional subspace, so PCA bounds every map, and the bound is
 attained. Reduced-rank regression: Izenman, J. Multivariate Anal. 5, 1975.) A layer on its own
-inputs needs no inverse of S, so a singular S (LayerNorm outputs, n < d) is no problem.
+inputs needs no inverse of S, so a singular S (LayerNorm outputs, n < d) is no problem. Directions
+that the rows leave open (n rows determine n - 1) are taken in the order of R M M^T R, as if inputs
+were equally likely in all of them: the student is the same whatever the eigensolver returns.
 """
 
 from __future__ import annotations
@@ -24,10 +26,12 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from distil_rank.core.errors import InputError
 from distil_rank.core.linear import LowRankLinear, check_rank
 from distil_rank.core.moments import Moments, symmetric_product
 
 RIDGE = 1e-3  # of the mean variance of changed inputs
+NULL = 1e-12  # of the largest eigenvalue: below it the rows say nothing of a direction
 DAMPING = 1e-4  # of the mean of G's diagonal: directions nobody reads still count a little
 
 
@@ -67,7 +71,20 @@ class Optimum:
         return A, B, self.output_mean - B @ (left.T @ self.center)
 
     def student(self, rank: int, dtype: torch.dtype = torch.float64) -> LowRankLinear:
-        return LowRankLinear(*(t.to(dtype) for t in self.factors(rank)))
+        """The student in `dtype`; InputError where its range is too small for the factors."""
+        student = LowRankLinear(*(t.to(dtype) for t in self.factors(rank)))
+        require_finite(student)
+        return student
+
+
+def require_finite(student: LowRankLinear) -> None:
+    """InputError where a factor overflowed."""
+    bad = [name for name, t in student.state_dict().items() if not bool(t.isfinite().all())]
+    if bad:
+        raise InputError(
+            f"factors within the range of {student.A.weight.dtype} required, got an overflow in"
+            f" {' and '.join(bad)}; compress the layer in float32 or bfloat16"
+        )
 
 
 def optimum(
@@ -95,10 +112,11 @@ def optimum_from_outputs(
     weight: Tensor, bias: Tensor | None, outputs: Moments, rank: int | None = None
 ) -> Optimum:
     """The same from the moments of y = W x + c (d_out,): the inputs are not needed."""
-    found, basis = leading_eigenpairs(outputs.covariance, rank or min(weight.shape))
+    left = weight.detach().to(outputs.mean)
+    found, basis = leading_directions(outputs.covariance, rank or min(left.shape), left)
     center = outputs.mean if bias is None else outputs.mean - bias.detach().to(outputs.mean)
-    left = 0.0 if len(found) == min(weight.shape) else _rest(outputs.covariance, found)
-    return Optimum(weight.detach(), center, outputs.mean, found, basis, left)
+    rest = 0.0 if len(found) == min(weight.shape) else _rest(outputs.covariance, found)
+    return Optimum(weight.detach(), center, outputs.mean, found, basis, rest)
 
 
 @dataclass(frozen=True)
@@ -176,7 +194,8 @@ def _solve(
     roots = None if metric is None else metric_roots(metric.to(M))
     left = M if roots is None else roots[0] @ M
     covariance, lift = output_covariance(left, S)
-    found, basis = leading_eigenpairs(covariance, rank or len(covariance))
+    left = left if lift is None else lift.T @ left
+    found, basis = leading_directions(covariance, rank or len(covariance), left)
     basis = basis if lift is None else lift @ basis
     rest = 0.0 if len(found) == len(covariance) else _rest(covariance, found)
     return Optimum(stored.detach(), center, output_mean, found, basis, rest, roots)
@@ -203,6 +222,22 @@ def metric_roots(metric: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tens
     values, vectors = torch.linalg.eigh((metric + metric.T) / 2)
     values = values.clamp_min(0) + damping * metric.trace().clamp_min(1e-300) / len(metric)
     return (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
+
+
+def leading_directions(covariance: Tensor, count: int, left: Tensor) -> tuple[Tensor, Tensor]:
+    """Leading eigenpairs of a covariance (m, m) of outputs `left` x, with left (m, d).
+
+    Directions that it leaves open are replaced by the leading ones of left left^T.
+    """
+    found, basis = leading_eigenpairs(covariance, count)
+    known = int((found > NULL * found[0]).sum())
+    if known == len(found):
+        return found, basis
+    U = basis[:, :known]
+    rest = left - U @ (U.T @ left)
+    # the last term sends U behind all that is left, where `left` itself has few directions
+    spread = rest @ rest.T - rest.square().sum() * U @ U.T
+    return found, torch.cat([U, leading_eigenpairs(spread, len(found) - known)[1]], 1)
 
 
 def leading_eigenpairs(symmetric: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -71,8 +71,8 @@ class Moments:
         pieces = max(1, round(len(x) / ROWS))
         parts = [None] * pieces if weights is None else weights.tensor_split(pieces)
         for piece, part in zip(x.tensor_split(pieces), parts):
-            rows = piece.to(self.mean.device, torch.float64)
-            w = None if part is None else part.to(rows)
+            rows = piece.detach().to(self.mean.device, torch.float64)
+            w = None if part is None else part.detach().to(rows)
             count = float(len(rows)) if w is None else float(w.sum())
             if count == 0:
                 continue
@@ -108,8 +108,9 @@ class Moments:
         self.count = total
 
     def state(self) -> dict[str, Tensor]:
+        """Count (), mean (d,) and scatter (d, d) on the CPU, apart from the moments themselves."""
         count = torch.tensor(self.count, dtype=torch.float64)
-        return {"count": count, "mean": self.mean.cpu(), "scatter": self.scatter.cpu()}
+        return {"count": count, "mean": self.mean.cpu().clone(), "scatter": self.scatter.cpu()}
 
     def save(self, path: str | Path, **provenance: object) -> None:
         """Write count, mean and scatter as safetensors, with provenance as JSON in the header."""
@@ -122,13 +123,10 @@ class Moments:
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Moments:
-        """Moments from what `state` returned."""
-        moments = cls(len(state["mean"]))
-        moments.count, moments.mean, moments._upper = (
-            float(state["count"]),
-            state["mean"],
-            state["scatter"],
-        )
+        """Moments from what `state` returned, which stays as it is."""
+        moments = cls(len(state["mean"]), state["mean"].device)
+        moments.count = float(state["count"])
+        moments.mean, moments._upper = state["mean"].clone(), state["scatter"].clone()
         return moments
 
 

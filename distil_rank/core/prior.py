@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distil_rank.core.errors import InputError
-from distil_rank.core.lowrank import leading_eigenpairs
+from distil_rank.core.lowrank import leading_directions
 from distil_rank.core.moments import Moments, symmetric_product
 
 WEIGHTS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 1.0)
@@ -61,11 +61,16 @@ def blended(own: Moments, prior: Moments, blend: Blend) -> Moments:
 
 
 def choose(
-    folds: list[Moments], prior: Moments, rank: int, weights: tuple[float, ...], means: bool = True
+    folds: list[Moments],
+    prior: Moments,
+    rank: int,
+    weights: tuple[float, ...],
+    left: Tensor,
+    means: bool = True,
 ) -> Blend:
     """Weights by cross-validation at one rank.
 
-    Folds and prior are moments of the layer's output, up to a rotation. means: whether the
+    Folds and prior are moments of the layer's output left x, up to a rotation. means: whether the
     prior's mean may be used too.
     """
     folds = [fold for fold in folds if fold.count > 0]
@@ -79,7 +84,7 @@ def choose(
     for f, fold in enumerate(folds):
         own = merged(folds[:f] + folds[f + 1 :])
         bases = {
-            a: leading_eigenpairs(blended(own, prior, Blend(a, 0, 1)).covariance, rank)[1]
+            a: leading_directions(blended(own, prior, Blend(a, 0, 1)).covariance, rank, left)[1]
             for a in weights
         }
         for i, choice in enumerate(choices):
@@ -114,14 +119,13 @@ def blended_moments(
             f"a prior of {total.dim} features required for this layer, got {prior.dim}; remake it"
         )
     known = weights_own(W, side, total) if prior is None else prior
-    seen, expected = folds, known
-    if (
-        side == "input"
-    ):  # the loss is that of the output, or of its rotation into min(d_in, d_out) dimensions
-        matrix = torch.linalg.qr(W).R if len(W) > W.shape[1] else W
-        seen, expected = [mapped(fold, matrix) for fold in folds], mapped(known, matrix)
+    seen, expected, left = folds, known, W
+    if side == "input":
+        # the loss is that of the output, or of its rotation into min(d_in, d_out) dimensions
+        left = torch.linalg.qr(W).R if len(W) > W.shape[1] else W
+        seen, expected = [mapped(fold, left) for fold in folds], mapped(known, left)
     weights = OWN_WEIGHTS if prior is None else WEIGHTS
-    blend = choose(seen, expected, min(rank, expected.dim), weights, means=prior is not None)
+    blend = choose(seen, expected, min(rank, expected.dim), weights, left, prior is not None)
     return blended(total, known, blend), blend
 
 

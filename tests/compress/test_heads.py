@@ -1,74 +1,82 @@
-"""Heads compressed layer by layer, their certificates, and task metrics."""
+"""Heads compressed layer by layer, and their certificates."""
 
-import numpy as np
+import json
+
 import pytest
-import scipy.stats
 import torch
 from torch import Tensor, nn
 
-from distil_rank.core.errors import InputError
-from distil_rank.compress.head_plan import squared_jacobian
+from distil_rank.compress.head_metrics import METRICS, squared_jacobian
 from distil_rank.compress.heads import compress_head
-from distil_rank.core.lowrank import LowRankLinear
-from distil_rank.core.lowrank import spectrum_from_inputs
-from distil_rank.compress.tasks import accuracy, auroc, choose_metric, load_labels, task_change
+from distil_rank.core.errors import InputError
+from distil_rank.core.linear import LowRankLinear
+from distil_rank.core.lowrank import optimum
 from distil_rank.core.moments import Moments
 
 
 def rows(n: int, seed: int = 0) -> Tensor:
     source = torch.Generator().manual_seed(seed)
-    mix = torch.randn(60, 60, generator=torch.Generator().manual_seed(1)) * torch.linspace(2, 0.02, 60)
+    mix = torch.randn(60, 60, generator=torch.Generator().manual_seed(1)) * torch.linspace(
+        2, 0.02, 60
+    )
     return torch.randn(n, 60, generator=source) @ mix.T + 3
 
 
 def mlp(seed: int = 0) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(60, 80), nn.GELU(), nn.Linear(80, 50), nn.ReLU(), nn.Linear(50, 4)).eval()
+        return nn.Sequential(
+            nn.Linear(60, 80), nn.GELU(), nn.Linear(80, 50), nn.ReLU(), nn.Linear(50, 4)
+        ).eval()
 
 
-def test_certificate_is_what_the_stored_factors_do():
+def lost(found: Tensor, y: Tensor) -> float:
+    """FVU of `found` as a model of y (n, d)."""
+    found, y = found.detach().double(), y.detach().double()
+    return float((found - y).square().sum() / (y - y.mean(0)).square().sum())
+
+
+def test_the_certificate_is_what_the_stored_factors_do():
     head, x, held = mlp(), rows(300), rows(200, seed=5)
     small, certificate = compress_head(head, x, held, rank=10)
     state, compressed = held, held
     for i, (a, b) in enumerate(zip(head, small)):
-        dense_out, small_out = a(state), b(compressed)
+        state, compressed = a(state).detach(), b(compressed).detach()
         if isinstance(b, LowRankLinear):
-            layer = next(record for record in certificate["layers"] if record["name"] == str(i))
-            error = (small_out - dense_out).double().square().sum()
-            fvu = float((error / (dense_out - dense_out.mean(0)).double().square().sum()).detach())
-            assert layer["held_out_achieved_fvu"] == pytest.approx(fvu, rel=1e-3)
-            assert layer["held_out_fvu_interval"]["value"] == pytest.approx(fvu, rel=1e-3)
-            assert layer["held_out_floor_fvu"] <= layer["held_out_achieved_fvu"]
-            assert layer["floor_fvu"] <= layer["achieved_fvu"] + 1e-9
-            low, high = (layer["held_out_fvu_interval"][k] for k in ("low", "high"))
+            layer = next(found for found in certificate.layers if found.name == str(i))
+            fvu = lost(compressed, state)
+            assert layer.held_out_achieved_fvu == pytest.approx(fvu, rel=1e-3)
+            assert layer.held_out_fvu_interval["value"] == pytest.approx(fvu, rel=1e-3)
+            assert layer.held_out_floor_fvu <= layer.held_out_achieved_fvu
+            assert layer.floor_fvu <= layer.achieved_fvu + 1e-9
+            low, high = (layer.held_out_fvu_interval[k] for k in ("low", "high"))
             assert low <= fvu * 1.001 and fvu * 0.999 <= high
-        state, compressed = dense_out, small_out
-    loss, variance = (
-        (a - b).detach().double().square().sum() for a, b in ((state, compressed), (state, state.mean(0)))
-    )
-    assert certificate["output_fvu"]["held_out"]["value"] == pytest.approx(float(loss / variance), rel=1e-4)
+    fvu = lost(compressed, state)
+    assert certificate.output_fvu["held_out"]["value"] == pytest.approx(fvu, rel=1e-4)
+    record = json.loads(json.dumps(certificate.record(), allow_nan=False))
+    assert record["schema"] == "distil-rank/certificate/1" and record["held_out_rows"] == 200
+    assert record["layers"][2]["rank"] is None and "achieved_fvu" not in record["layers"][2]
 
 
-def test_rank_curve_is_the_loss_of_each_rank():
+def test_the_rank_curve_is_the_loss_of_each_rank():
     layer, x, held = nn.Linear(60, 60), rows(300), rows(200, seed=5)
-    _, certificate = compress_head(layer, x, held, rank=10)
-    curve = certificate["layers"][0]["rank_curve"]
-    for rank, fvu, held_fvu, floor in zip(*(curve[k] for k in ("rank", "fvu", "held_out_fvu", "held_out_floor_fvu"))):
-        if rank > 25:
-            continue
-        _, found = compress_head(layer, x, held, rank=rank)
-        record = found["layers"][0]
-        assert fvu == pytest.approx(record["achieved_fvu"], rel=1e-3)
-        assert held_fvu == pytest.approx(record["held_out_achieved_fvu"], rel=1e-3)
-        assert floor == pytest.approx(record["held_out_floor_fvu"], rel=1e-3)
+    curve = compress_head(layer, x, held, rank=10)[1].layers[0].rank_curve
+    points = zip(curve.rank, curve.fvu, curve.held_out_fvu, curve.held_out_floor_fvu)
+    for rank, fvu, held_fvu, floor in [p for p in points if p[0] <= 25]:
+        found = compress_head(layer, x, held, rank=rank)[1].layers[0]
+        assert fvu == pytest.approx(found.achieved_fvu, rel=1e-3)
+        assert held_fvu == pytest.approx(found.held_out_achieved_fvu, rel=1e-3)
+        assert floor == pytest.approx(found.held_out_floor_fvu, rel=1e-3)
 
 
 def test_each_layer_corrects_the_one_before():
-    """Layers fitted on the activations that really reach them lose less than layers fitted on the teacher's."""
+    """Layers fitted on what really reaches them lose less than layers fitted on the teacher's."""
     head, x, held = mlp(), rows(2000), rows(500, seed=5)
     small, _ = compress_head(head, x, held, rank=8)
-    apart = [compress_head(head[0], x, rank=8)[0], compress_head(head[2], head[:2](x).detach(), rank=8)[0]]
+    apart = [
+        compress_head(head[0], x, rank=8)[0],
+        compress_head(head[2], head[:2](x).detach(), rank=8)[0],
+    ]
     with torch.no_grad():
         y = head(held)
         unaware = head[4](apart[1](nn.functional.gelu(apart[0](held))).relu())
@@ -79,28 +87,33 @@ def test_each_layer_corrects_the_one_before():
 def test_the_next_layers_metric_lowers_the_loss_of_the_output():
     head, x, held = mlp(), rows(2000), rows(500, seed=5)
     losses = [
-        compress_head(head, x, held, rank=4, metric=metric)[1]["output_fvu"]["held_out"]["value"]
+        compress_head(head, x, held, rank=4, metric=metric)[1].output_fvu["held_out"]["value"]
         for metric in ("own", "next", "output")
     ]
     assert losses[2] < losses[1] < losses[0]
-    for request, metric in (({"rank": 4}, "output"), ({"fvu": 0.1}, "own")):  # what a user gets who asks for none
-        assert compress_head(head, x, **request)[1]["metric"] == metric
-        assert compress_head(head[0], x, **request)[1]["layers"][0]["floor_fvu"] >= 0
+    # what a user gets who asks for none
+    for request, metric in (({"rank": 4}, "output"), ({"fvu": 0.1}, "own")):
+        assert compress_head(head, x, **request)[1].metric == metric
+        assert compress_head(head[0], x, **request)[1].layers[0].floor_fvu >= 0
 
 
 def test_a_dense_layer_is_refitted_to_its_changed_inputs():
     head, x, held = mlp(), rows(2000), rows(500, seed=5)
     small, certificate = compress_head(head, x, held, rank=8)
     assert [type(part) is nn.Linear for part in small][::2] == [False, False, True]
-    assert "refitted" in certificate["layers"][2]["note"]
+    assert "refitted" in certificate.layers[2].note
     with torch.no_grad():
         y, reached = head(held), small[:4](held)
         unaware = float((head[4](reached) - y).square().sum())
         fvu = float((small[4](reached) - y).square().sum() / (y - y.mean(0)).square().sum())
-        best = torch.linalg.lstsq(torch.cat([small[:4](x), torch.ones(2000, 1)], 1), head(x)).solution
-        fitted = float((torch.cat([small[:4](x), torch.ones(2000, 1)], 1) @ best - head(x)).square().sum())
+        best = torch.linalg.lstsq(
+            torch.cat([small[:4](x), torch.ones(2000, 1)], 1), head(x)
+        ).solution
+        fitted = float(
+            (torch.cat([small[:4](x), torch.ones(2000, 1)], 1) @ best - head(x)).square().sum()
+        )
         ours = float((small(x) - head(x)).square().sum())
-    assert fvu == pytest.approx(certificate["layers"][2]["held_out_fvu_interval"]["value"], rel=1e-3)
+    assert fvu == pytest.approx(certificate.layers[2].held_out_fvu_interval["value"], rel=1e-3)
     assert fvu * float((y - y.mean(0)).square().sum()) < unaware
     assert fitted <= ours < 1.05 * fitted  # next to least squares on the rows
 
@@ -111,11 +124,13 @@ def test_few_rows_are_drawn_to_the_weight():
     with torch.no_grad():
         layer.weight *= torch.logspace(0, -1.5, 60)
     few, certificate = compress_head(layer, x, held, rank=8)
-    assert certificate["prior"]["weight"] > 0
-    plain = spectrum_from_inputs(layer.weight, Moments.of(x)).student(layer.weight, layer.bias, 8)
-    losses = [float((student(held) - layer(held)).detach().square().sum()) for student in (few, plain)]
+    assert certificate.prior.weight > 0
+    plain = optimum(layer.weight, layer.bias, Moments.of(x)).student(8, torch.float32)
+    losses = [
+        float((student(held) - layer(held)).detach().square().sum()) for student in (few, plain)
+    ]
     assert losses[0] < losses[1]
-    assert compress_head(layer, held, rank=8)[1]["prior"] is None
+    assert compress_head(layer, held, rank=8)[1].prior is None
 
 
 def test_metric_by_probes_is_the_mean_of_squared_jacobians():
@@ -130,34 +145,62 @@ def test_requests_are_kept():
     head, x = mlp(), rows(300)
     for speedup in (2, 5):
         _, certificate = compress_head(head, x, speedup=speedup)
-        assert certificate["flops_ratio"] >= speedup
+        assert certificate.flops_ratio >= speedup
     for int8 in (False, True):
         for size in (8000, 12000):
             _, certificate = compress_head(head, x, bytes=size, int8=int8)
-            assert 0.8 * size <= certificate["bytes_after"] <= size
+            assert 0.8 * size <= certificate.bytes_after <= size
     _, certificate = compress_head(head[0], x, fvu=0.05)
-    assert certificate["layers"][0]["achieved_fvu"] <= 0.05
-    curve = certificate["layers"][0]["rank_curve"]
-    below = [f for r, f in zip(curve["rank"], curve["fvu"]) if r < certificate["layers"][0]["rank"]]
+    found = certificate.layers[0]
+    assert found.achieved_fvu <= 0.05
+    below = [f for r, f in zip(found.rank_curve.rank, found.rank_curve.fvu) if r < found.rank]
     assert min(below) > 0.05
 
 
 def test_layers_that_would_not_shrink_stay_dense():
     head, x = mlp(), rows(300)
     small, certificate = compress_head(head, x, rank=35)
-    assert small[0] is head[0] and "dense" in certificate["layers"][0]["note"]
+    assert small[0] is head[0] and "dense" in certificate.layers[0].note
     assert torch.equal(small(x), head(x))
 
 
 def test_int8_shares_the_error_out():
     layer, x, held = nn.Linear(60, 60), rows(300), rows(200, seed=5)
     _, certificate = compress_head(layer, x, held, rank=10, int8=True)
-    record = certificate["layers"][0]
-    parts = record["int8"]
-    assert record["held_out_achieved_fvu"] == pytest.approx(parts["fvu"])
-    assert parts["fvu"] == pytest.approx(parts["low_rank"] + parts["quantisation"], rel=0.05)
-    assert parts["quantisation"] < 0.1 * parts["low_rank"]
-    assert record["equal_bytes"]["best"]["fvu"] == min(c["fvu"] for c in record["equal_bytes"]["choices"])
+    found = certificate.layers[0]
+    parts = found.int8
+    assert found.held_out_achieved_fvu == pytest.approx(parts.fvu)
+    assert parts.fvu == pytest.approx(parts.low_rank + parts.quantisation, rel=0.05)
+    assert parts.quantisation < 0.1 * parts.low_rank
+    assert found.equal_bytes.best.fvu == min(c.fvu for c in found.equal_bytes.choices)
+
+
+def test_a_new_metric_is_a_function_in_the_table(monkeypatch):
+    """Only the first two outputs count: the loss of these falls."""
+    head, x, held = mlp(), rows(2000), rows(500, seed=5)
+
+    def first_two(following, y, source):
+        return squared_jacobian([*following, nn.Linear(4, 2, bias=False)], y, source)
+
+    monkeypatch.setattr(nn.Linear, "reset_parameters", lambda self: nn.init.eye_(self.weight))
+    monkeypatch.setitem(METRICS, "first two", first_two)
+    losses = {}
+    for metric in ("own", "first two"):
+        small, certificate = compress_head(head, x, held, rank=4, metric=metric)
+        assert certificate.metric == metric
+        losses[metric] = lost(small(held)[:, :2], head(held)[:, :2])
+    assert losses["first two"] < losses["own"]
+
+
+def test_mode_and_frozen_layers_are_the_heads():
+    head, x = mlp().train(), rows(300)
+    head[0].requires_grad_(False)
+    head[1].eval()
+    small, _ = compress_head(head, x, rank=8)
+    assert small.training and small[0].training and small[2].training and not head[1].training
+    assert not small[0].A.weight.requires_grad and small[2].B.bias.requires_grad
+    assert type(small[4]) is nn.Linear and small[4].weight.requires_grad
+    assert not compress_head(head.eval(), x, rank=8)[0][0].training
 
 
 def test_bad_heads():
@@ -184,48 +227,9 @@ def test_bad_heads():
         compress_head(mlp(), rows(1), rank=4)
     with pytest.raises(InputError, match="at least one"):
         compress_head(nn.Sequential(nn.ReLU()), rows(10), rank=4)
+    hooked = mlp()
+    hooked[2].register_forward_hook(lambda module, x, y: y.relu())
+    with pytest.raises(InputError, match="output W x"):
+        compress_head(hooked, rows(50), rank=4)
     with pytest.raises(InputError, match="prior"):
         compress_head(mlp(), rows(50), rank=4, prior=Moments.of(torch.randn(20, 61)))
-
-
-def test_metrics_equal_the_obvious_ones():
-    source = np.random.default_rng(0)
-    score, labels = source.normal(size=(80, 1)), (source.random(80) < 0.3).astype(float)
-    pairs = [(a > b) + 0.5 * (a == b) for a in score[labels == 1, 0] for b in score[labels == 0, 0]]
-    assert auroc(score, labels) == pytest.approx(np.mean(pairs))
-    assert accuracy(np.eye(3)[[0, 1, 2, 2]], np.array([0, 1, 2, 1])) == 0.75
-    values = source.normal(size=80)
-    name, metric = choose_metric(1, values)
-    assert name == "Spearman" and metric(score, values) == pytest.approx(
-        scipy.stats.spearmanr(score[:, 0], values).statistic
-    )
-    assert choose_metric(1, labels)[0] == "AUROC" and choose_metric(4, np.array([0, 1, 2, 3.0]))[0] == "accuracy"
-    with pytest.raises(InputError, match="fit a head of 4"):
-        choose_metric(4, values)
-
-
-def test_an_unchanged_head_has_no_change_and_a_paired_interval_is_narrow():
-    output = torch.randn(200, 1, generator=torch.Generator().manual_seed(0))
-    labels = output[:, 0].double().numpy() + np.random.default_rng(0).normal(size=200)
-    found = task_change(output, output, labels)
-    assert found["change"] == {"value": 0.0, "low": 0.0, "high": 0.0, "higher_is_better": True}
-    noisy = output + 0.05 * torch.randn(200, 1, generator=torch.Generator().manual_seed(1))
-    found = task_change(output, noisy, labels)
-    width = found["change"]["high"] - found["change"]["low"]
-    assert width < 0.3 * (found["before"]["high"] - found["before"]["low"])
-
-
-def test_labels_are_read_and_refused(tmp_path):
-    y = np.array([0.5, 1.0, 2.0])
-    np.save(tmp_path / "y.npy", y)
-    np.savez(tmp_path / "y.npz", y=y)
-    torch.save(torch.tensor(y), tmp_path / "y.pt")
-    (tmp_path / "y.csv").write_text("id,label\na,0.5\nb,1\nc,2\n")
-    for suffix in ("npy", "npz", "pt", "csv"):
-        assert np.array_equal(load_labels(tmp_path / f"y.{suffix}", 3), y)
-    with pytest.raises(InputError, match="4 finite labels"):
-        load_labels(tmp_path / "y.npy", 4)
-    np.save(tmp_path / "object.npy", np.array(["a", None], dtype=object), allow_pickle=True)
-    for name in ("object.npy", "absent.npy", "y.txt"):
-        with pytest.raises(InputError):
-            load_labels(tmp_path / name, 2)

@@ -1,164 +1,200 @@
+"""The one closed form: every rank, any metric, changed inputs, any teacher; against brute force."""
+
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
-from distil_rank import LowRankLinear, Moments, compress_linear, truncated_svd
-from distil_rank.core.lowrank import certify, leading_eigenpairs, optimum, refit_bias, smallest_rank, tail_fractions
+from distil_rank import Moments, truncated_svd
+from distil_rank.core.lowrank import (
+    Joint,
+    floor_fvu,
+    leading_eigenpairs,
+    optimum,
+    optimum_from_outputs,
+    refit_bias,
+    smallest_rank,
+    tails,
+)
 from tests import reference
+from tests.core.rows import KINDS, draw, layer, loss, rows
 
-
-def inputs(kind: str, n: int = 90, d: int = 24) -> torch.Tensor:
-    """Rows (n, d) in float64 with the difficulty that the name says."""
-    g = torch.Generator().manual_seed(3)
-    x = torch.randn(n, d, generator=g, dtype=torch.float64) @ torch.randn(d, d, generator=g, dtype=torch.float64) + 4
-    if kind == "n < d":
-        return x[: d // 2]
-    if kind == "n = d":
-        return x[:d]
-    if kind == "one null direction":
-        return x - x.mean(1, keepdim=True)  # as after LayerNorm
-    if kind == "duplicated rows":
-        return x[: d // 3].repeat(5, 1)
-    if kind == "constant features":
-        x[:, ::3] = 7.0
-    if kind == "features scaled by 1e4":
-        x[:, ::4] *= 1e4
-    return x
-
-
-KINDS = [
-    "plain",
-    "n < d",
-    "n = d",
-    "one null direction",
-    "duplicated rows",
-    "constant features",
-    "features scaled by 1e4",
-]
+SHAPES = [(24, 24), (10, 24), (40, 24)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(24, 24), (10, 24), (40, 24)])
-def test_the_optimum_attains_the_floor_exactly(kind, shape):
-    x = inputs(kind)
-    teacher = nn.Linear(shape[1], shape[0], dtype=torch.float64)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_optimum_attains_the_tail_of_the_spectrum_at_every_rank(kind, shape):
+    x, teacher = rows(kind), layer(*shape)
     y = teacher(x).detach()
     eigenvalues = torch.linalg.svdvals(y - y.mean(0)).square() / len(x)
     variance = float((y - y.mean(0)).square().sum(1).mean())
+    best = optimum(teacher.weight, teacher.bias, Moments.of(x))
+    assert best.variance == pytest.approx(variance, rel=1e-9)
     for rank in (1, 4, 9):
-        student, certificate = compress_linear(teacher, Moments.of(x), rank=rank)
-        achieved = float((student(x).detach() - y).square().sum(1).mean())
         floor = float(eigenvalues[rank:].sum())
-        assert abs(achieved - floor) <= 1e-9 * max(floor, 1e-6 * variance)
-        assert certificate.floor_fvu == pytest.approx(floor / variance, rel=1e-9, abs=1e-14)
-        assert abs(certificate.gap) <= 1e-9 * max(certificate.floor_fvu, 1e-6)
+        tolerance = 1e-9 * max(floor, 1e-6 * variance)
+        assert abs(loss(best.student(rank)(x), y) - floor) <= tolerance
+        assert float(best.fvu[rank]) == pytest.approx(floor / variance, rel=1e-9, abs=1e-14)
+        few = optimum(teacher.weight, teacher.bias, Moments.of(x), rank)
+        assert abs(loss(few.student(rank)(x), y) - floor) <= tolerance
+        assert float(few.tails[rank]) == pytest.approx(floor, rel=1e-9, abs=1e-13 * variance)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_the_regression_by_pseudo_inverse(kind):
-    x, rank = inputs(kind), 5
-    teacher = nn.Linear(24, 12, dtype=torch.float64)
-    student, _ = compress_linear(teacher, Moments.of(x), rank=rank)
+    x, teacher, rank = rows(kind), layer(12), 5
+    A, B, _ = optimum(teacher.weight, teacher.bias, Moments.of(x)).factors(rank)
     slow = reference.best_low_rank_by_pinv(teacher.weight.detach(), x, rank)
-    centred = x - x.mean(0)
-    expected, found = centred @ slow.T, centred @ (student.B.weight @ student.A.weight).T
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+    centered = x - x.mean(0)
+    expected, found = centered @ slow.T, centered @ (B @ A).T
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (24, 24, 6)])
+@pytest.mark.parametrize("metric", [None, 4])
+def test_directions_that_the_rows_leave_open_follow_the_weight(shape, metric):
+    """As the limit of a little variance in all directions; and whatever the eigensolver does."""
+    teacher, x = layer(*shape[:2]), rows(n=6)
+    W = teacher.weight.detach()
+    if len(shape) == 3:  # a weight that has few directions itself
+        W = W[:, : shape[2]] @ draw(shape[2], 24, seed=1)
+    G = None if metric is None else draw(len(W), len(W), seed=metric)
+    G = None if G is None else G @ G.T
+    moments = Moments.of(x)
+    scatter = moments.scatter + 1e-7 * moments.scatter.trace() * torch.eye(24)
+    tied = Moments.from_state(moments.state() | {"scatter": scatter})
+    turn = torch.linalg.qr(draw(len(W), len(W), seed=2)).Q
+    turned = None if G is None else turn @ G @ turn.T
+    outputs = Moments.of(x @ W.T)
+    for rank in (5, 8, 10):
+        A, B, _ = optimum(W, None, moments, rank, G).factors(rank)
+        for other in (
+            optimum(W, None, tied, rank, G),
+            optimum(W, None, moments, None, G),
+            *([optimum_from_outputs(W, None, outputs, rank)] if G is None else []),
+        ):
+            a, b, _ = other.factors(rank)
+            torch.testing.assert_close(b @ a, B @ A, rtol=1e-3, atol=1e-3 * float(W.std()))
+        a, b, _ = optimum(turn @ W, None, moments, rank, turned).factors(rank)
+        torch.testing.assert_close(turn.T @ b @ a, B @ A, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_from_outputs_is_from_inputs(shape):
+    x, teacher = rows(n=200), layer(*shape)
+    W, c = teacher.weight, teacher.bias
+    one = optimum(W, c, Moments.of(x))
+    two = optimum_from_outputs(W, c, Moments.of(teacher(x).detach()))
+    torch.testing.assert_close(one.fvu, two.fvu, rtol=1e-9, atol=1e-12)
+    for rank in range(1, min(shape) + 1):
+        torch.testing.assert_close(one.student(rank)(x), two.student(rank)(x), rtol=1e-9, atol=1e-9)
+
+
+def test_full_rank_is_the_teacher_off_the_data_too():
+    x, teacher = rows("constant features"), layer(40)  # singular covariance, tall weight
+    student = optimum(teacher.weight, teacher.bias, Moments.of(x)).student(24)
+    other = draw(20, 24, seed=9)
+    torch.testing.assert_close(student(other), teacher(other))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_changed_inputs_are_reduced_rank_regression(shape):
+    x, teacher = rows(n=300), layer(*shape)
+    changed = x + 0.5 * draw(300, 24, seed=8) @ draw(24, 24, seed=9)
+    y = teacher(x).detach()
+    joint = Joint.of(Moments.of(torch.cat([changed, y], 1)), 24)
+    best = joint.optimum(teacher.weight, ridge=1e-12)
+    variance = loss(y.mean(0), y)
+    for rank in (1, 3, min(shape)):
+        student = best.student(rank)
+        slow = reference.reduced_rank_regression(changed, y, rank)
+        torch.testing.assert_close(student(changed), slow, rtol=1e-6, atol=1e-6)
+        error = loss(student(changed), y) / variance
+        assert joint.fvu(student) == pytest.approx(error, rel=1e-9)
+        assert floor_fvu(joint.outputs, rank) <= error
+
+
+def test_any_teacher_is_a_target():
+    """y = f(x) by the joint moments: the best affine map of each rank, above the floor of all."""
+    x = rows(n=400)
+    y = torch.tanh(layer(12)(x)).detach() * draw(12, seed=2).exp()
+    joint = Joint.of(Moments.of(torch.cat([x, y], 1)), 24)
+    best = joint.optimum(torch.zeros(12, 24), ridge=1e-12)
+    for rank in (1, 4, 12):
+        student = best.student(rank)
+        slow = reference.reduced_rank_regression(x, y, rank)
+        torch.testing.assert_close(student(x), slow, rtol=1e-6, atol=1e-6)
+        assert joint.fvu(student) >= floor_fvu(joint.outputs, rank)
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 8), st.integers(0, 9999))
-def test_no_rank_r_student_is_below_the_floor(rank, seed):
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(40, 9, generator=g, dtype=torch.float64) + 1
-    teacher = nn.Linear(9, 11, dtype=torch.float64)
-    best, certificate = compress_linear(teacher, Moments.of(x), rank=rank)
-    noise = [0.01 * torch.randn(p.shape, generator=g, dtype=torch.float64) for p in best.parameters()]
-    other = LowRankLinear(
-        *(p + e for p, e in zip((best.A.weight, best.B.weight, best.B.bias), (noise[0], noise[1], noise[2])))
-    )
-    assert certify(teacher, other, Moments.of(x)).achieved_fvu >= certificate.floor_fvu * (1 - 1e-12)
+def test_no_student_of_the_rank_is_below_the_floor(rank, seed):
+    x, teacher = draw(40, 9, seed=seed) + 1, layer(11, 9, seed=seed)
+    moments = Moments.of(x)
+    A, B, bias = optimum(teacher.weight, teacher.bias, moments).factors(rank)
+    A, B, bias = (p + 0.01 * draw(*p.shape, seed=seed + i) for i, p in enumerate((A, B, bias)))
+    y = teacher(x).detach()
+    floor = floor_fvu(Joint.of_layer(teacher.weight, teacher.bias, moments).outputs, rank)
+    assert loss(x @ A.T @ B.T + bias, y) >= floor * loss(y.mean(0), y) * (1 - 1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_the_student_has_the_teachers_dtype_and_the_certificate_is_of_the_cast_factors(dtype):
-    x = inputs("plain")
-    teacher = nn.Linear(24, 24).to(dtype)
-    student, certificate = compress_linear(teacher, Moments.of(x.to(dtype)), rank=6)
-    assert student.A.weight.dtype == student.B.bias.dtype == dtype
-    W, c, A, B, b = (
-        t.detach().double() for t in (teacher.weight, teacher.bias, student.A.weight, student.B.weight, student.B.bias)
-    )
-    rows = x.to(dtype).double()
-    y = rows @ W.T + c
-    variance = (y - y.mean(0)).square().sum(1).mean()
-    assert certificate.achieved_fvu == pytest.approx(reference.mse(W, c, A, B, b, rows) / float(variance), rel=1e-9)
-    assert certificate.gap >= -1e-12
+def test_a_layer_is_the_special_case_of_unchanged_inputs():
+    x, teacher = rows(), layer(10)
+    moments = Moments.of(x)
+    joint = Joint.of_layer(teacher.weight, teacher.bias, moments)
+    plain = optimum(teacher.weight, teacher.bias, moments).student(3)
+    for metric in (None, torch.eye(10, dtype=torch.float64)):
+        student = joint.optimum(teacher.weight, ridge=math.inf, metric=metric).student(3)
+        torch.testing.assert_close(student(x), plain(x))
+    measured = Joint.of(Moments.of(torch.cat([x, teacher(x).detach()], 1)), 24)
+    assert joint.fvu(plain) == pytest.approx(measured.fvu(plain), rel=1e-9)
 
 
-def test_a_teacher_without_bias_gets_the_mean():
-    x = inputs("plain")
-    teacher = nn.Linear(24, 6, bias=False, dtype=torch.float64)
-    student, certificate = compress_linear(teacher, Moments.of(x), rank=2)
-    torch.testing.assert_close(student(x).mean(0), teacher(x).mean(0))
-    assert abs(certificate.gap) < 1e-12
+def test_unseen_directions_keep_the_teacher():
+    teacher, x = layer(), rows()
+    x[:, 3:] = 0  # never vary
+    shrink = torch.ones(24, dtype=torch.float64)
+    shrink[:3] = 0.7
+    joint = Joint.of(Moments.of(torch.cat([x * shrink, teacher(x).detach()], 1)), 24)
+    student = joint.optimum(teacher.weight, ridge=1e-9).student(24)
+    step = torch.zeros(2, 24, dtype=torch.float64)
+    step[1, 4] = 1.0
+    moved = student(step)[1] - student(step)[0]
+    torch.testing.assert_close(moved, teacher.weight[:, 4], rtol=1e-6, atol=1e-6)
 
 
-def test_full_rank_is_the_teacher():
-    x = inputs("plain")
-    teacher = nn.Linear(24, 24, dtype=torch.float64)
-    student, certificate = compress_linear(teacher, Moments.of(x), rank=24)
-    torch.testing.assert_close(student(x), teacher(x))
-    assert certificate.floor_fvu == 0 and certificate.achieved_fvu < 1e-20
-
-
-def test_merged_shards_and_a_stream_give_the_same_student():
-    x = inputs("plain")
-    teacher = nn.Linear(24, 24, dtype=torch.float64)
-    whole, _ = compress_linear(teacher, Moments.of(x), rank=5)
-    parts, _ = compress_linear(teacher, Moments.of(x[:31]).merge(Moments.of(x[31:].split(7))), rank=5)
-    torch.testing.assert_close(parts(x), whole(x), rtol=1e-9, atol=1e-9)
-
-
-def test_fvu_chooses_the_smallest_rank_that_reaches_it():
-    x = inputs("plain")
-    teacher = nn.Linear(24, 24, dtype=torch.float64)
-    for target in (0.5, 0.1, 0.01):
-        student, certificate = compress_linear(teacher, Moments.of(x), fvu=target)
-        below = optimum(teacher.weight, teacher.bias, Moments.of(x)).fvu[student.rank - 1]
-        assert certificate.achieved_fvu <= target + 1e-9 < float(below) + 1e-9
+@pytest.mark.parametrize("kind", ["plain", "n < d"])
+def test_a_metric_is_best_for_the_next_layer(kind):
+    """No worse through H than the plain optimum, and the optimum of the composed layer H W."""
+    teacher, H, x = layer(30), draw(4, 30, seed=5), rows(kind)
+    moments, y = Moments.of(x), (teacher(x) @ H.T).detach()
+    found = optimum(teacher.weight, teacher.bias, moments, metric=H.T @ H)
+    plain = optimum(teacher.weight, teacher.bias, moments)
+    composed = optimum(H @ teacher.weight, H @ teacher.bias, moments)
+    for rank in (1, 2, 3):
+        best = float(composed.tails[rank])
+        reached = loss(found.student(rank)(x) @ H.T, y)
+        assert reached == pytest.approx(best, rel=2e-2)
+        assert float(found.tails[rank]) == pytest.approx(best, rel=2e-2)
+        assert reached <= loss(plain.student(rank)(x) @ H.T, y)
 
 
 def test_limited_and_full_eigendecomposition_agree():
-    g = torch.Generator().manual_seed(0)
-    root = torch.randn(40, 40, generator=g, dtype=torch.float64)
-    symmetric = root @ root.T
-    few, vectors = leading_eigenpairs(symmetric, 7)
-    many, _ = leading_eigenpairs(symmetric, 40)
+    root = draw(40, 40)
+    few, vectors = leading_eigenpairs(root @ root.T, 7)
+    many, _ = leading_eigenpairs(root @ root.T, 40)
     torch.testing.assert_close(few, many[:7])
-    torch.testing.assert_close(symmetric @ vectors, vectors * few)
-    torch.testing.assert_close(
-        tail_fractions(few, float(symmetric.trace())), tail_fractions(many)[:8], rtol=1e-10, atol=1e-12
-    )
+    torch.testing.assert_close(root @ root.T @ vectors, vectors * few)
+    torch.testing.assert_close(tails(few, float(many[7:].sum())), tails(many)[:8])
 
 
-def test_held_out_certificate_is_measured_on_held_out_rows():
-    x = inputs("plain", n=200)
-    train, val = x[:150], x[150:]
-    teacher = nn.Linear(24, 24, dtype=torch.float64)
-    student, certificate = compress_linear(teacher, Moments.of(train), rank=4, held_out=Moments.of(val))
-    y = teacher(val).detach()
-    variance = (y - y.mean(0)).square().sum()
-    assert certificate.held_out_achieved_fvu == pytest.approx(
-        float((student(val).detach() - y).square().sum() / variance), rel=1e-9
-    )
-    assert certificate.held_out_floor_fvu < certificate.held_out_achieved_fvu
-    assert certificate.held_out_rows == 50
-
-
-def test_error_of_the_truncated_svd_is_the_tail_of_the_spectrum(source):
-    weight = torch.randn(12, 20, generator=source, dtype=torch.float64)
+def test_error_of_the_truncated_svd_is_the_tail_of_the_spectrum():
+    weight = draw(12, 20)
     for rank in (1, 5, 12):
         A, B = truncated_svd(weight, rank)
         tail = torch.linalg.svdvals(weight)[rank:].square().sum()
@@ -166,61 +202,13 @@ def test_error_of_the_truncated_svd_is_the_tail_of_the_spectrum(source):
         torch.testing.assert_close(A @ A.T, B.T @ B)
 
 
-def test_refitted_bias_removes_the_mean_error_and_never_hurts(source):
-    x = inputs("plain")
-    weight, bias = (
-        torch.randn(24, 24, generator=source, dtype=torch.float64),
-        torch.randn(24, generator=source, dtype=torch.float64),
-    )
-    A, B = truncated_svd(weight, 3)
-    refitted = refit_bias(weight, bias, A, B, x.mean(0))
-    assert reference.mse(weight, bias, A, B, refitted, x) < reference.mse(weight, bias, A, B, bias, x)
-    torch.testing.assert_close((x @ A.T @ B.T + refitted).mean(0), (x @ weight.T + bias).mean(0))
-
-
-def test_factors_are_ordered():
-    x = inputs("plain")
-    teacher = nn.Linear(24, 24, dtype=torch.float64)
-    large, _ = compress_linear(teacher, Moments.of(x), rank=9)
-    small, _ = compress_linear(teacher, Moments.of(x), rank=4)
-    cut = large.truncate(4)
-    product, expected = cut.B.weight @ cut.A.weight, small.B.weight @ small.A.weight
-    torch.testing.assert_close(product, expected)
-
-
-def test_a_saved_student_is_the_same_student(tmp_path):
-    teacher = nn.Linear(24, 12)
-    student, certificate = compress_linear(teacher, Moments.of(inputs("plain").float()), rank=3)
-    student.save(tmp_path / "s.safetensors", certificate)
-    loaded, same = LowRankLinear.load(tmp_path / "s.safetensors")
-    x = torch.randn(5, 24)
-    assert torch.equal(loaded(x), student(x)) and same == certificate
-    (tmp_path / "t.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="required, got"):
-        LowRankLinear.load(tmp_path / "t.safetensors")
-
-
-def test_a_student_is_a_plain_module():
-    student, _ = compress_linear(nn.Linear(24, 12), Moments.of(inputs("plain").float()), rank=3)
-    x = torch.randn(5, 24)
-    exported = torch.export.export(student, (x,)).module()
-    torch.testing.assert_close(exported(x), student(x))
-    student(x).sum().backward()
-    assert all(p.grad is not None for p in student.parameters())
-    assert student.to(torch.float64)(x.double()).dtype == torch.float64
-
-
-@pytest.mark.parametrize(
-    "arguments", [{"rank": 0}, {"rank": 25}, {"fvu": 1.0}, {"fvu": -0.1}, {}, {"rank": 3, "fvu": 0.1}]
-)
-def test_impossible_requests_say_what_is_possible(arguments):
-    with pytest.raises(ValueError, match=r"must be|required"):
-        compress_linear(nn.Linear(24, 24), Moments.of(inputs("plain")), **arguments)
-
-
-def test_moments_of_another_width_are_refused():
-    with pytest.raises(ValueError, match="moments of 30 features required for this layer, got 24"):
-        compress_linear(nn.Linear(30, 24), Moments.of(inputs("plain")), rank=2)
+def test_a_refitted_bias_removes_the_mean_error_and_never_hurts():
+    x, teacher = rows(), layer()
+    A, B = truncated_svd(teacher.weight, 3)
+    bias = refit_bias(teacher.weight, teacher.bias, A, B, x.mean(0))
+    y, found = teacher(x).detach(), x @ A.T @ B.T
+    assert loss(found + bias, y) < loss(found + teacher.bias, y)
+    torch.testing.assert_close((found + bias).mean(0), y.mean(0))
 
 
 def test_smallest_rank_counts_what_is_above():

@@ -18,7 +18,9 @@ def assert_moments(moments: Moments, x: torch.Tensor, tolerance: float = 1e-10) 
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=5), st.integers(1, 300), st.integers(0, 99))
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=5), st.integers(1, 300), st.integers(0, 99)
+)
 def test_any_cut_of_the_stream_gives_the_moments_of_the_whole(sizes, dim, seed):
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(sum(sizes), dim, generator=g, dtype=torch.float64) * 3 + 100
@@ -46,7 +48,9 @@ def test_a_mean_much_larger_than_the_spread_costs_no_precision(source):
 def test_weights_count_as_repeated_rows(source):
     x = torch.randn(50, 6, generator=source, dtype=torch.float64)
     weights = torch.randint(0, 4, (50,), generator=source)
-    weighted = Moments(6).update(x[:20], weights[:20].double()).update(x[20:], weights[20:].double())
+    weighted = (
+        Moments(6).update(x[:20], weights[:20].double()).update(x[20:], weights[20:].double())
+    )
     assert weighted.count == float(weights.sum())
     assert_moments(weighted, x.repeat_interleave(weights, 0))
 
@@ -56,10 +60,31 @@ def test_a_file_brings_back_the_same_moments(tmp_path, source):
     moments.save(tmp_path / "m.safetensors", model="test")
     loaded = Moments.load(tmp_path / "m.safetensors")
     assert loaded.count == moments.count
-    assert torch.equal(loaded.mean, moments.mean) and torch.equal(loaded.covariance, moments.covariance)
+    assert torch.equal(loaded.mean, moments.mean) and torch.equal(
+        loaded.covariance, moments.covariance
+    )
     more = torch.randn(5, 8, generator=source)
     assert torch.equal(loaded.update(more).covariance, moments.update(more).covariance)
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_rows_of_a_graph_leave_no_graph_behind(source):
+    """Outputs of a layer that trains: the stream must not keep every batch alive."""
+    layer = torch.nn.Linear(6, 4)
+    x, weights = torch.randn(30, 6, generator=source), torch.rand(30, requires_grad=True)
+    moments = Moments.of(layer(x)).update(layer(x), weights)
+    assert not moments.mean.requires_grad and not moments.covariance.requires_grad
+    assert_moments(Moments.of(layer(x)), layer(x).detach())
+
+
+def test_a_state_is_a_copy(source):
+    x = torch.randn(30, 6, generator=source)
+    moments, same = Moments.of(x), Moments.of(x)
+    state = moments.state()
+    Moments.from_state(state).update(x + 3).merge(moments)
+    moments.update(x - 5)
+    for key, value in same.state().items():
+        assert torch.equal(state[key], value)
 
 
 def test_a_file_that_is_not_moments_is_refused(tmp_path):
@@ -73,7 +98,11 @@ def test_wrong_width_and_non_finite_rows_are_named():
     with pytest.raises(ValueError, match=r"\(n, 3\) required, got \(2, 4\)"):
         moments.update(torch.zeros(2, 4))
     with pytest.raises(ValueError, match="2 of 5 rows"):
-        moments.update(torch.tensor([[1.0, 2, 3], [float("nan"), 0, 0], [0, 0, 0], [0, float("inf"), 0], [1, 1, 1]]))
+        moments.update(
+            torch.tensor(
+                [[1.0, 2, 3], [float("nan"), 0, 0], [0, 0, 0], [0, float("inf"), 0], [1, 1, 1]]
+            )
+        )
     assert moments.count == 0
     with pytest.raises(ValueError, match="moments of 3 features required, got 4"):
         moments.merge(Moments(4))
@@ -102,7 +131,11 @@ print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.st
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_does_not_grow_with_the_number_of_rows():
     few, many = (
-        int(subprocess.run([sys.executable, "-c", MEMORY, n], capture_output=True, text=True, check=True).stdout)
+        int(
+            subprocess.run(
+                [sys.executable, "-c", MEMORY, n], capture_output=True, text=True, check=True
+            ).stdout
+        )
         for n in ("4", "60")
     )
     assert many < few + 40_000  # kilobytes; 56 more batches hold 230,000

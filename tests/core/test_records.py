@@ -5,9 +5,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from distil_rank.core.errors import InputError
-from distil_rank.core.records import ROOT, config_record, environment, read_json, require_writable, sha256, write_json
+from distil_rank.core.records import (
+    ROOT,
+    atomic,
+    config_record,
+    environment,
+    load_tensors,
+    read_json,
+    require_writable,
+    save_tensors,
+    sha256,
+    write_json,
+    write_text,
+)
 
 
 def test_a_record_comes_back_and_nothing_else_is_left(tmp_path):
@@ -47,7 +60,12 @@ def test_the_passport_names_code_and_machine_but_no_place(tmp_path):
         many: tuple[int, ...] = (1, 2)
 
     record = config_record(Config())
-    assert record == {"inside": "results/x.json", "outside": "a/b.pt", "named": "a/model", "many": [1, 2]}
+    assert record == {
+        "inside": "results/x.json",
+        "outside": "a/b.pt",
+        "named": "a/model",
+        "many": [1, 2],
+    }
 
 
 def test_a_folder_that_cannot_be_written_is_found(tmp_path):
@@ -60,4 +78,40 @@ def test_a_folder_that_cannot_be_written_is_found(tmp_path):
 
 def test_sha256_is_of_the_bytes(tmp_path):
     (tmp_path / "f").write_bytes(b"abc")
-    assert sha256(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert (
+        sha256(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "f.txt"
+    write_text(path, "old")
+    with pytest.raises(RuntimeError), atomic(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["f.txt"]
+    with atomic(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(RuntimeError), atomic(tmp_path / "made") as temporary:
+        temporary.mkdir()
+        (temporary / "a").write_text("half")
+        raise RuntimeError
+    assert os.listdir(tmp_path) == []
+    with atomic(tmp_path / "made") as temporary:
+        temporary.mkdir()
+        (temporary / "a").write_text("whole")
+    assert (tmp_path / "made" / "a").read_text() == "whole" and os.listdir(tmp_path) == ["made"]
+
+
+def test_tensors_come_back_with_their_header(tmp_path):
+    x = torch.arange(6).reshape(2, 3).T  # not contiguous
+    save_tensors(tmp_path / "x.safetensors", {"x": x}, "a/1", rows=[1, 2])
+    tensors, header = load_tensors(tmp_path / "x.safetensors", "a/1", "things")
+    assert torch.equal(tensors["x"], x) and header == {"rows": [1, 2]}
+    with pytest.raises(InputError, match="a file of things required"):
+        load_tensors(tmp_path / "x.safetensors", "a/2", "things")

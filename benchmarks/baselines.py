@@ -1,7 +1,8 @@
-"""Slow, obvious versions: other people's layer compressors, and reduced-rank regression by least squares on the rows themselves.
+"""Other people's layer compressors, as plainly as they can be written.
 
-All take the teacher y = W x + c as weight (d_out, d_in), bias (d_out,) and rows x (n, d_in), and return A (r, d_in), B (d_out, r)
-and the bias, in float64. With `refit`, a baseline gets its best form: centred rows and the bias that makes it unbiased.
+All take the teacher y = W x + c as weight (d_out, d_in), bias (d_out,) and rows x (n, d_in), and
+return A (r, d_in), B (d_out, r) and the bias, in float64. With `refit`, a baseline gets its best
+form: centered rows and the bias that makes it unbiased.
 """
 
 import torch
@@ -21,15 +22,19 @@ def plain_svd(W: Tensor, c: Tensor, x: Tensor, rank: int, refit: bool = True) ->
     return finish(W, c, x, s[:rank, None].sqrt() * Vh[:rank], U[:, :rank] * s[:rank].sqrt(), refit)
 
 
-def asvd(W: Tensor, c: Tensor, x: Tensor, rank: int, refit: bool = True, alpha: float = 0.5) -> Factors:
+def asvd(
+    W: Tensor, c: Tensor, x: Tensor, rank: int, refit: bool = True, alpha: float = 0.5
+) -> Factors:
     """Activation-aware diagonal scaling (Yuan et al. 2023): SVD of W diag(mean |x|^alpha)."""
     scale = x.abs().mean(0).clamp_min(1e-8) ** alpha
     U, s, Vh = torch.linalg.svd(W * scale, full_matrices=False)
-    return finish(W, c, x, s[:rank, None].sqrt() * Vh[:rank] / scale, U[:, :rank] * s[:rank].sqrt(), refit)
+    return finish(
+        W, c, x, s[:rank, None].sqrt() * Vh[:rank] / scale, U[:, :rank] * s[:rank].sqrt(), refit
+    )
 
 
 def svd_llm(W: Tensor, c: Tensor, x: Tensor, rank: int, refit: bool = True) -> Factors:
-    """Truncation-aware whitening (Wang et al. 2024): SVD of W L with L the Cholesky factor of the rows' second moments.
+    """Truncation-aware whitening (Wang et al. 2024): SVD of W L, L L^T the rows' second moments.
 
     Where those are not positive definite, the diagonal is lifted until they are.
     """
@@ -47,7 +52,13 @@ def svd_llm(W: Tensor, c: Tensor, x: Tensor, rank: int, refit: bool = True) -> F
 
 
 def alternating(
-    W: Tensor, c: Tensor, x: Tensor, rank: int, refit: bool = True, rounds: int = 20, ridge: float = 1e-6
+    W: Tensor,
+    c: Tensor,
+    x: Tensor,
+    rank: int,
+    refit: bool = True,
+    rounds: int = 20,
+    ridge: float = 1e-6,
 ) -> Factors:
     """Alternating ridge regressions for B and A from the truncated SVD (Composer-style)."""
     rows = x - x.mean(0) if refit else x
@@ -55,7 +66,9 @@ def alternating(
     A, B, _ = plain_svd(W, c, x, rank)
     for _ in range(rounds):
         Z = A @ S @ A.T
-        B = torch.linalg.solve(Z + ridge * Z.diagonal().mean() * torch.eye(rank).to(Z), A @ S @ W.T).T
+        B = torch.linalg.solve(
+            Z + ridge * Z.diagonal().mean() * torch.eye(rank).to(Z), A @ S @ W.T
+        ).T
         G = B.T @ B
         A = torch.linalg.solve(G + ridge * G.diagonal().mean() * torch.eye(rank).to(G), B.T @ W)
     return finish(W, c, x, A, B, refit)
@@ -70,12 +83,3 @@ def fvu(W: Tensor, c: Tensor, factors: Factors, x: Tensor) -> float:
     y = x @ W.T + c
     error = x @ A.T @ B.T + bias - y
     return float(error.square().sum() / (y - y.mean(0)).square().sum())
-
-
-def reduced_rank_regression(x: Tensor, y: Tensor, rank: int) -> Tensor:
-    """Predictions (n, d_out) of the best rank-r affine map from x to y on these rows: least squares, then PCA of the fit."""
-    ones = torch.cat([x, torch.ones(len(x), 1).to(x)], 1)
-    fit = ones @ torch.linalg.lstsq(ones, y, driver="gelsd").solution
-    mean = fit.mean(0)
-    U, s, Vh = torch.linalg.svd(fit - mean, full_matrices=False)
-    return (U[:, :rank] * s[:rank]) @ Vh[:rank] + mean
