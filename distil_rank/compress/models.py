@@ -2,30 +2,37 @@
 
     small, report = compress_model(model, batches, ratio=0.5)
 
-Any nn.Module: fair-esm ESM2, transformers EsmModel, EsmForMaskedLM, GPT-2 (whose Conv1D counts as a linear layer). `batches` are
-what the model is called with: token tensors, mappings (model(**batch)) or tuples (model(*batch)).
+Any nn.Module whose layers are `nn.Linear` or GPT-2's `Conv1D`. `batches` are what the model is
+called with: token tensors, mappings (model(**batch)) or tuples (model(*batch)).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from distil_rank.compress.calibration import (
+    MEMORY,
+    Fidelity,
+    Prior,
+    Statistics,
+    collect,
+    measure,
+    solve,
+)
+from distil_rank.compress.quantise import Int8Certificate, Int8LowRank, certify_int8, quantise
+from distil_rank.compress.ranks import METHODS, Asked, allocated, given, largest_rank
+from distil_rank.compress.sensitivity import Loss, layer_importance
+from distil_rank.compress.sequential import sequential_students
+from distil_rank.compress.sites import Batch, Site, find_sites, trace
 from distil_rank.core.errors import InputError
-from distil_rank.compress.calibration import MEMORY, Fidelity, Mask, Statistics, collect, measure, spectrum
-from distil_rank.core.lowrank import LowRankLinear
-from distil_rank.compress.model_plan import check_request, choose_ranks, rank_guess, rank_limit
+from distil_rank.core.linear import LowRankLinear
+from distil_rank.core.lowrank import Joint, Optimum
 from distil_rank.core.prior import FOLDS, Blend, blended_moments
-from distil_rank.compress.sites import Batch, Site, evaluating, find_sites, trace
-from distil_rank.core.lowrank import Spectrum
-from distil_rank.core.moments import Moments
-
-Loss = Callable[[nn.Module, Batch], Tensor]  # summed over the predicted tokens of a batch
-Prior = Mapping[str, tuple[str, Moments]]
 
 
 @dataclass(frozen=True)
@@ -51,17 +58,17 @@ class ModelReport:
 
     ratio: float | None
     method: str
-    unit: str
     sequential: bool
     layers: list[LayerReport]
-    parameters: int  # of the whole model
+    parameters: int  # of the whole model, tied ones counted once
     parameters_after: int
-    allocation: dict[str, Any] | None  # cost, loss, Lagrange bound, relative gap, multiplier
+    allocation: dict[str, float] | None  # cost, loss, Lagrange bound, relative gap, multiplier
 
     @property
     def mean_fvu(self) -> float:
         """Over all chosen layers, dense ones counting 0; held out where measured."""
-        values = [x.fvu if x.held_out_fvu is None else x.held_out_fvu for x in self.layers if x.rank is not None]
+        found = [x for x in self.layers if x.rank is not None]
+        values = [x.fvu if x.held_out_fvu is None else x.held_out_fvu for x in found]
         return sum(v for v in values if v is not None) / max(1, len(self.layers))
 
     def record(self) -> dict[str, Any]:
@@ -73,137 +80,168 @@ def compress_model(
     batches: Iterable[Batch],
     ratio: float | None = None,
     *,
-    ranks: int | Mapping[str, int | None] | None = None,
+    ranks: Asked | None = None,
     method: str = "budget",
-    unit: str = "parameters",
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     held_out: Iterable[Batch] | None = None,
-    mask: Mask | None = None,
     loss: Loss | None = None,
     sequential: bool = False,
     prior: Prior | None = None,
     never_slower: bool = True,
     memory: int = MEMORY,
 ) -> tuple[nn.Module, ModelReport]:
-    """Copy of `model` whose linear layers (names matching `include` and not `exclude`) are low-rank, and what was lost.
+    """Copy of `model` with low-rank linear layers, and what was lost. The model is not changed.
 
-    ratio: parameters (or FLOPs, `unit`) of those layers after / before, in (0, 1]; or `ranks`, one for all or by name.
-    method: uniform, energy or budget (see `ranks`). loss: weigh layers by the gradient of this loss (see `sensitivity`).
-    mask(batch): positions (B, T) that count; by default all but padding.
-    sequential: fit each block on what the compressed blocks before it put out. never_slower: factors that would not be smaller
-    stay dense. The model itself is not changed.
+    The layers are those whose names match `include` and not `exclude`.
+    ratio: their parameters after / before; or `ranks`, one for all or by name.
+    method: uniform, energy or budget (see `ranks`).
+    loss: weigh layers by the gradient of this loss (see `sensitivity`).
+    sequential: fit each block to what the compressed blocks before it do.
+    prior: moments of other proteins by layer name, blended in where they help.
+    never_slower: layers whose factors would not be smaller stay dense.
     """
     batches = list(batches)
-    check_request(batches, ratio, ranks, method, unit)
+    _check(batches, ratio, ranks, method)
     sites = find_sites(model, include, exclude)
-    with evaluating(model):
-        calls = trace(model, batches[0], sites)
-    called = [s for s in sites if s.name in calls]
-    if not called:
-        raise InputError("a linear layer that runs in the forward pass required, none of the chosen ones was called")
-    from distil_rank.compress.sensitivity import layer_importance
-
-    importance = layer_importance(model, batches, called, calls, loss, mask) if loss is not None else {}
-    statistics = collect(model, batches, called, calls, mask, FOLDS if prior else 1, memory)
-    spectra, blends = _solved(called, statistics, prior, rank_guess(ranks, ratio), never_slower)
-    rows = {name: call.rows if unit == "flops" else 1.0 for name, call in calls.items()}
-    allocation, chosen = choose_ranks(called, spectra, ratio, ranks, method, importance, rows, never_slower)
-    if sequential:
-        from distil_rank.compress.sequential import sequential_students
-
-        small = sequential_students(model, batches, called, calls, chosen, spectra, mask)
+    run = trace(model, batches[0], sites)
+    importance = {} if loss is None else layer_importance(model, batches, run, loss)
+    groups = collect(model, batches, run, FOLDS if prior else 1, memory)
+    solved, blends = _solved(len(run), groups, prior, ratio, ranks, never_slower)
+    if ranks is not None:
+        allocation, chosen = None, given(run, ranks, never_slower)
     else:
-        small = replaced(model, {s.name: student_of(s, spectra[s.name], r) for s in called if (r := chosen[s.name])})
-    found: dict[str, Fidelity] = {}
+        assert ratio is not None
+        found = allocated(run, solved, ratio, method, importance)
+        allocation, chosen = found.record(), found.ranks
+    if sequential:
+        small = sequential_students(model, batches, run, chosen, solved)
+    else:
+        students = {s: solved[s.name].student(r) for s in run if (r := chosen[s.name])}
+        small = replaced(
+            model, {s.name: x.to(s.weight).train(s.module.training) for s, x in students.items()}
+        )
+    held: Mapping[str, Fidelity] = {}
     if held_out is not None:
-        modules = dict(small.named_modules())
-        students = {s.name: modules[s.name] for s in called if chosen[s.name]}
-        found = measure(model, students, list(held_out), called, calls, mask, memory)
-    reports = [_layer_report(s, s.name in calls, chosen, spectra, found, blends) for s in sites]
-    return small, ModelReport(
-        ratio,
-        method if ranks is None else "given",
-        unit,
-        sequential,
-        reports,
-        count_parameters(model),
-        count_parameters(small),
-        allocation,
-    )
+        low_rank = {s.name: small.get_submodule(s.name) for s in run if chosen[s.name]}
+        held = measure(model, low_rank, list(held_out), run, memory)
+    layers = [_layer_report(s, chosen, solved, held, blends) for s in sites]
+    how = method if ranks is None else "given"
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
+    return small, ModelReport(ratio, how, sequential, layers, before, after, allocation)
+
+
+def _check(batches: Sequence[Batch], ratio: float | None, ranks: Asked | None, method: str) -> None:
+    if not batches:
+        raise InputError("at least one calibration batch required, got none; give proteins")
+    if (ratio is None) == (ranks is None):
+        raise InputError(
+            f"exactly one of ratio and ranks required, got ratio={ratio}, ranks={ranks}"
+        )
+    if ratio is not None and not 0 < ratio <= 1:
+        raise InputError(
+            f"ratio must be above 0 and at most 1, got {ratio}; 0.5 halves the linear layers"
+        )
+    if method not in METHODS:
+        raise InputError(f"a method out of {', '.join(METHODS)} required, got {method!r}")
 
 
 def _solved(
-    sites: Sequence[Site],
-    groups: Iterable[Mapping[str, Statistics]],
+    count: int,
+    groups: Iterable[Statistics],
     prior: Prior | None,
-    guess: Callable[[Site], int],
+    ratio: float | None,
+    ranks: Asked | None,
     never_slower: bool,
-) -> tuple[dict[str, Spectrum], dict[str, Blend]]:
-    """Students of every rank of every layer that can shrink, group by group of moments, and what was blended in."""
+) -> tuple[dict[str, Optimum], dict[str, Blend]]:
+    """Students of every rank of every layer that can shrink, and what was blended in."""
     from tqdm import tqdm
 
-    spectra: dict[str, Spectrum] = {}
+    solved: dict[str, Optimum] = {}
     blends: dict[str, Blend] = {}
-    with tqdm(total=len(sites), unit="layer", desc="layers", disable=None) as bar:
-        for part in groups:
-            for site in [s for s in sites if s.name in part]:
-                side, moments, limit = part[site.name].side, part[site.name].moments, rank_limit(site, never_slower)
+    with tqdm(total=count, unit="layer", desc="layers", disable=None) as bar:
+        for statistics in groups:
+            for site in statistics.sites:
                 bar.update()
+                limit = largest_rank(site.d_in, site.d_out, never_slower)
                 if limit < 1:
                     continue
+                moments = statistics.moments
                 if prior:
-                    known = prior.get(site.name)
-                    if known is None or known[0] != side:
+                    side, known = prior.get(site.name, ("", None))
+                    if side != statistics.side:
                         raise InputError(
-                            f"prior moments of layer {site.name} required, the prior has none; make it with this model"
+                            f"prior moments of layer {site.name} required, the prior has none;"
+                            " make it with this model"
                         )
+                    near = _rank_near(site, ratio, ranks)
                     moments, blends[site.name] = blended_moments(
-                        site.weight, side, part[site.name].folds, known[1], guess(site)
+                        site.weight, side, statistics.folds, known, near
                     )
-                spectra[site.name] = spectrum(site, side, moments, limit)
-    return spectra, blends
+                solved[site.name] = solve(site, statistics.side, moments, limit)
+    return solved, blends
 
 
-def student_of(site: Site, spectrum: Spectrum, rank: int) -> LowRankLinear:
-    student = spectrum.student(site.weight, site.bias, rank)
-    return student.train(site.module.training)
+def _rank_near(site: Site, ratio: float | None, ranks: Asked | None) -> int:
+    """A rank near the final one, at which the weight of a prior is chosen."""
+    if ratio is not None:
+        return max(1, int(ratio * site.parameters / (site.d_in + site.d_out)))
+    rank = ranks if isinstance(ranks, int) or ranks is None else ranks.get(site.name)
+    return max(1, min(rank or 1, site.d_in, site.d_out))
 
 
 def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
-    """Deep copy of the model in which the named modules are others; what they replace is not copied."""
-    old = dict(model.named_modules())
-    return copy.deepcopy(model, {id(old[name]): module for name, module in modules.items()})
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Parameters, tied ones counted once."""
-    return sum(p.numel() for p in model.parameters())
+    """Deep copy of the model with other modules at these names; what they replace is not copied."""
+    return copy.deepcopy(
+        model, {id(model.get_submodule(name)): part for name, part in modules.items()}
+    )
 
 
 def _layer_report(
     site: Site,
-    called: bool,
     chosen: Mapping[str, int | None],
-    spectra: Mapping[str, Spectrum],
-    found: Mapping[str, Fidelity],
+    solved: Mapping[str, Optimum],
+    held: Mapping[str, Fidelity],
     blends: Mapping[str, Blend],
 ) -> LayerReport:
-    rank = chosen.get(site.name)
+    name, rank, dense = site.name, chosen.get(site.name), site.parameters
     if rank is None:
-        note = "factors would not be smaller" if called else "not called in the forward pass"
-        return LayerReport(site.name, site.d_in, site.d_out, None, note, site.parameters, site.parameters)
-    held = found.get(site.name)
+        note = (
+            "factors would not be smaller" if name in chosen else "not called in the forward pass"
+        )
+        return LayerReport(name, site.d_in, site.d_out, None, note, dense, dense)
     return LayerReport(
-        site.name,
-        site.d_in,
-        site.d_out,
-        rank,
-        "",
-        site.parameters,
-        rank * (site.d_in + site.d_out),
-        spectra[site.name].fvu(rank),
-        held.fvu if held else None,
-        held.floor if held else None,
-        blends[site.name].weight if site.name in blends else None,
+        *(name, site.d_in, site.d_out, rank, "", dense, rank * (site.d_in + site.d_out)),
+        fvu=float(solved[name].fvu[rank]),
+        held_out_fvu=held[name].fvu if name in held else None,
+        held_out_floor_fvu=held[name].floor if name in held else None,
+        prior_weight=blends[name].weight if name in blends else None,
     )
+
+
+def quantise_model(
+    small: nn.Module, batches: Sequence[Batch], memory: int = MEMORY
+) -> tuple[nn.Module, dict[str, Int8Certificate]]:
+    """Copy of a compressed model with int8 factors, fitted on its own activations.
+
+    Certificates are relative to its float factors.
+    """
+    low_rank = {n: m for n, m in small.named_modules() if isinstance(m, LowRankLinear)}
+    if not low_rank:
+        raise InputError(
+            "a model with low-rank layers required for int8, all of them stayed dense;"
+            " lower the ratio"
+        )
+    sites = trace(small, batches[0], [Site(f"{name}.A", x.A) for name, x in low_rank.items()])
+    quantised: dict[str, Int8LowRank] = {}
+    certificates = {}
+    for statistics in collect(small, batches, sites, memory=memory, inputs_only=True):
+        for site in statistics.sites:
+            name = site.name.removesuffix(".A")
+            student = low_rank[name]
+            weight = student.B.weight.double() @ student.A.weight.double()
+            joint = Joint.of_layer(weight, student.B.bias, statistics.moments)
+            quantised[name] = quantise(student, joint)
+            certificates[name] = certify_int8(student, quantised[name], joint)
+            quantised[name].train(student.training)
+    return replaced(small, quantised), certificates

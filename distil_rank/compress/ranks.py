@@ -1,25 +1,32 @@
 """Ranks for many layers under one budget, with a Lagrange certificate of how good the choice is.
 
-Layer l at rank r loses importance_l * sum_{i>r} lambda_{l,i} and costs r (d_in + d_out) parameters; left dense it loses
-nothing and costs d_in d_out. `budget` minimises the total loss: it walks the lower convex hulls of all layers' (cost, loss)
-points by falling gain per parameter. For every multiplier mu >= 0
+Layer l at rank r loses importance_l * sum_{i>r} lambda_{l,i} and costs r (d_in + d_out) parameters;
+left dense it loses nothing and costs d_in d_out. `budget` minimizes the total loss: it walks the
+lower convex hulls of all layers' (cost, loss) points by falling gain per parameter. For every
+multiplier mu >= 0
 
-    min_ranks loss(ranks)  >=  sum_l min_r [ loss_l(r) + mu cost_l(r) ] - mu budget        (weak duality)
+    min_ranks loss(ranks)  >=  sum_l min_r [ loss_l(r) + mu cost_l(r) ] - mu budget   (weak duality)
 
-so the right-hand side certifies what no choice of ranks under the budget can beat. A layer whose factors would cost as much
-as the dense layer stays dense, whatever the method.
+so the right-hand side certifies what no choice of ranks under the budget can beat. A layer whose
+factors would cost as much as the dense layer stays dense, whatever the method.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
+from distil_rank.compress.sites import Site
 from distil_rank.core.errors import InputError
+from distil_rank.core.lowrank import Optimum
 
 METHODS = ("uniform", "energy", "budget")
+Array = NDArray[np.float64]
+Ranks = list[int | None]  # one a layer; None: dense
+Asked = int | Mapping[str, int | None]  # one rank for all layers, or by name
 
 
 @dataclass(frozen=True)
@@ -29,34 +36,29 @@ class Layer:
     name: str
     d_in: int
     d_out: int
-    tails: np.ndarray  # sum_{i>r} lambda_i for r = 0 ... k (k + 1,): the loss at each rank
-    importance: float | None = None  # weight of its loss; None: 1 / variance, so that the sum is a sum of FVUs
-    rows: float = 1.0  # rows seen per token: scales the cost when the budget counts FLOPs
-    bytes: tuple[float, float] = (
-        1.0,
-        1.0,
-    )  # of a number in the factors and in the dense layer, when the budget counts bytes
+    tails: Array  # sum_{i>r} lambda_i for r = 0 ... k (k + 1,): the loss at each rank
+    importance: float | None = None  # of its loss; None: 1 / variance, for a sum of FVUs
+    bytes: tuple[float, float] = (1.0, 1.0)  # of a number in the factors and in the dense layer
 
     @property
     def rank_cost(self) -> float:
-        return (self.d_in + self.d_out) * self.rows * self.bytes[0]
+        return (self.d_in + self.d_out) * self.bytes[0]
 
     @property
     def dense_cost(self) -> float:
-        return self.d_in * self.d_out * self.rows * self.bytes[1]
+        return self.d_in * self.d_out * self.bytes[1]
 
     @property
     def limit(self) -> int:
         """Largest rank whose factors are smaller than the dense layer; 0 where there is none."""
-        smaller = (self.d_in * self.d_out - 1) // (self.d_in + self.d_out)
-        return min(smaller, self.d_in, self.d_out, len(self.tails) - 1)
+        return min(largest_rank(self.d_in, self.d_out), len(self.tails) - 1)
 
     @property
     def variance(self) -> float:
         return float(self.tails[0])
 
     @property
-    def losses(self) -> np.ndarray:
+    def losses(self) -> Array:
         """Weighted loss at rank 0, 1, ... k."""
         weight = self.importance
         if weight is None:
@@ -74,7 +76,6 @@ class Layer:
 class Allocation:
     """Rank by layer name (None: dense), and how far from the best choice it can be."""
 
-    method: str
     ranks: dict[str, int | None]
     budget: float
     cost: float
@@ -87,59 +88,95 @@ class Allocation:
         """Relative distance to the bound, 0 where the choice is proven best."""
         return (self.loss - self.bound) / self.loss if self.loss > 0 else 0.0
 
+    def record(self) -> dict[str, float]:
+        """The certificate, without the ranks."""
+        names = ("budget", "cost", "loss", "bound", "gap", "multiplier")
+        return {name: float(getattr(self, name)) for name in names}
+
+
+def largest_rank(d_in: int, d_out: int, never_slower: bool = True) -> int:
+    """Largest rank worth solving for: with factors smaller than the dense layer, or any."""
+    smaller = (d_in * d_out - 1) // (d_in + d_out) if never_slower else d_in * d_out
+    return min(smaller, d_in, d_out)
+
+
+def allocated(
+    sites: Sequence[Site],
+    solved: Mapping[str, Optimum],
+    ratio: float,
+    method: str,
+    importance: Mapping[str, float],
+) -> Allocation:
+    """Ranks of a model's layers at this ratio of their cost; layers not solved stay dense."""
+    layers = []
+    for s in sites:
+        tails = solved[s.name].tails.cpu().numpy() if s.name in solved else np.zeros(1)
+        layers.append(Layer(s.name, s.d_in, s.d_out, tails, importance.get(s.name)))
+    return allocate(layers, ratio * sum(layer.dense_cost for layer in layers), method)
+
+
+def given(sites: Sequence[Site], asked: Asked, never_slower: bool) -> dict[str, int | None]:
+    """The ranks asked for, at most full; None where factors would not be smaller."""
+    chosen: dict[str, int | None] = {}
+    for site in sites:
+        rank = asked if isinstance(asked, int) else asked.get(site.name)
+        if rank is not None and rank < 1:
+            raise InputError(f"a rank of at least 1 required, got {rank} for layer {site.name}")
+        rank = None if rank is None else min(rank, site.d_in, site.d_out)
+        fits = rank is not None and rank <= largest_rank(site.d_in, site.d_out, never_slower)
+        chosen[site.name] = rank if fits else None
+    return chosen
+
 
 def allocate(layers: Sequence[Layer], budget: float, method: str = "budget") -> Allocation:
     """Choose the rank of every layer so that the total cost stays within `budget`.
 
-    `uniform`: every layer keeps the same fraction of its parameters; `energy`: every layer has the same FVU; `budget`: the
-    total weighted loss is as small as the greedy walk makes it.
+    `uniform`: every layer keeps the same fraction of its parameters; `energy`: every layer has the
+    same FVU; `budget`: the total weighted loss is as small as the greedy walk makes it.
     """
     if method not in METHODS:
         raise InputError(f"a method out of {', '.join(METHODS)} required, got {method!r}")
     floor = sum(min(layer.rank_cost, layer.dense_cost) for layer in layers)
     if budget < floor:
         raise InputError(
-            f"a budget of at least {floor:.0f} (rank 1 everywhere) required, got {budget:.0f}; ask for less"
+            f"a budget of at least {floor:.0f} (rank 1 everywhere) required, got {budget:.0f};"
+            " ask for less"
         )
     chosen = {"uniform": _uniform, "energy": _energy, "budget": _budget}[method](layers, budget)
     cost = sum(layer.cost(r) for layer, r in zip(layers, chosen))
     loss = sum(layer.loss(r) for layer, r in zip(layers, chosen))
     bound, multiplier = dual_bound(layers, budget)
-    return Allocation(
-        method, {x.name: r for x, r in zip(layers, chosen)}, budget, cost, loss, min(bound, loss), multiplier
-    )
+    ranks = {layer.name: rank for layer, rank in zip(layers, chosen)}
+    return Allocation(ranks, budget, cost, loss, min(bound, loss), multiplier)
 
 
-def _uniform(layers: Sequence[Layer], budget: float) -> list[int | None]:
+def _uniform(layers: Sequence[Layer], budget: float) -> Ranks:
     """The largest common fraction of parameters that fits."""
-    total = sum(layer.dense_cost for layer in layers)
-    if budget >= total:
+    if budget >= sum(layer.dense_cost for layer in layers):
         return [None] * len(layers)
 
-    def ranks(fraction: float) -> list[int | None]:
-        return [
-            _usable(layer, int(fraction * layer.d_in * layer.d_out / (layer.d_in + layer.d_out))) for layer in layers
-        ]
+    def rank(layer: Layer, fraction: float) -> int:
+        return int(fraction * layer.d_in * layer.d_out / (layer.d_in + layer.d_out))
 
-    return _largest(ranks, layers, budget)
+    return _largest(rank, layers, budget)
 
 
-def _energy(layers: Sequence[Layer], budget: float) -> list[int | None]:
+def _energy(layers: Sequence[Layer], budget: float) -> Ranks:
     """The smallest common FVU that fits."""
 
-    def ranks(kept: float) -> list[int | None]:
-        return [_usable(layer, int((layer.tails > (1 - kept) * layer.variance).sum())) for layer in layers]
+    def rank(layer: Layer, kept: float) -> int:
+        return int((layer.tails > (1 - kept) * layer.variance).sum())
 
-    return _largest(ranks, layers, budget)
-
-
-def _usable(layer: Layer, rank: int) -> int | None:
-    """The rank, at least 1, or None (dense) where factors would not be smaller."""
-    return max(1, rank) if max(1, rank) <= layer.limit else None
+    return _largest(rank, layers, budget)
 
 
-def _largest(ranks, layers: Sequence[Layer], budget: float) -> list[int | None]:
-    """Bisect the argument of `ranks` in [0, 1] for the largest cost within the budget."""
+def _largest(rank: Callable[[Layer, float], int], layers: Sequence[Layer], budget: float) -> Ranks:
+    """Bisect the argument of `rank` in [0, 1] for the largest cost within the budget."""
+
+    def ranks(share: float) -> Ranks:
+        found = [max(1, rank(layer, share)) for layer in layers]
+        return [r if r <= layer.limit else None for r, layer in zip(found, layers)]
+
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -148,27 +185,31 @@ def _largest(ranks, layers: Sequence[Layer], budget: float) -> list[int | None]:
     return ranks(low)
 
 
-def hull(layer: Layer) -> tuple[np.ndarray, np.ndarray, list[int | None]]:
-    """Lower convex hull of the layer's (cost, loss) choices: costs, losses, ranks (None: dense), by rising cost."""
+def hull(layer: Layer) -> tuple[Array, Array, Ranks]:
+    """Lower convex hull of the layer's choices, by rising cost: costs, losses, ranks."""
     dense = layer.dense_cost
     if layer.limit < 1:
         return np.array([dense]), np.array([0.0]), [None]
-    ranks = np.arange(1, layer.limit + 1)
-    costs, losses = ranks * layer.rank_cost, layer.losses[1 : layer.limit + 1]
-    slopes = losses / (
-        dense - costs
-    )  # of the step to dense; the curve is convex, so the hull leaves it where this is least
-    last = int(np.argmin(slopes))
-    costs, losses = np.append(costs[: last + 1], dense), np.append(losses[: last + 1], 0.0)
-    return costs, losses, [*map(int, ranks[: last + 1]), None]
+    ranks = list(range(1, layer.limit + 1))
+    costs: Array = np.array(ranks) * layer.rank_cost
+    losses = layer.losses[1 : layer.limit + 1]
+    # the curve is convex, so the hull leaves it where the slope of the step to dense is least
+    last = int(np.argmin(losses / (dense - costs)))
+    end = last + 1
+    return np.append(costs[:end], dense), np.append(losses[:end], 0.0), [*ranks[:end], None]
 
 
-def _budget(layers: Sequence[Layer], budget: float) -> list[int | None]:
+def _gains(costs: Array, losses: Array) -> Array:
+    """Loss saved per unit of cost by each step along a hull."""
+    return -np.diff(losses) / np.diff(costs)
+
+
+def _budget(layers: Sequence[Layer], budget: float) -> Ranks:
     hulls = [hull(layer) for layer in layers]
-    steps = []  # (gain per cost, layer, step): within a layer gains fall, so sorting keeps its order
+    steps = []  # (-gain, layer, step): within a layer gains fall, so sorting keeps its order
     for index, (costs, losses, _) in enumerate(hulls):
-        gains = -np.diff(losses) / np.diff(costs) if len(costs) > 1 else np.zeros(0)
-        gains = np.minimum.accumulate(gains)  # rounding must not reorder the steps of one layer
+        # rounding must not reorder the steps of one layer
+        gains = np.minimum.accumulate(_gains(costs, losses))
         steps += [(-gain, index, step) for step, gain in enumerate(gains)]
     position = [0] * len(layers)
     left = budget - sum(float(costs[0]) for costs, _, _ in hulls)
@@ -182,9 +223,8 @@ def _budget(layers: Sequence[Layer], budget: float) -> list[int | None]:
         position[index] = step + 1
         left -= price
     chosen = [ranks[p] for (_, _, ranks), p in zip(hulls, position)]
-    for index in sorted(
-        blocked, key=lambda i: -layers[i].loss(chosen[i])
-    ):  # single ranks below an unaffordable dense step
+    # what is left buys single ranks below a dense step that could not be paid
+    for index in sorted(blocked, key=lambda i: -layers[i].loss(chosen[i])):
         rank = chosen[index]
         if rank is not None:
             extra = min(int(left // layers[index].rank_cost), layers[index].limit - rank)
@@ -196,15 +236,16 @@ def _budget(layers: Sequence[Layer], budget: float) -> list[int | None]:
 def dual_bound(layers: Sequence[Layer], budget: float) -> tuple[float, float]:
     """The best Lagrange lower bound on the loss under the budget, and its multiplier."""
     hulls = [hull(layer)[:2] for layer in layers]
-    slopes = [-np.diff(losses) / np.diff(costs) for costs, losses in hulls]
-    breaks = np.unique(np.concatenate([*slopes, np.zeros(1)]))
+    breaks = np.unique(np.concatenate([*(_gains(*h) for h in hulls), np.zeros(1)]))
 
     def value(mu: float) -> tuple[float, float]:
-        best = [(losses + mu * costs).argmin() for costs, losses in hulls]
+        best = [int((losses + mu * costs).argmin()) for costs, losses in hulls]
         spent = sum(costs[i] for i, (costs, _) in zip(best, hulls))
-        return sum(losses[i] + mu * costs[i] for i, (costs, losses) in zip(best, hulls)) - mu * budget, spent
+        least = sum(losses[i] + mu * costs[i] for i, (costs, losses) in zip(best, hulls))
+        return least - mu * budget, spent
 
-    low, high = 0, len(breaks) - 1  # concave in mu, with slope (spent - budget): bisect for the sign change
+    # concave in mu, with slope (spent - budget): bisect for the change of sign
+    low, high = 0, len(breaks) - 1
     while low < high:
         middle = (low + high) // 2
         if value(breaks[middle])[1] > budget:

@@ -1,7 +1,8 @@
 """How much the model's own loss cares about an error in each layer.
 
-An error e in the output y of a layer raises the loss by about e^T F e / 2, where F = E[g g^T] is the Fisher matrix of
-g = d loss / d y (Martens, JMLR 21, 2020). With F replaced by its mean diagonal, layer l weighs E|g_l|^2 / d_out.
+An error e in the output y of a layer raises the loss by about e^T F e / 2, where F = E[g g^T] is
+the Fisher matrix of g = d loss / d y (Martens, JMLR 21, 2020). With F replaced by its mean
+diagonal, layer l weighs E|g_l|^2 / d_out.
 """
 
 from __future__ import annotations
@@ -11,26 +12,36 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from distil_rank.compress.sites import (
+    Batch,
+    Site,
+    evaluating,
+    read_mask,
+    rows_of,
+    watching,
+)
 from distil_rank.core.errors import InputError
-from distil_rank.compress.sites import Batch, Call, Site, evaluating, read_mask, rows_of, watching
+
+Loss = Callable[[nn.Module, Batch], Tensor]  # summed over the predicted tokens of a batch
 
 
 def layer_importance(
     model: nn.Module,
     batches: Sequence[Batch],
     sites: Sequence[Site],
-    calls: dict[str, Call],
-    loss: Callable[[nn.Module, Batch], Tensor],
-    mask: Callable[[Batch], Tensor | None] | None = None,
+    loss: Loss,
 ) -> dict[str, float]:
-    """Weight of one unit of squared error in each layer; `loss` is the sum over the predicted tokens of a batch."""
+    """Weight of one unit of squared error in each layer."""
+    named = {s.name: s for s in sites}
     squares = {s.name: 0.0 for s in sites}
     rows = {s.name: 0 for s in sites}
     for batch in batches:
-        kept = read_mask(model, batch) if mask is None else mask(batch)
+        kept = read_mask(model, batch)
         probes: dict[str, Tensor] = {}
 
-        def add_probe(site: Site, x: Tensor, y: Tensor, probes=probes) -> Tensor:
+        def add_probe(
+            site: Site, x: Tensor, y: Tensor, probes: dict[str, Tensor] = probes
+        ) -> Tensor:
             probes[site.name] = torch.zeros_like(y, requires_grad=True)
             return y + probes[site.name]  # not a leaf: models may scale it in place
 
@@ -38,12 +49,13 @@ def layer_importance(
             value = loss(model, batch)
             gradients = torch.autograd.grad(value, list(probes.values()), allow_unused=True)
         for name, gradient in zip(probes, gradients):
-            if gradient is None:
-                continue
-            found = rows_of(gradient, calls[name].layout, kept)
-            squares[name] += float(found.double().square().sum())
-            rows[name] += len(found)
+            if gradient is not None:
+                found = rows_of(gradient, named[name], kept)
+                squares[name] += float(found.double().square().sum())
+                rows[name] += len(found)
     weights = {s.name: squares[s.name] / max(1, rows[s.name]) / s.d_out for s in sites}
     if not all(w < float("inf") for w in weights.values()) or not any(weights.values()):
-        raise InputError("a finite loss that depends on the layers required for sensitivity, got none")
+        raise InputError(
+            "a finite loss that depends on the layers required for sensitivity, got none"
+        )
     return weights

@@ -1,10 +1,10 @@
-"""The linear layers of a model: which there are, in which order they run, who shares an input, how rows lie in memory."""
+"""The linear layers of a model: which there are, how they run, and the rows they read and write."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -14,24 +14,27 @@ from torch import Tensor, nn
 from distil_rank.core.errors import InputError
 
 Batch = Any  # a token tensor (model(batch)), a mapping (model(**batch)) or a tuple (model(*batch))
+Hook = Callable[["Site", Tensor, Tensor], Tensor | None]
+Read = Callable[[str], Tensor]  # "input" or "output" -> rows (n, d) that count
 
 
 @dataclass(frozen=True)
 class Site:
-    """One linear layer, `nn.Linear` or GPT-2's `Conv1D` (whose weight is stored transposed)."""
+    """One linear layer, `nn.Linear` or GPT-2's `Conv1D` (whose weight is stored transposed).
+
+    `trace` fills in how the layer is called.
+    """
 
     name: str
     module: nn.Module
-
-    @property
-    def transposed(self) -> bool:
-        return not isinstance(self.module, nn.Linear)
+    input: tuple[int, int] = (0, 0)  # equal for sites that read one tensor in one state
+    layout: str = "all"  # of rows: "bt", "tb", "flat" or "all" (not by position: each one counts)
 
     @property
     def weight(self) -> Tensor:
         """W (d_out, d_in)."""
         weight = cast(Tensor, self.module.weight).detach()
-        return weight.T if self.transposed else weight
+        return weight if isinstance(self.module, nn.Linear) else weight.T
 
     @property
     def bias(self) -> Tensor | None:
@@ -52,19 +55,28 @@ class Site:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """An `nn.Linear`, or a `Conv1D` of transformers (recognised without importing it)."""
-    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+    """An `nn.Linear`, or a `Conv1D` of transformers (recognized without importing it)."""
+    conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    return isinstance(module, nn.Linear) or conv1d
 
 
-def find_sites(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> list[Site]:
-    """Linear layers whose names match a pattern (`*` matches anything), except those whose weight is tied to another's."""
+def find_sites(
+    model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+) -> list[Site]:
+    """Linear layers whose names match a pattern (`*` matches anything).
+
+    Layers whose weight is tied to another's are left out.
+    """
     uses: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             uses[id(parameter)] = uses.get(id(parameter), 0) + 1
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     if not linear:
-        raise InputError(f"a model with at least one linear layer required, got {type(model).__name__} without any")
+        raise InputError(
+            "a model with at least one linear layer required,"
+            f" got {type(model).__name__} without any"
+        )
     chosen = [
         Site(name, module)
         for name, module in linear.items()
@@ -74,112 +86,80 @@ def find_sites(model: nn.Module, include: Sequence[str] = ("*",), exclude: Seque
     ]
     if not chosen:
         raise InputError(
-            f"a pattern that matches a linear layer required, got {include}; layers are {', '.join(linear)}"
+            f"a pattern that matches a linear layer required, got {include};"
+            f" layers are {', '.join(linear)}"
         )
     return chosen
 
 
 def call(model: nn.Module, batch: Batch) -> Any:
-    """Run the model on a batch, whatever form it has; `special_tokens_mask` is for the mask, not for the model."""
+    """Run the model on a batch, whatever form it has."""
     if isinstance(batch, Tensor):
         return model(batch)
-    if isinstance(batch, Mapping):
-        return model(**{k: v for k, v in batch.items() if k != "special_tokens_mask"})
-    return model(*batch)
+    return model(**batch) if isinstance(batch, Mapping) else model(*batch)
 
 
 def tokens_of(batch: Batch) -> Tensor | None:
     """Token ids (B, T) of a batch, None where it has none."""
-    found = batch if isinstance(batch, Tensor) else batch.get("input_ids") if isinstance(batch, Mapping) else batch[0]
-    return found if isinstance(found, Tensor) and found.ndim == 2 and not found.is_floating_point() else None
-
-
-def special_ids(model: nn.Module) -> set[int]:
-    """Ids of padding, start and end tokens, as far as the model says."""
-    if hasattr(model, "padding_idx") and hasattr(model, "cls_idx"):  # fair-esm
-        return {cast(int, getattr(model, name)) for name in ("padding_idx", "cls_idx", "eos_idx")}
-    config = getattr(model, "config", None)
-    if config is None:
-        return set()
-    if getattr(config, "model_type", "") == "esm":
-        return {0, 1, 2}
-    names = ("pad_token_id", "bos_token_id", "eos_token_id")
-    return {i for name in names if isinstance(i := getattr(config, name, None), int) and i < config.vocab_size}
-
-
-def residue_mask(model: nn.Module, batch: Batch) -> Tensor | None:
-    """Which positions (B, T) are residues: not padding, not special; None where the batch holds no tokens."""
-    tokens = tokens_of(batch)
-    if tokens is None:
-        return None
-    special = torch.tensor(sorted(special_ids(model)), dtype=tokens.dtype, device=tokens.device)
-    mask = ~torch.isin(tokens, special)
     if isinstance(batch, Mapping):
-        if "attention_mask" in batch:
-            mask &= batch["attention_mask"].bool()
-        if "special_tokens_mask" in batch:
-            mask &= ~batch["special_tokens_mask"].bool()
-    return mask
+        batch = batch.get("input_ids")
+    found = batch[0] if isinstance(batch, tuple | list) else batch
+    whole = isinstance(found, Tensor) and found.ndim == 2 and not found.is_floating_point()
+    return found if whole else None
 
 
 def read_mask(model: nn.Module, batch: Batch) -> Tensor | None:
-    """Which positions (B, T) count in moments: all that the model reads, so residues, start and end, not padding.
+    """Which positions (B, T) count: all that the model reads, so start and end too, not padding.
 
-    Without start and end the layers would be fitted to nothing there, while every residue attends to them. Where only an
-    end token could tell padding (GPT-2 without an attention mask), both are left out. None where the batch holds no tokens.
+    Padding is what the attention mask says, or the model's token embedding. Where only an end token
+    could be padding (GPT-2 without a mask), it is left out. None where the batch holds no tokens.
     """
     tokens = tokens_of(batch)
-    if tokens is not None and isinstance(batch, Mapping) and "attention_mask" in batch:
+    if tokens is None:
+        return None
+    if isinstance(batch, Mapping) and "attention_mask" in batch:
         return batch["attention_mask"].bool()
-    hugging_face_esm = getattr(getattr(model, "config", None), "model_type", "") == "esm"
-    padding = 1 if hugging_face_esm else getattr(model, "padding_idx", None)
-    return residue_mask(model, batch) if tokens is None or padding is None else tokens != padding
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return tokens != module.padding_idx
+    ends = [
+        getattr(getattr(model, "config", None), f"{x}_token_id", None)
+        for x in ("pad", "bos", "eos")
+    ]
+    known = [i for i in ends if isinstance(i, int)]
+    return ~torch.isin(tokens, torch.tensor(known, dtype=tokens.dtype, device=tokens.device))
 
 
-@dataclass(frozen=True)
-class Call:
-    """How a site is called in a forward pass."""
-
-    order: int
-    input: int  # equal for sites that read the same tensor
-    layout: str  # of its rows: "bt", "tb", "flat" or "all" (not per position: every row counts)
-    rows: float  # rows per position of the batch
-
-
-def trace(model: nn.Module, batch: Batch, sites: Sequence[Site]) -> dict[str, Call]:
-    """Run one forward pass and see how each site is called; sites that are never called are absent."""
+def trace(model: nn.Module, batch: Batch, sites: Sequence[Site]) -> list[Site]:
+    """The sites that one forward pass calls, in running order, with how it calls them."""
     tokens = tokens_of(batch)
-    if tokens is not None and tokens.shape[0] == tokens.shape[1] > 1:  # else (B, T) and (T, B) look alike
-        batch = _without_last_row(batch, len(tokens))
+    if tokens is not None and tokens.shape[0] == tokens.shape[1] > 1:
+        batch = _without_last_row(batch, len(tokens))  # else (B, T) and (T, B) look alike
         tokens = tokens_of(batch)
     shape = None if tokens is None else tuple(tokens.shape)
-    calls: dict[str, Call] = {}
+    found: dict[str, Site] = {}
     kept: list[Tensor] = []  # alive until the end, so that no id is used twice
 
     def see(site: Site, x: Tensor, _: Tensor) -> None:
-        if site.name in calls:
+        if site.name in found:
             return
         kept.append(x)
-        rows = x.numel() // x.shape[-1]
-        layout = "all"
-        if shape is not None:
-            if x.shape[:2] == shape and x.ndim == 3:
-                layout = "bt"
-            elif x.shape[:2] == shape[::-1] and x.ndim == 3:
-                layout = "tb"
-            elif x.ndim == 2 and rows == shape[0] * shape[1] and shape[1] > 1:
-                layout = "flat"
-        positions = rows if shape is None else shape[0] * shape[1]
-        calls[site.name] = Call(len(calls), id(x), layout, rows / positions)
+        rows, layout = x.numel() // x.shape[-1], "all"
+        if shape is not None and x.ndim == 3 and x.shape[:2] in (shape, shape[::-1]):
+            layout = "bt" if x.shape[:2] == shape else "tb"
+        elif shape is not None and x.ndim == 2 and rows == shape[0] * shape[1] and shape[1] > 1:
+            layout = "flat"
+        found[site.name] = replace(site, input=(id(x), x._version), layout=layout)
 
-    with watching(sites, see), torch.no_grad():
+    with evaluating(model), watching(sites, see), torch.no_grad():
         call(model, batch)
-    return calls
+    return list(found.values())
 
 
 def _without_last_row(batch: Batch, rows: int) -> Batch:
     def shorter(value: Any) -> Any:
-        return value[:-1] if isinstance(value, Tensor) and value.ndim and len(value) == rows else value
+        whole = isinstance(value, Tensor) and value.ndim and len(value) == rows
+        return value[:-1] if whole else value
 
     if isinstance(batch, Tensor):
         return shorter(batch)
@@ -188,12 +168,37 @@ def _without_last_row(batch: Batch, rows: int) -> Batch:
     return tuple(shorter(v) for v in batch)
 
 
+def observe(
+    model: nn.Module, batch: Batch, sites: Iterable[Site], see: Callable[[Site, Read], None]
+) -> None:
+    """Run one batch: see(site, read) as each site runs, read("input") or read("output") its rows.
+
+    Rows may be views of what the model changes later: use them at once, or keep a copy.
+    """
+    kept = read_mask(model, batch)
+
+    def hook(site: Site, x: Tensor, y: Tensor) -> None:
+        see(site, lambda side: rows_of(x if side == "input" else y, site, kept))
+
+    with evaluating(model), watching(sites, hook), torch.no_grad():
+        call(model, batch)
+
+
+def rows_of(x: Tensor, site: Site, mask: Tensor | None) -> Tensor:
+    """The rows (n, d) of an activation at positions that count."""
+    rows = x.detach().reshape(-1, x.shape[-1])
+    if mask is None or site.layout == "all":
+        return rows
+    mask = mask.T if site.layout == "tb" else mask
+    return rows[mask.reshape(-1)]
+
+
 @contextmanager
-def watching(sites: Iterable[Site], see: Callable[[Site, Tensor, Tensor], Tensor | None]) -> Iterator[None]:
-    """Call see(site, input, output) whenever a site runs; what it returns replaces the output. Hooks never stay."""
+def watching(sites: Iterable[Site], see: Hook) -> Iterator[None]:
+    """Call see(site, input, output) whenever a site runs; what it returns replaces the output."""
     handles = []
 
-    def hook_for(site: Site) -> Callable:
+    def hook_for(site: Site) -> Callable[..., Tensor | None]:
         return lambda _module, inputs, output: see(site, inputs[0], output)
 
     try:
@@ -203,15 +208,6 @@ def watching(sites: Iterable[Site], see: Callable[[Site, Tensor, Tensor], Tensor
     finally:
         for handle in handles:
             handle.remove()
-
-
-def rows_of(x: Tensor, layout: str, mask: Tensor | None) -> Tensor:
-    """The rows (n, d) of an activation that belong to residues."""
-    rows = x.detach().reshape(-1, x.shape[-1])
-    if mask is None or layout == "all":
-        return rows
-    mask = mask.T if layout == "tb" else mask
-    return rows[mask.reshape(-1)]
 
 
 @contextmanager

@@ -1,18 +1,18 @@
-"""Compressed modules on disk: a folder with weights (safetensors), what to rebuild (JSON), certificate and a short README.
+"""Compressed modules on disk: weights (safetensors), what to rebuild (JSON), certificate, README.
 
     model = distil_rank.load("small/")
 
-Bit-equal to what was saved; nothing is unpickled. A module whose class is not known here is loaded into a dense instance of it:
-`load("small/", model=MyModel())`.
+Bit-equal to what was saved; nothing is unpickled. A module whose class is not known here is loaded
+into a dense instance of it: `load("small/", model=MyModel())`.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,15 +21,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distil_rank.core.errors import InputError
-from distil_rank.compress.architectures import Architecture, copy_tokenizer
-from distil_rank.core.lowrank import LowRankLinear
+from distil_rank.compress.architectures import TOKENIZER, Architecture, tokenizer_files
 from distil_rank.compress.quantise import Int8LowRank
-from distil_rank.compress.sites import is_linear
-from distil_rank.core.records import read_json
+from distil_rank.core.errors import InputError
+from distil_rank.core.linear import LowRankLinear
+from distil_rank.core.records import atomic, read_json, require_writable
 
 SCHEMA = "distil-rank/compressed/1"
-WEIGHTS, DESCRIPTION, CERTIFICATE, README = "model.safetensors", "compressed.json", "certificate.json", "README.md"
+# what may lie beside an earlier module, and would pass for that of the next one
+STALE = ("certificate.json", "README.md", "report.json", "report.png", "merged", *TOKENIZER)
+EXPORTS = ("model.onnx", "model.onnx.data")
+WEIGHTS, DESCRIPTION = "model.safetensors", "compressed.json"
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "gelu": nn.GELU,
@@ -40,6 +42,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "dropout": nn.Dropout,
     "layernorm": nn.LayerNorm,
 }
+SETTINGS = {nn.GELU: ("approximate",), nn.Dropout: ("p",)}  # of the activations that have some
 
 
 def save(
@@ -49,43 +52,36 @@ def save(
     certificate: Mapping[str, Any] | None = None,
     readme: str = "",
 ) -> None:
-    """Write a compressed layer, head or model. The folder appears whole or not at all; an earlier one is replaced by it."""
+    """Write a compressed layer, head or model; an earlier one in the folder is replaced whole.
+
+    Files are put in place when all are written, the description last. What was put beside the
+    earlier module (reports, exports) goes with it; files of other names stay.
+    """
     folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
-    description = {"schema": SCHEMA, **describe_module(module, architecture), "factors": factors(module)}
-    tensors, description["tied"] = untied(module.state_dict())
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        save_file(tensors, temporary / WEIGHTS)
-        (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
-        if certificate is not None:
-            (temporary / CERTIFICATE).write_text(json.dumps(certificate, indent=1, allow_nan=False) + "\n")
-        if readme:
-            (temporary / README).write_text(readme)
-        if architecture is not None:
-            copy_tokenizer(architecture.source, temporary)
-        replace_folder(temporary, folder)
-    except OSError as error:
-        raise InputError(f"a writable folder required, got {folder} ({error.strerror}); choose another") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def replace_folder(new: Path, folder: Path) -> None:
-    """Put a finished folder in place; files of ours in an earlier one are replaced, anything else in it is left alone."""
-    if not folder.exists():
-        new.rename(folder)
-        return
-    for file in sorted(
-        new.iterdir(), key=lambda f: f.name == DESCRIPTION
-    ):  # the description last: it makes the rest valid
-        os.replace(file, folder / file.name)
+    tensors, tied = untied(module.state_dict())
+    description = {"schema": SCHEMA, **describe_module(module, architecture)}
+    description |= {"factors": factors(module), "tied": tied}
+    texts = {DESCRIPTION: json.dumps(description, indent=1) + "\n"}
+    if certificate is not None:
+        texts["certificate.json"] = json.dumps(certificate, indent=1, allow_nan=False) + "\n"
+    if readme:
+        texts["README.md"] = readme
+    if architecture is not None:
+        texts |= tokenizer_files(architecture.source)
+    require_writable(folder)
+    with ExitStack() as last_in_first_out:
+        for name, text in texts.items():
+            last_in_first_out.enter_context(atomic(folder / name)).write_text(text)
+        save_file(tensors, last_in_first_out.enter_context(atomic(folder / WEIGHTS)))
+        if (folder / DESCRIPTION).is_file():
+            for stale in [folder / name for name in (*STALE, *EXPORTS) if name not in texts]:
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
 
 
 def describe_module(module: nn.Module, architecture: Architecture | None) -> dict[str, Any]:
     if architecture is not None:
-        return {"kind": architecture.kind, "class": architecture.class_name, "config": architecture.config}
+        kind, name = architecture.kind, architecture.class_name
+        return {"kind": kind, "class": name, "config": architecture.config}
     if isinstance(module, LowRankLinear | Int8LowRank) or type(module) is nn.Linear:
         return {"kind": "head", "modules": [_head_part(module)], "single": True}
     if type(module) is nn.Sequential:
@@ -97,20 +93,32 @@ def _head_part(part: nn.Module) -> dict[str, Any]:
     if isinstance(part, LowRankLinear | Int8LowRank):
         return {"type": "factors"}
     if type(part) is nn.Linear:
-        return {"type": "linear", "d_in": part.in_features, "d_out": part.out_features, "bias": part.bias is not None}
+        shape = {"d_in": part.in_features, "d_out": part.out_features}
+        return {"type": "linear", **shape, "bias": part.bias is not None}
+    if type(part) is nn.LayerNorm:
+        settings = {"shape": list(part.normalized_shape), "eps": part.eps}
+        return {"type": "layernorm", **settings, "bias": part.bias is not None}
     for name, cls in ACTIVATIONS.items():
         if type(part) is cls:
-            if isinstance(part, nn.LayerNorm):
-                return {
-                    "type": name,
-                    "shape": list(part.normalized_shape),
-                    "eps": part.eps,
-                    "bias": part.bias is not None,
-                }
-            if isinstance(part, nn.GELU):
-                return {"type": name, "approximate": part.approximate}
-            return {"type": name, "p": part.p} if isinstance(part, nn.Dropout) else {"type": name}
-    raise InputError(f"a head of nn.Linear and {', '.join(ACTIVATIONS)} required, got {type(part).__name__}")
+            return {"type": name} | {key: getattr(part, key) for key in SETTINGS.get(cls, ())}
+    raise InputError(
+        f"a head of nn.Linear and {', '.join(ACTIVATIONS)} required, got {type(part).__name__}"
+    )
+
+
+def _build_head(description: Mapping[str, Any]) -> nn.Module:
+    parts: list[nn.Module] = []
+    for part in description["modules"]:
+        settings = dict(part)
+        kind = settings.pop("type")
+        if kind == "linear":
+            bias = settings["bias"]
+            parts.append(nn.Linear(settings["d_in"], settings["d_out"], bias, device="meta"))
+        elif kind == "layernorm":
+            parts.append(nn.LayerNorm(settings["shape"], settings["eps"], bias=settings["bias"]))
+        else:  # factors are put in place later, with those of models
+            parts.append(ACTIVATIONS["identity" if kind == "factors" else kind](**settings))
+    return parts[0] if description["single"] else nn.Sequential(*parts)
 
 
 def factors(module: nn.Module) -> dict[str, dict[str, Any]]:
@@ -118,12 +126,20 @@ def factors(module: nn.Module) -> dict[str, dict[str, Any]]:
     found = {}
     for name, part in module.named_modules():
         if isinstance(part, LowRankLinear):
-            shape = {"d_in": part.A.in_features, "d_out": part.B.out_features, "rank": part.rank}
-            found[name] = {"type": "low-rank", **shape, "bias": part.B.bias is not None}
+            sizes = {"d_in": part.in_features, "d_out": part.out_features, "rank": part.rank}
+            found[name] = {"type": "low-rank", **sizes, "bias": part.B.bias is not None}
         elif isinstance(part, Int8LowRank):
-            shape = {"d_in": part.A.shape[1], "d_out": part.B.shape[0], "rank": part.rank}
-            found[name] = {"type": "int8", **shape, "bias": part.bias is not None}
+            sizes = {"d_in": part.A.shape[1], "d_out": part.B.shape[0], "rank": part.rank}
+            found[name] = {"type": "int8", **sizes, "bias": part.bias is not None}
     return found
+
+
+def _empty_factors(shape: Mapping[str, Any]) -> nn.Module:
+    d_in, d_out, rank = shape["d_in"], shape["d_out"], shape["rank"]
+    if shape["type"] == "int8":
+        return Int8LowRank.empty(d_in, d_out, rank, shape["bias"])
+    bias = torch.zeros(d_out) if shape["bias"] else None
+    return LowRankLinear(torch.zeros(rank, d_in), torch.zeros(d_out, rank), bias)
 
 
 def untied(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -137,12 +153,15 @@ def untied(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
             aliases[name] = seen[key]
         else:
             seen[key] = name
-            tensors[name] = tensor.detach().contiguous()
+            tensors[name] = tensor.detach().cpu().contiguous()
     return tensors, aliases
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """The module saved in a folder, in evaluation mode; `model` is a dense instance where its class is not known here."""
+    """The module saved in a folder, in evaluation mode.
+
+    `model` is a dense instance where its class is not known here.
+    """
     folder = Path(path)
     description = read_json(folder / DESCRIPTION, SCHEMA)
     try:
@@ -153,23 +172,25 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     kind = description["kind"]
     if kind == "head":
         module: nn.Module = _build_head(description)
-    elif kind in ("fair-esm", "transformers"):
+    elif kind in ("esm2", "transformers"):
         module = Architecture(kind, description["class"], description["config"]).build()
     elif model is None:
-        raise InputError(f"a dense {description['class']} required to load {folder}; call load(path, model=...)")
+        raise InputError(
+            f"a dense {description['class']} required to load {folder}; call load(path, model=...)"
+        )
     else:
         module = copy.deepcopy(model)
     for name, shape in description["factors"].items():
-        empty = _empty_factors(shape, tensors, name)
         if name:
-            module.set_submodule(name, empty)
+            module.set_submodule(name, _empty_factors(shape))
         else:
-            module = empty
+            module = _empty_factors(shape)
     try:
         module.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:
+        reason = str(error).splitlines()[-1]
         raise InputError(
-            f"weights of this {kind} required in {folder}, got others: {str(error).splitlines()[-1]}"
+            f"weights of this {kind} required in {folder}, got others: {reason}"
         ) from None
     if hasattr(module, "tie_weights"):
         cast(Any, module).tie_weights()
@@ -186,45 +207,23 @@ def _tie(module: nn.Module, alias: str, name: str) -> None:
     setattr(module.get_submodule(owner), attribute, shared)
 
 
-def _empty_factors(shape: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> nn.Module:
-    d_in, d_out, rank = shape["d_in"], shape["d_out"], shape["rank"]
-    if shape["type"] == "int8":
-        return Int8LowRank.empty(d_in, d_out, rank, shape["bias"])
-    bias = torch.zeros(d_out) if shape["bias"] else None
-    return LowRankLinear(torch.zeros(rank, d_in), torch.zeros(d_out, rank), bias)
-
-
-def _build_head(description: Mapping[str, Any]) -> nn.Module:
-    parts: list[nn.Module] = []
-    for part in description["modules"]:
-        kind = part["type"]
-        if kind == "linear":
-            parts.append(nn.utils.skip_init(nn.Linear, part["d_in"], part["d_out"], bias=part["bias"]))
-        elif kind == "factors":
-            parts.append(nn.Identity())  # put in place below, with the other factors
-        elif kind == "layernorm":
-            parts.append(nn.LayerNorm(part["shape"], eps=part["eps"], bias=part["bias"]))
-        else:
-            parts.append(ACTIVATIONS[kind](**{k: v for k, v in part.items() if k != "type"}))
-    return parts[0] if description["single"] else nn.Sequential(*parts)
-
-
 def merged(module: nn.Module, dense: nn.Module) -> nn.Module:
-    """A copy of the dense model that holds W = B A and the students' biases: the compressed function in dense form."""
-    small = dict(module.named_modules())
+    """A copy of the dense model with W = B A and the students' biases: the compressed function."""
     result = copy.deepcopy(dense)
-    layers = dict(result.named_modules())
-    state = {k: v for k, v in module.state_dict().items() if k in result.state_dict()}
-    result.load_state_dict(state, strict=False)
-    for name, part in small.items():
+    names = result.state_dict()
+    result.load_state_dict(
+        {k: v for k, v in module.state_dict().items() if k in names}, strict=False
+    )
+    for name, part in module.named_modules():
         if not isinstance(part, LowRankLinear | Int8LowRank):
             continue
-        layer = layers[name]
-        assert is_linear(layer)
-        weight, bias = dense_weight(part)
+        layer: Any = result.get_submodule(name)
+        low_rank = part.dequantised() if isinstance(part, Int8LowRank) else part
+        weight, bias = low_rank.B.weight.double() @ low_rank.A.weight.double(), low_rank.B.bias
         if layer.bias is None:
             raise InputError(
-                f"a layer with bias required for a dense export, {name} has none; keep the factors instead"
+                f"a layer with bias required for a dense export, {name} has none;"
+                " keep the factors instead"
             )
         with torch.no_grad():
             layer.weight.copy_(weight if isinstance(layer, nn.Linear) else weight.T)
@@ -232,31 +231,14 @@ def merged(module: nn.Module, dense: nn.Module) -> nn.Module:
     return result
 
 
-def dense_weight(part: LowRankLinear | Int8LowRank) -> tuple[Tensor, Tensor | None]:
-    """W = B A (d_out, d_in) and the bias of a low-rank layer, multiplied in float64."""
-    if isinstance(part, Int8LowRank):
-        A, B, bias = part.factors()
-    else:
-        A, B = part.A.weight.detach(), part.B.weight.detach()
-        bias = None if part.B.bias is None else part.B.bias.detach()
-    return B.double() @ A.double(), None if bias is None else bias.detach()
-
-
 def save_merged(module: nn.Module, architecture: Architecture, folder: str | Path) -> None:
-    """Write a dense-compatible Hugging Face checkpoint of a compressed transformers model; anyone can load it."""
+    """Write a dense Hugging Face checkpoint of a compressed transformers model: runs anywhere."""
     if architecture.kind != "transformers":
         raise InputError(
-            "a Hugging Face model required for a dense export, got fair-esm's ESM2; load the folder instead"
+            "a Hugging Face model required for a dense export, got fair-esm's ESM2;"
+            " load the folder instead"
         )
-    folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
-    try:
+    with atomic(folder) as temporary:
         cast(Any, merged(module, architecture.build())).save_pretrained(temporary)
-        copy_tokenizer(architecture.source, temporary)
-        if folder.exists():
-            for file in temporary.iterdir():
-                os.replace(file, folder / file.name)
-        else:
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for name, text in tokenizer_files(architecture.source).items():
+            (temporary / name).write_text(text)

@@ -1,11 +1,12 @@
-"""Small random models of every supported architecture, and token batches with padding and special tokens."""
+"""Small random models of every architecture, token batches with padding and special tokens."""
 
 import torch
 from torch import Tensor, nn
 
 from distil_rank.compress.architectures import describe
+from distil_rank.proteins.esm2 import ESM2
 
-KINDS = ("fair-esm", "EsmModel", "EsmForMaskedLM", "GPT2LMHeadModel")
+KINDS = ("esm2", "EsmModel", "EsmForMaskedLM", "GPT2LMHeadModel")
 
 
 def small_model(kind: str, width: int = 32, layers: int = 2, seed: int = 0) -> nn.Module:
@@ -15,7 +16,9 @@ def small_model(kind: str, width: int = 32, layers: int = 2, seed: int = 0) -> n
 
 
 def _build(kind: str, width: int, layers: int) -> nn.Module:
-    if kind == "fair-esm":
+    if kind == "esm2":
+        return ESM2(layers, width, 4, head=True)
+    if kind == "fair-esm":  # any nn.Module to compression; its activations are (T, B, d)
         import esm
 
         return esm.ESM2(layers, width, 4, "ESM-1b")
@@ -23,7 +26,13 @@ def _build(kind: str, width: int, layers: int) -> nn.Module:
 
     if kind == "GPT2LMHeadModel":
         config = transformers.GPT2Config(
-            vocab_size=33, n_embd=width, n_layer=layers, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0
+            vocab_size=33,
+            n_embd=width,
+            n_layer=layers,
+            n_head=4,
+            n_positions=64,
+            bos_token_id=0,
+            eos_token_id=0,
         )
         return transformers.GPT2LMHeadModel(config)
     config = transformers.EsmConfig(
@@ -44,12 +53,14 @@ def _build(kind: str, width: int, layers: int) -> nn.Module:
     return transformers.EsmForMaskedLM(config)
 
 
-def token_batches(model: nn.Module, count: int = 3, rows: int = 4, length: int = 14, seed: int = 0) -> list:
-    """Batches of random proteins of different lengths: <cls> residues <eos> padding, or for GPT-2 end residues end."""
+def token_batches(
+    model: nn.Module, count: int = 3, rows: int = 4, length: int = 14, seed: int = 0
+) -> list:
+    """Batches of random proteins: <cls> residues <eos> padding, or for GPT-2 end residues end."""
     architecture = describe(model)
-    assert architecture is not None
     source = torch.Generator().manual_seed(seed)
-    start, end, pad = (0, 0, 0) if architecture.causal else (0, 2, 1)
+    causal = architecture is not None and architecture.causal
+    start, end, pad = (0, 0, 0) if causal else (0, 2, 1)
     batches = []
     for _ in range(count):
         lengths = torch.randint(length // 2, length - 1, (rows,), generator=source)
@@ -59,7 +70,7 @@ def token_batches(model: nn.Module, count: int = 3, rows: int = 4, length: int =
             row[0], row[n + 1] = start, end
             row[1 : n + 1] = torch.randint(4, 24, (n,), generator=source)
         mask = torch.arange(length) < lengths[:, None] + 2
-        batches.append(architecture.batch(tokens, mask))
+        batches.append(tokens if architecture is None else architecture.batch(tokens, mask))
     return batches
 
 
@@ -68,5 +79,5 @@ def output(model: nn.Module, batch) -> Tensor:
     architecture = describe(model)
     assert architecture is not None
     with torch.no_grad():
-        run = architecture.logits if architecture.has_logits else architecture.hidden
-        return run(model, batch)[architecture.residues(model, batch)]
+        hidden, logits = architecture.read(model, batch)
+        return (hidden if logits is None else logits)[architecture.residues(batch)]

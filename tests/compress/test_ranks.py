@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distil_rank.core.errors import InputError
 from distil_rank.compress.ranks import METHODS, Layer, allocate
+from distil_rank.core.errors import InputError
 
 
 def layer(name: str, d_in: int, d_out: int, seed: int, importance: float | None = None) -> Layer:
@@ -52,11 +52,16 @@ def test_allocation_is_within_budget_and_never_below_its_certificate(shapes, rat
 def test_budget_is_optimal_where_every_rank_costs_the_same():
     layers = [layer(f"l{i}", 12, 12, i) for i in range(3)]
     for budget in range(24 * 3, 24 * 9, 24):
-        assert allocate(layers, budget).loss == pytest.approx(brute_force(layers, budget), abs=1e-12)
+        assert allocate(layers, budget).loss == pytest.approx(
+            brute_force(layers, budget), abs=1e-12
+        )
 
 
 def test_budget_is_no_worse_than_uniform_and_energy():
-    layers = [layer(f"l{i}", d_in, d_out, i) for i, (d_in, d_out) in enumerate([(64, 64), (64, 256), (256, 64)] * 4)]
+    layers = [
+        layer(f"l{i}", d_in, d_out, i)
+        for i, (d_in, d_out) in enumerate([(64, 64), (64, 256), (256, 64)] * 4)
+    ]
     budget = 0.4 * sum(x.dense_cost for x in layers)
     losses = {method: allocate(layers, budget, method) for method in METHODS}
     assert losses["budget"].loss <= min(losses["uniform"].loss, losses["energy"].loss)
@@ -81,7 +86,9 @@ def test_importance_moves_ranks():
 def test_a_full_budget_keeps_every_layer_dense():
     layers = [layer("a", 16, 16, 0), layer("b", 16, 48, 1)]
     for method in METHODS:
-        assert set(allocate(layers, sum(x.dense_cost for x in layers), method).ranks.values()) == {None}
+        assert set(allocate(layers, sum(x.dense_cost for x in layers), method).ranks.values()) == {
+            None
+        }
 
 
 def test_bad_input():

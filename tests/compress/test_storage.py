@@ -1,19 +1,19 @@
-"""Saved and loaded again: bit-equal, without pickle, on every architecture; dense exports; compiled and exported parity."""
+"""Saved and loaded again: bit-equal, without pickle; dense exports; compiled and exported."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
 from torch import nn
 
 import distil_rank
-from distil_rank.core.errors import InputError
 from distil_rank.compress import storage
 from distil_rank.compress.architectures import describe
 from distil_rank.compress.dense_models import load_dense
 from distil_rank.compress.heads import compress_head
-from distil_rank.compress.models import compress_model
-from distil_rank.compress.quantise import quantise_model
+from distil_rank.compress.models import compress_model, quantise_model
+from distil_rank.core.errors import InputError
 from tests.compress.small_models import KINDS, output, small_model, token_batches
 
 
@@ -59,20 +59,28 @@ def test_dense_export_runs_without_this_package(kind, tmp_path):
     storage.save_merged(small, describe(model), tmp_path / "merged")
     options = {"add_pooling_layer": False} if kind == "EsmModel" else {}
     plain = getattr(transformers, kind).from_pretrained(tmp_path / "merged", **options).eval()
-    torch.testing.assert_close(output(plain, batches[0]), output(small, batches[0]), rtol=1e-5, atol=2e-5)
-    again, architecture = load_dense(str(tmp_path / "merged"))
+    torch.testing.assert_close(
+        output(plain, batches[0]), output(small, batches[0]), rtol=1e-5, atol=2e-5
+    )
+    again, architecture, *_ = load_dense(str(tmp_path / "merged"))
     assert (architecture.class_name == kind and same(plain, again)) or kind == "EsmModel"
 
 
-def test_fair_esm_has_no_dense_export(tmp_path):
-    model = small_model("fair-esm")
+def test_esm2_has_no_dense_export(tmp_path):
+    model = small_model("esm2")
     small, _ = compress_model(model, token_batches(model), ratio=0.5)
     with pytest.raises(InputError, match="Hugging Face"):
         storage.save_merged(small, describe(model), tmp_path / "merged")
 
 
 HEAD = nn.Sequential(
-    nn.Linear(40, 48), nn.GELU(), nn.LayerNorm(48), nn.Dropout(0.3), nn.Linear(48, 40), nn.Tanh(), nn.Linear(40, 3)
+    nn.Linear(40, 48),
+    nn.GELU(),
+    nn.LayerNorm(48),
+    nn.Dropout(0.3),
+    nn.Linear(48, 40),
+    nn.Tanh(),
+    nn.Linear(40, 3),
 )
 
 
@@ -81,7 +89,7 @@ HEAD = nn.Sequential(
 def test_reloaded_heads_are_bit_equal(module, int8, tmp_path):
     x = torch.randn(100, 40, generator=torch.Generator().manual_seed(0))
     small, certificate = compress_head(module.eval(), x, rank=8, int8=int8)
-    storage.save(small, tmp_path / "head", certificate=certificate)
+    storage.save(small, tmp_path / "head", certificate=asdict(certificate))
     loaded = distil_rank.load(tmp_path / "head")
     assert same(small, loaded) and torch.equal(small(x), loaded(x))
 
@@ -104,7 +112,7 @@ def test_a_user_class_is_loaded_into_an_instance(tmp_path):
 
 
 def test_damaged_folders_are_refused(tmp_path):
-    model = small_model("fair-esm")
+    model = small_model("esm2")
     small, _ = compress_model(model, token_batches(model), ratio=0.5)
     folder = tmp_path / "small"
     with pytest.raises(InputError, match="compressed"):
@@ -138,6 +146,22 @@ def test_other_files_in_the_folder_survive(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["small"]
 
 
+def test_nothing_of_an_earlier_module_stays(tmp_path):
+    model = small_model("EsmForMaskedLM")
+    small, _ = compress_model(model, token_batches(model), ratio=0.5)
+    storage.save(small, tmp_path, describe(model), certificate={"any": 1}, readme="text")
+    storage.save_merged(small, describe(model), tmp_path / "merged")
+    for name in ("model.onnx", "report.json", "report.png", "notes.txt"):
+        (tmp_path / name).write_text("of the earlier module")
+    storage.save(nn.Linear(4, 4), tmp_path)
+    left = {"model.safetensors", "compressed.json", "notes.txt"}
+    assert {f.name for f in tmp_path.iterdir()} == left
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("of a folder that holds no module")
+    storage.save(nn.Linear(4, 4), tmp_path / "mine")
+    assert (tmp_path / "mine" / "README.md").is_file()
+
+
 @pytest.mark.parametrize("int8", [False, True])
 def test_traced_graphs_agree(int8):
     """torch.compile without a C++ compiler: the traced graph gives the same numbers."""
@@ -163,12 +187,14 @@ def test_compiled_models_agree(kind):
 def test_onnx_agrees(int8, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    from distil_rank.compress.compress_head import export_onnx
+    from distil_rank.compress.head_files import export_onnx
 
     x = torch.randn(20, 40, generator=torch.Generator().manual_seed(0))
     small, _ = compress_head(HEAD.eval(), x, rank=8, int8=int8)
     export_onnx(small, x[:2], tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
     for rows in (x, x[:1]):
         (found,) = session.run(None, {"x": rows.numpy()})
         with torch.no_grad():

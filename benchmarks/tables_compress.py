@@ -1,26 +1,28 @@
-"""What the benchmark of compression found, as markdown: pure functions of benchmarks/results/compress.json."""
-
-from typing import Any
+"""What the benchmark of compression found, as markdown: functions of its JSON record."""
 
 import numpy as np
 
-from distil_rank.experiment.tables import markdown, number
+from distil_rank.core.records import Record
+from distil_rank.core.tables import markdown, number, with_interval
 
 SCHEMA = "distil-rank/benchmark-compress/1"
 
 
-def span(found: dict[str, float], digits: int = 3) -> str:
-    """Value and interval."""
-    return f"{found['value']:.{digits}f} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
-
-
-def bars(record: dict[str, Any]) -> str:
+def bars(record: Record) -> str:
     """The bars and what was measured."""
     rows = [["what", "measured", "bar"]]
     if found := record.get("prior"):
         rows += [
-            ["50 proteins with a prior in domain / all data", span(found["in_domain_over_full_data"]), "at most 1.10"],
-            ["50 proteins without a prior / all data", span(found["no_prior_over_full_data"]), ""],
+            [
+                "50 proteins with a prior in domain / all data",
+                with_interval(found["in_domain_over_full_data"], ".3f"),
+                "at most 1.10",
+            ],
+            [
+                "50 proteins without a prior / all data",
+                with_interval(found["no_prior_over_full_data"], ".3f"),
+                "",
+            ],
             [
                 "prior out of domain / no prior, worst",
                 f"{found['worst_out_of_domain_over_no_prior']:.4f}",
@@ -30,44 +32,65 @@ def bars(record: dict[str, Any]) -> str:
     if found := record.get("int8"):
         for least in (1e-2, 1e-3, 0.0):
             worst = max(s["extra"] for s in found["same_rank"] if s["low_rank"] >= least)
-            label = f"int8 at the same rank, worst extra FVU where FVU >= {least:g}" if least else "the same, any FVU"
+            label = (
+                f"int8 at the same rank, worst extra FVU where FVU >= {least:g}"
+                if least
+                else "the same, any FVU"
+            )
             rows.append([label, f"{worst:.2%}", "2 %"])
         factor = found["float32_over_int8_fvu_at_equal_bytes"]
         text = f"{factor['median']:.1f} ({factor['smallest']:.1f} to {factor['largest']:.1f})"
         rows.append(["float32 FVU / int8 FVU at equal bytes, median (range)", text, "above 1"])
     if found := record.get("head"):
         for r in found["records"]:
-            metric = {"own": ", own metric", "next": ", next layer's metric", "output": ""}[r["metric"]]
+            metric = {"own": ", own metric", "next": ", next layer's metric", "output": ""}[
+                r["metric"]
+            ]
             metric += ", int8" if r["int8"] else ""
-            change = r["task"]["change"]
-            text = f"{change['value']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}]"
-            rows.append(
-                [f"GB1 head, {r['bytes_ratio']:.1f} x fewer bytes, seed {r['seed']}{metric}: Spearman", text, "-0.01"]
-            )
+            text = with_interval(r["task"]["change"], "+.4f")
+            smaller = f"{r['bytes_ratio']:.1f} x fewer bytes, seed {r['seed']}{metric}"
+            rows.append([f"GB1 head, {smaller}: Spearman", text, "-0.01"])
     if found := record.get("large"):
         minutes = found["processor_seconds"] / 60
-        rows.append([f"650M shape: processor time, {found['threads']} thread", f"{minutes:.1f} min", ""])
+        rows.append(
+            [f"650M shape: processor time, {found['threads']} thread", f"{minutes:.1f} min", ""]
+        )
         rows.append(["650M shape: peak memory", f"{found['peak_gb']:.1f} GB", "24 GB"])
     return markdown(rows)
 
 
-def cells(record: dict[str, Any]) -> str:
-    """Held-out FVU against other layer compressors, paired over cells; a log ratio above 0 says that ours is smaller."""
+def cells(record: Record) -> str:
+    """Held-out FVU against other layer compressors, paired over cells; above 0 ours is smaller."""
     if "cells" not in record:
         return "Not measured yet."
-    rows = [["ours", "against", "no worse", "within 0.1 %", "where n > d", "mean log FVU ratio, theirs / ours"]]
-    for ours, label in (("optimum", "optimum"), ("few rows", "optimum, few rows drawn to the weight")):
+    rows = [
+        [
+            "ours",
+            "against",
+            "no worse",
+            "within 0.1 %",
+            "where n > d",
+            "mean log FVU ratio, theirs / ours",
+        ]
+    ]
+    for ours, label in (
+        ("optimum", "optimum"),
+        ("few rows", "optimum, few rows drawn to the weight"),
+    ):
         against = record["cells"]["against"][ours]
         for name in [n for n in against if n.startswith(("SVD-LLM", "alternating", "optimum"))]:
-            keys = ("share_no_worse", "share_no_worse_within_1e-3", "share_no_worse_with_more_rows_than_features")
-            ratio = against[name]["mean_log_ratio"]
-            text = f"{ratio['value']:+.2g} [{ratio['low']:+.2g}, {ratio['high']:+.2g}]"
+            keys = (
+                "share_no_worse",
+                "share_no_worse_within_1e-3",
+                "share_no_worse_with_more_rows_than_features",
+            )
+            text = with_interval(against[name]["mean_log_ratio"], "+.2g")
             rows.append([label, name, *(f"{against[name][key]:.1%}" for key in keys), text])
     return markdown(rows)
 
 
-def models(record: dict[str, Any]) -> str:
-    """Whole models: mean over calibration draws of held-out layer FVU and perplexity, by method and ratio."""
+def models(record: Record) -> str:
+    """Whole models: mean over calibration draws of held-out layer FVU and perplexity."""
     if "models" not in record:
         return "Not measured yet."
     parts = []
@@ -80,16 +103,15 @@ def models(record: dict[str, Any]) -> str:
         for method in dict.fromkeys(r["method"] for r in found["records"]):
             row = [method]
             for ratio in ratios:
-                chosen = [r for r in found["records"] if r["method"] == method and r["ratio"] == ratio]
-                row += [
-                    number(float(np.mean([r["mean_layer_fvu"] for r in chosen]))),
-                    f"{np.mean([r['perplexity'] for r in chosen]):.3f}",
+                chosen = [
+                    r for r in found["records"] if r["method"] == method and r["ratio"] == ratio
                 ]
+                row.append(number(float(np.mean([r["mean_layer_fvu"] for r in chosen]))))
+                row.append(f"{np.mean([r['perplexity'] for r in chosen]):.3f}")
             rows.append(row)
         draws = found["verdicts"][0]["draws"]
-        parts.append(
-            f"**{name}** (dense perplexity {found['perplexity_before']:.3f}; means over {draws} draws)\n\n{markdown(rows)}"
-        )
+        title = f"**{name}** (dense perplexity {found['perplexity_before']:.3f};"
+        parts.append(f"{title} means over {draws} draws)\n\n{markdown(rows)}")
     return "\n\n".join(parts)
 
 
@@ -100,7 +122,7 @@ PAIRS = (
 )
 
 
-def pairs(record: dict[str, Any]) -> str:
+def pairs(record: Record) -> str:
     """Paired comparisons of methods over calibration draws (all of them are in the JSON)."""
     if "models" not in record:
         return "Not measured yet."
@@ -108,7 +130,9 @@ def pairs(record: dict[str, Any]) -> str:
     for name, found in record["models"]["models"].items():
         for v in found["verdicts"]:
             if (v["first"], v["second"]) in PAIRS:
-                cells = [cell for key in ("mean_layer_fvu", "perplexity") for cell in _ordered(v[key])]
+                cells = [
+                    cell for key in ("mean_layer_fvu", "perplexity") for cell in _ordered(v[key])
+                ]
                 rows.append([f"{name}, {v['ratio']:g}", v["first"], v["second"], *cells])
     return markdown(rows)
 
@@ -119,7 +143,7 @@ def _ordered(found: dict[str, float]) -> tuple[str, str]:
     return f"{found['log_ratio']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]", word
 
 
-def precision(record: dict[str, Any]) -> str:
+def precision(record: Record) -> str:
     """FVU at equal bytes by precision."""
     if "int8" not in record:
         return "Not measured yet."
@@ -127,6 +151,9 @@ def precision(record: dict[str, Any]) -> str:
     for teacher, curve in record["int8"]["equal_bytes"].items():
         for size in dict.fromkeys(point["bytes"] for point in curve):
             at = {p["precision"]: p for p in curve if p["bytes"] == size}
-            cells = [f"{number(at[k]['fvu'])} (rank {at[k]['rank']})" for k in ("float32", "bfloat16", "int8")]
+            cells = [
+                f"{number(at[k]['fvu'])} (rank {at[k]['rank']})"
+                for k in ("float32", "bfloat16", "int8")
+            ]
             rows.append([teacher, f"{size:,}", *cells])
     return markdown(rows)

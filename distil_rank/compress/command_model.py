@@ -1,0 +1,223 @@
+"""Make a whole protein language model smaller, and say what was lost.
+
+    distil-rank compress model nano-64 --fasta proteins.fasta --ratio 0.5 --out small/
+    distil-rank compress model gpt2_folder/ --fasta proteins.fasta --ratio 0.5 \
+        --sequential --recover 300 --merge --out small/
+
+MODEL is a name (nano-64, esm2_t6_8M_UR50D), a fair-esm .pt file or a Hugging Face folder of an
+ESM-2 or GPT-2. The output folder has the weights (model.safetensors), certificate.json,
+report.json, report.png and a README that loads them: `distil_rank.load("small/")` gives a torch
+module. Layers whose factors would not be smaller stay dense.
+"""
+
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch import nn
+
+from distil_rank.compress.architectures import Architecture
+from distil_rank.compress.calibration import collect, load_prior, save_prior
+from distil_rank.compress.dense_models import Dense, load_dense
+from distil_rank.compress.evaluate import compare, cost, mutation_effects
+from distil_rank.compress.models import compress_model, quantise_model
+from distil_rank.compress.recover import recover
+from distil_rank.compress.report import SCHEMA, draw, readme, summary
+from distil_rank.compress.sites import Batch, find_sites, trace
+from distil_rank.compress.storage import save, save_merged
+from distil_rank.core.devices import pick_device
+from distil_rank.core.errors import InputError, at_least
+from distil_rank.core.randomness import generator
+from distil_rank.core.records import (
+    Record,
+    config_record,
+    environment,
+    require_writable,
+    sha256,
+    shown_path,
+    write_json,
+)
+from distil_rank.proteins.fasta import clean_proteins, read_fasta
+from distil_rank.proteins.variants import Assay, read_assays
+
+
+@dataclass(frozen=True)
+class Config:
+    model: tyro.conf.Positional[str]  # a model by name, file or folder
+    fasta: Path  # FASTA of proteins to work on
+    ratio: float  # parameters of the chosen layers after / before
+    out: Path  # where to write
+    held_out_fasta: Path | None = None  # FASTA to measure on, instead of a share of --fasta
+    held_out: float = 0.1  # share of the proteins kept aside
+    max_length: int = 1022  # longest protein in residues
+    method: Literal["budget", "energy", "uniform"] = "budget"  # how layers share the parameters
+    sensitivity: bool = False  # weigh layers by the gradient of the model's own loss
+    sequential: bool = False  # fit each block to what the compressed blocks before it do
+    include: tuple[str, ...] = ("*",)  # name patterns of the layers to compress
+    exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
+    recover: int = 0  # steps of distillation of the factors afterwards
+    int8: bool = False  # eight-bit factors
+    prior: Path | None = None  # moments of other proteins, from --moments-out
+    moments_out: Path | None = None  # also write the model's moments, to be somebody's --prior
+    dms: Path | None = None  # folder of mutation assays (NAME.csv with NAME.fasta): Spearman
+    merge: bool = False  # also write merged/, a dense Hugging Face checkpoint
+    device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
+    seed: int = 0  # of everything random
+
+
+def run(config: Config) -> None:
+    """Compress a model; nothing is written before the whole request was checked."""
+    started = time.perf_counter()
+    device = pick_device(config.device)
+    dense, assays, fitted, held_out = checked(config, device)
+    model, architecture = dense.model, dense.architecture
+    raw, tests = (architecture.batches(part, device) for part in (fitted, held_out))
+    batches = architecture.calibration(raw)
+    prior = None if config.prior is None else load_prior(config.prior, device)
+    out = config.out
+    require_writable(out if out.exists() else out.absolute().parent)
+    if config.moments_out is not None:
+        require_writable(config.moments_out.absolute().parent)
+        if config.moments_out.is_dir():
+            raise InputError(f"a file required for --moments-out, {config.moments_out} is a folder")
+    if config.moments_out is not None:
+        write_moments(config, model, batches)
+    small, report = compress_model(
+        *(model, batches, config.ratio),
+        method=config.method,
+        include=config.include,
+        exclude=config.exclude,
+        held_out=architecture.calibration(tests),
+        loss=architecture.loss if config.sensitivity else None,
+        sequential=config.sequential,
+        prior=prior,
+    )
+    record: Record = {"schema": SCHEMA, "compression": report.record()}
+    if config.recover:
+        small = recovered(config, architecture, model, small, raw, tests, record)
+    if config.int8:
+        small, certificates = quantise_model(small, batches)
+        record["int8"] = {name: asdict(c) for name, c in certificates.items()}
+    record["evaluation"] = compare(architecture, model, small, tests, seed=config.seed)
+    record["cost"] = cost(model, small, max(tests, key=len))
+    if assays:
+        record["mutations"] = mutation_effects(
+            architecture, {"before": model, "after": small}, assays
+        )
+    data = {"source": shown_path(config.fasta), "sha256": sha256(config.fasta)}
+    record |= {
+        "seconds": time.perf_counter() - started,
+        "config": config_record(config),
+        "data": {**data, "n_train": len(fitted), "n_val": len(held_out)},
+        "teacher": {"source": shown_path(dense.source), "sha256": dense.sha256},
+        "seeds": [config.seed],
+        "environment": environment(device),
+        "machine_dependent": ["cost", "seconds", "environment"],
+    }
+    text = readme(Path(config.model).name, architecture.class_name, record, out)
+    save(small, out, architecture, certificate=record["compression"], readme=text)
+    write_json(out / "report.json", record)
+    draw(out)
+    if config.merge:
+        save_merged(small, architecture, out / "merged")
+    print(summary(record, out))
+
+
+def checked(
+    config: Config, device: torch.device
+) -> tuple[Dense, list[Assay], list[str], list[str]]:
+    """The model, the assays, the proteins to fit on and those to measure on; InputError."""
+    if not 0 < config.ratio <= 1:
+        raise InputError(f"--ratio must be above 0 and at most 1, got {config.ratio}")
+    if not 0 < config.held_out < 1:
+        raise InputError(f"--held-out must be between 0 and 1, got {config.held_out}")
+    at_least(0, recover=config.recover)
+    at_least(1, max_length=config.max_length)
+    dense = load_dense(config.model, device)
+    architecture = dense.architecture
+    if config.merge and architecture.kind != "transformers":
+        raise InputError("--merge needs a Hugging Face model, got a fair-esm one; leave it out")
+    if config.sensitivity and not architecture.has_logits:
+        raise InputError(
+            "--sensitivity needs a model with a language-model head,"
+            f" got {architecture.class_name}; leave it out"
+        )
+    assays = []
+    if config.dms is not None:
+        if architecture.causal or not architecture.has_logits:
+            raise InputError(
+                f"--dms needs a masked language model, got {architecture.class_name}; leave it out"
+            )
+        assays = read_assays(config.dms, least=3)
+    return dense, assays, *proteins(config)
+
+
+def proteins(config: Config) -> tuple[list[str], list[str]]:
+    """Sequences to fit on and to measure on, cut at --max-length; none is in both."""
+    fitted = read(config.fasta, config.max_length)
+    if config.held_out_fasta is not None:
+        found, known = read(config.held_out_fasta, config.max_length), set(fitted)
+        held_out = [sequence for sequence in found if sequence not in known]
+        if len(held_out) < len(found):
+            note(f"{len(found) - len(held_out)} held-out proteins left out: also fitted on")
+    else:
+        unique = list(dict.fromkeys(fitted))
+        if len(unique) < len(fitted):
+            note(f"{len(fitted) - len(unique)} proteins left out: equal to others")
+        draws = generator(config.seed, "held-out proteins")
+        order = torch.randperm(len(unique), generator=draws).tolist()
+        count = round(config.held_out * len(unique))
+        fitted, held_out = ([unique[i] for i in sorted(p)] for p in (order[count:], order[:count]))
+    if not fitted or not held_out:
+        raise InputError(
+            "at least one protein to fit and another one to hold out required,"
+            f" got {len(fitted)} and {len(held_out)}; give more"
+        )
+    return fitted, held_out
+
+
+def read(path: Path, limit: int) -> list[str]:
+    found = [p.sequence for p in clean_proteins(list(read_fasta(path)), note)]
+    longer = sum(len(sequence) > limit for sequence in found)
+    if longer:
+        note(f"{longer} of {len(found)} proteins cut at {limit} residues")
+    return [sequence[:limit] for sequence in found]
+
+
+def note(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr)
+
+
+def write_moments(config: Config, model: nn.Module, batches: list[Batch]) -> None:
+    """The dense model's moments on these proteins, for use as a prior elsewhere."""
+    assert config.moments_out is not None
+    sites = trace(model, batches[0], find_sites(model, config.include, config.exclude))
+    found = collect(model, batches, sites)
+    save_prior(config.moments_out, found, model=Path(config.model).name)
+
+
+def recovered(
+    config: Config,
+    architecture: Architecture,
+    model: nn.Module,
+    small: nn.Module,
+    raw: list[Batch],
+    tests: list[Batch],
+    record: Record,
+) -> nn.Module:
+    """The model after --recover steps, which an interrupted command goes on with."""
+    checkpoint = config.out.absolute().parent / f".{config.out.name}.recovery.pt"
+    record["before_recovery"] = compare(architecture, model, small, tests, seed=config.seed)
+    better, losses = recover(
+        *(architecture, model, small, raw, config.recover),
+        seed=config.seed,
+        checkpoint=checkpoint,
+    )
+    states = small.state_dict().values(), better.state_dict().values()
+    kept = any(not torch.equal(a, b) for a, b in zip(*states))
+    record |= {"recovery_loss": losses, "recovery_kept": kept}
+    return better

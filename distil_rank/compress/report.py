@@ -1,0 +1,212 @@
+"""What a compressed model lost, for eyes: report.png from report.json alone, terminal, README."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from distil_rank.core.figures import INK, PALETTE, QUIET, drawn
+from distil_rank.core.records import Record, read_json
+
+SCHEMA = "distil-rank/compressed-model/1"
+LABEL = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6}
+SMALLEST = 1e-9  # what a log axis shows of a loss of zero
+
+
+def summary(record: Record, out: Path) -> str:
+    """What the terminal shows."""
+    found, evaluation, money = record["compression"], record["evaluation"], record["cost"]
+    dense = [x for x in found["layers"] if x["rank"] is None]
+    lines = [
+        f"{len(found['layers']) - len(dense)} layers low-rank, {len(dense)} dense",
+        *(f"  dense: {x['name']} ({x['note']})" for x in dense),
+        f"parameters {found['parameters']} -> {found['parameters_after']},"
+        f" bytes {money['bytes_before']} -> {money['bytes_after']},"
+        f" forward pass {money['speedup']['median']:.2f} x as fast",
+        f"mean layer FVU {found['mean_fvu']:.4g},"
+        f" hidden-state FVU {evaluation['hidden_fvu']['value']:.4g}",
+    ]
+    if "perplexity_ratio" in evaluation:
+        before, after, ratio = (evaluation[f"perplexity_{k}"] for k in ("before", "after", "ratio"))
+        lines.append(
+            f"{evaluation['kind']} {before['value']:.4g} -> {after['value']:.4g},"
+            f" ratio {ratio['value']:.4g} [{ratio['low']:.4g}, {ratio['high']:.4g}];"
+            f" logits KL {evaluation['logits_kl']['value']:.4g} nats"
+        )
+    if "mutations" in record:
+        before, after = (record["mutations"][f"mean_spearman_{k}"] for k in ("before", "after"))
+        lines.append(f"DMS Spearman {before:.4f} -> {after:.4f}")
+    return "\n".join([*lines, f"written to {out}"])
+
+
+def readme(name: str, class_name: str, record: Record, out: Path) -> str:
+    """README.md of the folder."""
+    evaluation = record["evaluation"]
+    ratio = evaluation.get("perplexity_ratio")
+    hidden = f"hidden FVU {evaluation['hidden_fvu']['value']:.3g}"
+    loss = f"perplexity x {ratio['value']:.4g}" if ratio else hidden
+    return f"""{name} with {record["compression"]["parameters_after"]} parameters, compressed by \
+Distil-Rank; {loss} on {evaluation["proteins"]} held-out proteins (see report.json, report.png).
+```python
+import distil_rank
+model = distil_rank.load("{out.name}")  # {class_name}, same inputs and outputs as before
+```
+"""
+
+
+def draw(folder: str | Path) -> Path:
+    """Draw FOLDER/report.png from FOLDER/report.json; returns its path."""
+    record = read_json(Path(folder) / "report.json", SCHEMA)
+    path = Path(folder) / "report.png"
+    with drawn(path, (16, 10)) as figure:
+        margins = {"left": 0.055, "right": 0.975, "top": 0.83, "bottom": 0.08}
+        grid = figure.add_gridspec(2, 6, **margins, hspace=0.42, wspace=1.0)
+        colors = kinds(record)
+        fidelity(figure.add_subplot(grid[0, :4]), record, colors)
+        quality(figure.add_subplot(grid[0, 4:]), record)
+        ranks(figure.add_subplot(grid[1, :4]), record, colors)
+        last = recovery if record.get("recovery_loss") else costs
+        last(figure.add_subplot(grid[1, 4:]), record)
+        figure.text(0.012, 0.955, title(record), size=19, weight="bold")
+        figure.text(0.012, 0.922, caption(record), size=11.5)
+        x = 0.012
+        for kind, color in colors.items():
+            figure.text(x, 0.885, f"● {kind}", size=11.5, color=color, weight="bold")
+            x += 0.0066 * len(kind) + 0.03
+    return path
+
+
+def title(record: Record) -> str:
+    found, name = record["compression"], Path(record["config"]["model"]).name
+    text = f"{name}: {found['parameters']:,} → {found['parameters_after']:,} parameters"
+    ratio = record["evaluation"].get("perplexity_ratio")
+    return text + (f", perplexity × {ratio['value']:.3f}" if ratio else "")
+
+
+def caption(record: Record) -> str:
+    found, data, evaluation = record["compression"], record["data"], record["evaluation"]
+    steps = len(record.get("recovery_loss", ()))
+    how = [
+        f"{found['method']} ranks at ratio {found['ratio']:g}"
+        + (" by sensitivity" if record["config"]["sensitivity"] else ""),
+        *(["sequential"] if found["sequential"] else []),
+        *([f"{steps} recovery steps"] if steps else []),
+        *(["int8 factors"] if "int8" in record else []),
+    ]
+    gap = found["allocation"]["gap"] if found["allocation"] else 0.0
+    return (
+        f"{', '.join(how)} (at most {100 * gap:.2g} % from the best choice)   ·   "
+        f"fitted on {data['n_train']} proteins, measured on {evaluation['proteins']} held-out ones"
+        f" ({evaluation['residues']:,} residues)   ·   seed {record['seeds'][0]}"
+    )
+
+
+def kind_of(name: str) -> str:
+    """A layer's role: its name without the block."""
+    return re.sub(r"^.*?\d+\.", "", name)
+
+
+def kinds(record: Record) -> dict[str, str]:
+    """Color of each role that was compressed."""
+    layers = record["compression"]["layers"]
+    found = dict.fromkeys(kind_of(x["name"]) for x in layers if x["rank"] is not None)
+    return {kind: PALETTE[i % len(PALETTE)] for i, kind in enumerate(found)}
+
+
+def fidelity(axes: Any, record: Record, colors: dict[str, str]) -> None:
+    """FVU of each layer on held-out activations, and the floor."""
+    layers = record["compression"]["layers"]
+    for i, layer in enumerate(layers):
+        if layer["held_out_fvu"] is None:
+            continue
+        color = colors[kind_of(layer["name"])]
+        floor, fvu = (max(layer[f"held_out_{k}fvu"], SMALLEST) for k in ("floor_", ""))
+        axes.plot([i, i], [floor, fvu], color=color, lw=1.5)
+        axes.plot(i, fvu, "o", color=color, ms=6)
+        axes.plot(i, floor, "_", color=INK, ms=9, mew=1.6)
+    axes.set_yscale("log")
+    axes.set_title("Loss of each layer, held out   (● student, — floor: no student is below)")
+    axes.set_ylabel("FVU of the layer's output (log)")
+    axes.set_xlabel("layer, in the model's order")
+    axes.set_xlim(-1, len(layers))
+
+
+def ranks(axes: Any, record: Record, colors: dict[str, str]) -> None:
+    """Share of the parameters that each layer keeps."""
+    layers = record["compression"]["layers"]
+    for i, layer in enumerate(layers):
+        share, dense = layer["parameters_after"] / layer["parameters"], layer["rank"] is None
+        axes.bar(i, share, color=QUIET if dense else colors[kind_of(layer["name"])], width=0.8)
+        if len(layers) <= 48:
+            text, turn = "dense" if dense else str(layer["rank"]), 90 * (len(layers) > 24)
+            place: Any = {"ha": "center", "va": "bottom"}
+            axes.text(i, share + 0.015, text, size=8, rotation=turn, bbox=LABEL, **place)
+    if record["compression"]["ratio"]:
+        axes.axhline(record["compression"]["ratio"], color=INK, lw=1, ls="--")
+    axes.set_title("Parameters kept by each layer, rank above   (-- the budget, gray: dense)")
+    axes.set_ylabel("share of the layer's parameters")
+    axes.set_xlabel("layer, in the model's order")
+    axes.set_ylim(0, 1.16)
+    axes.set_xlim(-1, len(layers))
+
+
+def quality(axes: Any, record: Record) -> None:
+    """Losses of the whole model with their intervals, on one log axis."""
+    rows: list[tuple[str, list[float], str]] = []
+    names = {"hidden_fvu": "hidden-state FVU", "logits_kl": "logits KL (nats)"}
+    names |= {"perplexity_ratio": "perplexity ratio - 1"}
+    for key, name in names.items():
+        old = record.get("before_recovery")
+        for found, label in ((old, f"{name}\nbefore recovery"), (record["evaluation"], name)):
+            if found and key in found:
+                one = key == "perplexity_ratio"
+                values = [found[key][k] - one for k in ("value", "low", "high")]
+                if values[1] > 0 or not one:
+                    rows.append((label, values, QUIET if found is old else INK))
+    for i, (_, (value, low, high), color) in enumerate(rows):
+        axes.plot([low, high], [i, i], color=color, lw=3, solid_capstyle="butt")
+        axes.plot(value, i, "o", color=color, ms=7)
+        place: Any = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(f"{value:.3g}", (value, i), size=9, **place)
+    axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.7)
+    axes.set_xscale("log")
+    axes.margins(x=0.25)
+    axes.set_title("The whole model, 95 % intervals")
+    axes.set_xlabel("loss, smaller is better (log)")
+
+
+def costs(axes: Any, record: Record) -> None:
+    """Parameters, bytes and time after / before."""
+    found, cost = record["compression"], record["cost"]
+    speed = cost["speedup"]
+    rows = {
+        "parameters": found["parameters_after"] / found["parameters"],
+        "bytes": cost["bytes_after"] / cost["bytes_before"],
+        "time of a\nforward pass": 1 / speed["median"],
+    }
+    for i, value in enumerate(rows.values()):
+        axes.barh(i, value, color=PALETTE[0], height=0.55)
+        axes.text(value + 0.02, i, f"{value:.2f}", va="center", size=10)
+    axes.plot((1 / speed["q75"], 1 / speed["q25"]), [2, 2], color=INK, lw=2)
+    axes.axvline(1, color=INK, lw=1, ls="--")
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlim(0, max(1.15, *(value + 0.15 for value in rows.values())))
+    (rows_, tokens), threads = cost["batch"], cost["threads"]
+    axes.set_title("Cost, after / before")
+    axes.set_xlabel(f"batch {rows_} × {tokens} tokens, {threads} thread(s), median and quartiles")
+
+
+def recovery(axes: Any, record: Record) -> None:
+    """Loss of the recovery, and its mean over ten steps."""
+    losses = record["recovery_loss"]
+    means = [losses[max(0, i - 9) : i + 1] for i in range(len(losses))]
+    steps = range(1, len(losses) + 1)
+    axes.plot(steps, losses, color=QUIET, lw=0.6)
+    axes.plot(steps, [sum(x) / len(x) for x in means], color=PALETTE[2], lw=1.8)
+    axes.set_yscale("log")
+    axes.set_title("Recovery: distillation of the factors")
+    axes.set_xlabel("step")
+    axes.set_ylabel("logits KL + hidden MSE / variance")

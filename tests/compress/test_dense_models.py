@@ -1,0 +1,67 @@
+"""Dense models are read whole, as what they are, or refused in one line."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from distil_rank.compress.dense_models import load_dense
+from distil_rank.core.errors import InputError
+from distil_rank.proteins.checkpoints import save_model
+from tests.compress.small_models import output, small_model, token_batches
+
+
+@pytest.mark.parametrize("kind", ["EsmForMaskedLM", "EsmModel", "GPT2LMHeadModel"])
+def test_folders_are_loaded_whole(kind, tmp_path):
+    model = small_model(kind)
+    model.save_pretrained(tmp_path / "model")
+    loaded, architecture, *_ = load_dense(str(tmp_path / "model"))
+    assert architecture.class_name == kind
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    batch = token_batches(model)[0]
+    assert torch.equal(output(model, batch), output(loaded, batch))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("EsmForMaskedLM", "esm.encoder.layer.0.attention.self.query.weight"),
+        ("EsmModel", "encoder.layer.1.output.dense.bias"),
+        ("GPT2LMHeadModel", "transformer.h.0.attn.c_attn.weight"),
+    ],
+)
+def test_a_folder_with_other_weights_is_refused(kind, name, tmp_path):
+    small_model(kind).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    whole = load_file(path)
+    less = {key: value for key, value in whole.items() if key != name}
+    others = (less, name), (whole | {"extra.weight": torch.ones(2)}, "extra.weight")
+    for tensors, culprit in (*others, (whole | {name: torch.ones(2, 3)}, name)):
+        save_file(tensors, path, metadata={"format": "pt"})
+        with pytest.raises(InputError, match=f"all and no others.*{culprit}"):
+            load_dense(str(tmp_path))
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match="readable model"):
+        load_dense(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["EsmForSequenceClassification", "EsmForTokenClassification"])
+def test_a_classifier_is_refused_by_name(name, tmp_path):
+    """Its classifier would be dropped, and a language-model head drawn at random."""
+    import transformers
+
+    config = small_model("EsmForMaskedLM").config
+    getattr(transformers, name)(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"got {name} in .*; use compress_model in Python"):
+        load_dense(str(tmp_path))
+
+
+def test_fair_esm_checkpoints(tmp_path):
+    model = small_model("esm2")
+    save_model(model, tmp_path / "nano.pt")
+    loaded, *_ = load_dense(str(tmp_path / "nano.pt"))
+    batch = token_batches(model)[0]
+    expected = output(model, batch)
+    torch.testing.assert_close(output(loaded, batch), expected, rtol=1e-2, atol=1e-2)  # float16
+    torch.save({"model": {}}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="fair-esm"):
+        load_dense(str(tmp_path / "other.pt"))
