@@ -55,7 +55,9 @@ def read_assay(path: Path, limit: int | None = None, seed: int = 0) -> Assay:
     """Read and check one assay; InputError names the file and the row."""
     fasta = path.with_suffix(".fasta")
     if not fasta.is_file():
-        raise InputError(f"the wild type of {path.name} required, got no {fasta.name} beside it; add it")
+        raise InputError(
+            f"the wild type of {path.name} required, got no {fasta.name} beside it; add it"
+        )
     records = list(read_fasta(fasta))
     if len(records) != 1:
         raise InputError(f"one wild type required, got {len(records)} records in {fasta.name}")
@@ -75,12 +77,16 @@ def read_assay(path: Path, limit: int | None = None, seed: int = 0) -> Assay:
         except ValueError:
             score = float("nan")
         if not np.isfinite(score):
-            raise InputError(f"a finite score required, got {row['score']!r} in {where}; remove the row")
+            raise InputError(
+                f"a finite score required, got {row['score']!r} in {where}; remove the row"
+            )
         mutants.append(row["mutant"])
         sequences.append(sequence)
         positions.append(changed)
         scores.append(score)
-    repeated = {m for m in mutants if mutants.count(m) > 1} if len(set(mutants)) < len(mutants) else set()
+    repeated = (
+        {m for m in mutants if mutants.count(m) > 1} if len(set(mutants)) < len(mutants) else set()
+    )
     if repeated:
         raise InputError(
             f"each mutant once required, got {len(repeated)} repeated in {path.name} ({min(repeated)}); average them"
@@ -91,14 +97,18 @@ def read_assay(path: Path, limit: int | None = None, seed: int = 0) -> Assay:
         )
     keep = range(len(mutants))
     if limit is not None and limit < len(mutants):
-        drawn = torch.randperm(len(mutants), generator=generator(seed, "mutants", path.stem))[:limit]
+        drawn = torch.randperm(len(mutants), generator=generator(seed, "mutants", path.stem))[
+            :limit
+        ]
         keep = sorted(drawn.tolist())  # type: ignore[assignment]
 
     def pick(values: list) -> list:
         return [values[i] for i in keep]
 
     chosen = torch.tensor(pick(scores), dtype=torch.float64)
-    return Assay(path.stem, wild_type, pick(mutants), pick(sequences), pick(positions), chosen, len(mutants))
+    return Assay(
+        path.stem, wild_type, pick(mutants), pick(sequences), pick(positions), chosen, len(mutants)
+    )
 
 
 def mutate(wild_type: str, mutant: str, where: str) -> tuple[str, list[int]]:

@@ -92,11 +92,15 @@ def draw_summary(summary: Path, out: Path) -> Path:
             limits.append(axis.get_ylim())
         axes[1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=1.6)
         forest(bottom.subplots(1, 2, sharey=True), record)
-        figure.suptitle(title(record), x=0.012, ha="left", fontsize=15, fontweight="bold", color=INK)
+        figure.suptitle(
+            title(record), x=0.012, ha="left", fontsize=15, fontweight="bold", color=INK
+        )
         figure.supxlabel(caption(record), x=0.012, ha="left", fontsize=9, color="#5b636c")
         temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
         try:
-            figure.savefig(temporary, dpi=130, format="png", facecolor="white", metadata={"Software": None})
+            figure.savefig(
+                temporary, dpi=130, format="png", facecolor="white", metadata={"Software": None}
+            )
             os.replace(temporary, out)
         finally:
             temporary.unlink(missing_ok=True)
@@ -105,7 +109,9 @@ def draw_summary(summary: Path, out: Path) -> Path:
 
 
 def title(record: Mapping[str, Any]) -> str:
-    models = [m["model"] for m in record["data"]["models"].values()] or list(record["chain"]["dims"])
+    models = [m["model"] for m in record["data"]["models"].values()] or list(
+        record["chain"]["dims"]
+    )
     return f"Nested embeddings of {', '.join(models)}: what every dimension is worth"
 
 
@@ -132,8 +138,18 @@ def stages(axis: Any, record: Mapping[str, Any]) -> None:
             v = {end: max(1 - values[kind][end], 1e-9) for end in ("value", "low", "high")}
             axis.plot([i + shift] * 2, [v["low"], v["high"]], color=colour, lw=2, zorder=2)
             axis.plot(i + shift, v["value"], "o", ms=9, mfc=face, mec=colour, mew=1.8, zorder=3)
-            side: Any = {"ha": "right", "xytext": (-9, 0)} if shift < 0 else {"ha": "left", "xytext": (9, 0)}
-            axis.annotate(f"{v['value']:.2g}", (i + shift, v["value"]), textcoords="offset points", va="center", **side)
+            side: Any = (
+                {"ha": "right", "xytext": (-9, 0)}
+                if shift < 0
+                else {"ha": "left", "xytext": (9, 0)}
+            )
+            axis.annotate(
+                f"{v['value']:.2g}",
+                (i + shift, v["value"]),
+                textcoords="offset points",
+                va="center",
+                **side,
+            )
     names = list(dims)
     ticks = [f"{a} → {b}\n({dims[a]} → {dims[b]} dims)" for a, b in pairwise(names)]
     axis.set_xticks(range(len(found)), ticks)
@@ -169,7 +185,10 @@ def spectra(axis: Any, record: Mapping[str, Any]) -> None:
             fontsize=9,
         )
     axis.set_yscale("log")
-    kept = [tails[record["chain"]["added"][size]] for size, tails in record["chain"]["residual_spectrum"].items()]
+    kept = [
+        tails[record["chain"]["added"][size]]
+        for size, tails in record["chain"]["residual_spectrum"].items()
+    ]
     axis.set_ylim(max(min(kept), 1e-8) / 5, 1.5)
     axis.set_xlabel("residual directions")
     axis.set_ylabel("share of residual variance left")
@@ -191,14 +210,34 @@ def curve(axis: Any, record: Mapping[str, Any], pool: str) -> None:
         if kind == "one-hot":
             axis.axhline(means[0], color=colour, lw=1.5, ls=(0, (5, 3)), label=label)
         elif len(points) == 1:
-            axis.plot(dims, means, "D" if kind == "concatenation" else "s", color=colour, ms=8, label=label, zorder=4)
+            axis.plot(
+                dims,
+                means,
+                "D" if kind == "concatenation" else "s",
+                color=colour,
+                ms=8,
+                label=label,
+                zorder=4,
+            )
         else:
             main = kind in (own, "raw")
-            style = {"lw": 2.6 if main else 1.6, "zorder": 5 if main else 3, "marker": "o", "ms": 6 if main else 4}
-            axis.plot(dims, means, color=colour, label=label, ls="--" if kind == "raw" else "-", **style)
+            style = {
+                "lw": 2.6 if main else 1.6,
+                "zorder": 5 if main else 3,
+                "marker": "o",
+                "ms": 6 if main else 4,
+            }
+            axis.plot(
+                dims, means, color=colour, label=label, ls="--" if kind == "raw" else "-", **style
+            )
             if kind == own:
                 axis.fill_between(
-                    dims, [v["low"] for _, v in points], [v["high"] for _, v in points], color=colour, alpha=0.1, lw=0
+                    dims,
+                    [v["low"] for _, v in points],
+                    [v["high"] for _, v in points],
+                    color=colour,
+                    alpha=0.1,
+                    lw=0,
                 )
     dimensions(axis, record)
     axis.set_ylabel("Spearman, mean over schemes and assays")
@@ -207,7 +246,9 @@ def curve(axis: Any, record: Mapping[str, Any], pool: str) -> None:
 
 def dimensions(axis: Any, record: Mapping[str, Any]) -> None:
     """A logarithmic axis of dimensions with the chain's own, and the concatenation's, as ticks."""
-    ticks = sorted({*record["chain"]["dims"].values(), max(row["dim"] for row in record["representations"])})
+    ticks = sorted(
+        {*record["chain"]["dims"].values(), max(row["dim"] for row in record["representations"])}
+    )
     axis.set_xscale("log")
     axis.set_xticks(ticks, [str(t) for t in ticks])
     axis.xaxis.minorticks_off()
@@ -217,12 +258,19 @@ def dimensions(axis: Any, record: Mapping[str, Any]) -> None:
 def schemes(axis: Any, record: Mapping[str, Any], pool: str) -> None:
     """Spearman by cross-validation scheme for the widest representations."""
     own, last = record["chain"]["regression"], list(record["chain"]["dims"])[-1]
-    names = {"one-hot": "one-hot", f"raw_{last}": "raw", f"{own}_{last}": own, "concatenation": "concatenation"}
+    names = {
+        "one-hot": "one-hot",
+        f"raw_{last}": "raw",
+        f"{own}_{last}": own,
+        "concatenation": "concatenation",
+    }
     width = 0.8 / len(names)
     for i, (name, kind) in enumerate(names.items()):
         cells = [record["spearman"][pool][name][s] for s in record["schemes"]]
         at = [j + (i - (len(names) - 1) / 2) * width for j in range(len(cells))]
-        axis.bar(at, [c["value"] for c in cells], width * 0.9, color=COLOURS[kind], label=WORDS[kind])
+        axis.bar(
+            at, [c["value"] for c in cells], width * 0.9, color=COLOURS[kind], label=WORDS[kind]
+        )
     axis.axhline(0, color=INK, lw=0.8)
     axis.set_xticks(range(len(record["schemes"])), record["schemes"])
     axis.grid(axis="x", visible=False)
@@ -237,7 +285,9 @@ def located(axis: Any, record: Mapping[str, Any]) -> None:
     by_kind: dict[str, list[tuple[int, dict[str, float]]]] = {}
     for row in record["representations"]:
         if row["name"] in found["results"]:
-            by_kind.setdefault(row["kind"], []).append((row["dim"], found["results"][row["name"]]["accuracy"]))
+            by_kind.setdefault(row["kind"], []).append(
+                (row["dim"], found["results"][row["name"]]["accuracy"])
+            )
     own = record["chain"]["regression"]
     for kind, points in by_kind.items():
         points.sort(key=lambda p: p[0])
@@ -286,13 +336,36 @@ def forest(axes: Any, record: Mapping[str, Any]) -> None:
         for i, row in enumerate(rows):
             d, w = row["difference"], row["win_rate"]
             sure = row["holm_p"] < 0.05
-            colour = (COLOURS["nested-pcr"] if d["value"] > 0 else COLOURS["concatenation"]) if sure else "#6b7480"
+            colour = (
+                (COLOURS["nested-pcr"] if d["value"] > 0 else COLOURS["concatenation"])
+                if sure
+                else "#6b7480"
+            )
             axis.plot([d["low"], d["high"]], [i, i], color=colour, lw=2.2)
-            axis.plot(d["value"], i, "o", ms=8, mfc=colour if sure else "white", mec=colour, mew=1.8, zorder=3)
+            axis.plot(
+                d["value"],
+                i,
+                "o",
+                ms=8,
+                mfc=colour if sure else "white",
+                mec=colour,
+                mew=1.8,
+                zorder=3,
+            )
             text = f"{d['value']:+.3f}   {w['value']:>4.0%} [{w['low']:.0%}, {w['high']:.0%}]   {_p(row['holm_p'])}"
-            axis.text(1.015, i, text, transform=axis.get_yaxis_transform(), va="center", fontsize=9, color=INK)
+            axis.text(
+                1.015,
+                i,
+                text,
+                transform=axis.get_yaxis_transform(),
+                va="center",
+                fontsize=9,
+                color=INK,
+            )
         axis.axvline(0, color=INK, lw=1)
-        axis.set_yticks(range(len(rows)), [f"{_short(r['ours'])}  −  {_short(r['theirs'])}" for r in rows])
+        axis.set_yticks(
+            range(len(rows)), [f"{_short(r['ours'])}  −  {_short(r['theirs'])}" for r in rows]
+        )
         axis.set_ylim(-0.7, len(rows) - 0.3)
         axis.tick_params(axis="y", length=0)
         axis.grid(axis="y", visible=False)

@@ -10,7 +10,13 @@ POOL_WORDS = {"mean": "mean-pooled", "site": "at the mutated position"}
 
 def documentation(record: Mapping[str, Any]) -> str:
     """Every table of a probe, as Markdown."""
-    parts = [fitted(record), stage_table(record), spearman_table(record), comparison_table(record), verdicts(record)]
+    parts = [
+        fitted(record),
+        stage_table(record),
+        spearman_table(record),
+        comparison_table(record),
+        verdicts(record),
+    ]
     if record.get("single_pass"):
         parts.append(single_pass_table(record))
     if record.get("locations"):
@@ -24,7 +30,9 @@ def fitted(record: Mapping[str, Any]) -> str:
     assays = data["assays"]
     limit = record["config"]["mutants"]
     used, measured = sum(a["used"] for a in assays), sum(a["measured"] for a in assays)
-    drawn = f"at most {limit} drawn at random from each, seed {record['seeds'][0]}" if limit else "all"
+    drawn = (
+        f"at most {limit} drawn at random from each, seed {record['seeds'][0]}" if limit else "all"
+    )
     return (
         f"Chain of {models} ({chain['regression']}): {chain['rows']['fit']:,.0f} residues to fit on,"
         f" {chain['rows']['held_out']:,.0f} held out. Probe: {len(assays)} assays, {used:,} of {measured:,} mutants ({drawn})."
@@ -47,11 +55,19 @@ def stage_table(record: Mapping[str, Any]) -> str:
     ]
     for before, size, fit in zip(names, names[1:], chain["fits"]):
         r2 = stage_scores(chain)[size]
-        how = fit["regression"] + (f", {fit['components']} of {fit['rank']} components" if fit["components"] else "")
+        how = fit["regression"] + (
+            f", {fit['components']} of {fit['rank']} components" if fit["components"] else ""
+        )
         left = chain["residual_spectrum"][size][chain["added"][size]]
         shown = [ranged(r2[kind]) for kind in ("regression", "reconstruction")]
         rows.append(
-            [f"{before} → {size}", f"{chain['dims'][before]} → {chain['dims'][size]}", how, *shown, f"{left:.1%}"]
+            [
+                f"{before} → {size}",
+                f"{chain['dims'][before]} → {chain['dims'][size]}",
+                how,
+                *shown,
+                f"{left:.1%}",
+            ]
         )
     return markdown(rows)
 
@@ -61,7 +77,10 @@ def stage_scores(chain: Mapping[str, Any]) -> dict[str, Any]:
     if chain["held_out_r2"]:
         return chain["held_out_r2"]
     return {
-        size: {kind: {"value": v, "low": v, "high": v} for kind, v in (r2["held_out"] or r2["fit"]).items()}
+        size: {
+            kind: {"value": v, "low": v, "high": v}
+            for kind, v in (r2["held_out"] or r2["fit"]).items()
+        }
         for size, r2 in chain["r2"].items()
     }
 
@@ -76,7 +95,11 @@ def spearman_table(record: Mapping[str, Any]) -> str:
         [
             "embedding",
             "dims",
-            *(f"{POOL_WORDS[p]}: {s}" for p in ("site", "mean") for s in ("mean", *record["schemes"])),
+            *(
+                f"{POOL_WORDS[p]}: {s}"
+                for p in ("site", "mean")
+                for s in ("mean", *record["schemes"])
+            ),
         ]
     ]
     for row in sorted(record["representations"], key=lambda r: (r["kind"], r["dim"])):
@@ -91,8 +114,19 @@ def comparison_table(record: Mapping[str, Any]) -> str:
     rows = [["embedding", "ours − theirs", "difference", "win rate", "Wilcoxon p", "Holm p"]]
     for row in record["comparisons"]:
         pool, _, ours = row["ours"].partition("/")
-        theirs, p = row["theirs"].partition("/")[2], [f"{row[k]:.3f}" for k in ("wilcoxon_p", "holm_p")]
-        rows.append([POOL_WORDS[pool], f"{ours} − {theirs}", signed(row["difference"]), ranged(row["win_rate"], 2), *p])
+        theirs, p = (
+            row["theirs"].partition("/")[2],
+            [f"{row[k]:.3f}" for k in ("wilcoxon_p", "holm_p")],
+        )
+        rows.append(
+            [
+                POOL_WORDS[pool],
+                f"{ours} − {theirs}",
+                signed(row["difference"]),
+                ranged(row["win_rate"], 2),
+                *p,
+            ]
+        )
     return markdown(rows)
 
 
@@ -104,7 +138,9 @@ def verdicts(record: Mapping[str, Any]) -> str:
     lines = [power(record)]
     for pool, words in POOL_WORDS.items():
         by_pair = {
-            (r["ours"], r["theirs"]): r["difference"] for r in record["comparisons"] if r["ours"].startswith(f"{pool}/")
+            (r["ours"], r["theirs"]): r["difference"]
+            for r in record["comparisons"]
+            if r["ours"].startswith(f"{pool}/")
         }
         for theirs, question in (
             (f"raw_{last}", f"the raw {last}"),
@@ -114,7 +150,9 @@ def verdicts(record: Mapping[str, Any]) -> str:
         ):
             found = by_pair.get((f"{pool}/{own}_{last}", f"{pool}/{theirs}"))
             if found:
-                lines.append(f"* {words}: {own}_{last} {outcome(found)} {question} ({signed(found)}).")
+                lines.append(
+                    f"* {words}: {own}_{last} {outcome(found)} {question} ({signed(found)})."
+                )
         for kind, chain in record["monotonicity"][pool].items():
             lines.append(
                 f"* {words}: {kind} never falls along the family in {ranged(chain['monotone'], 2)} of the assays."
@@ -124,7 +162,9 @@ def verdicts(record: Mapping[str, Any]) -> str:
 
 def power(record: Mapping[str, Any]) -> str:
     """Whether the probe finds any signal at all: without it, no difference between embeddings means anything."""
-    cells = [(p, n, c["mean"]) for p, by_name in record["spearman"].items() for n, c in by_name.items()]
+    cells = [
+        (p, n, c["mean"]) for p, by_name in record["spearman"].items() for n, c in by_name.items()
+    ]
     best = max(cells, key=lambda cell: cell[2]["value"])
     found = [cell for cell in cells if cell[2]["low"] > 0]
     used = sum(a["used"] for a in record["data"]["assays"]) / len(record["assays"])
@@ -180,7 +220,11 @@ def benchmark(record: Mapping[str, Any]) -> str:
         ratio = case["ratio"]
         shown = f"{ratio['median']:.1f} x ({ratio['low']:.1f} to {ratio['high']:.1f})"
         rows.append(
-            [f"ridge path, {case['n']:,} mutants x {case['d']:,}, against scikit-learn", shown, f"{ratio['bar']} x"]
+            [
+                f"ridge path, {case['n']:,} mutants x {case['d']:,}, against scikit-learn",
+                shown,
+                f"{ratio['bar']} x",
+            ]
         )
     return markdown(rows)
 
