@@ -14,7 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "nested fit": ("distil_rank.nested.fit", "fit a nested embedding of a model family (Reverse Distillation)"),
     "nested embed": ("distil_rank.nested.embed", "embed proteins with a chain, cut at any dimension"),
     "nested probe": ("distil_rank.nested.probe", "what a chain is worth on mutational scans, against its baselines"),
-    "pretrain": ("distil_rank.proteins.pretrain", "train a small protein language model of the ESM-2 architecture"),
+    "pretrain": ("distil_rank.proteins.command_pretrain", "train a small protein language model of the ESM-2 architecture"),
     "generator train": ("distil_rank.generators.train", "distil a generator into a smaller GPT-2"),
     "generator evaluate": ("distil_rank.generators.evaluate", "held-out likelihood, calibration, writing and speed"),
     "generator generate": ("distil_rank.generators.generate", "write new proteins as FASTA"),

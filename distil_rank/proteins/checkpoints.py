@@ -1,30 +1,32 @@
-"""ESM-2 checkpoints by name, file or folder, loaded without unpickling anything but plain containers and tensors.
+"""ESM-2 by name, file or folder; nothing but plain containers and tensors is unpickled.
 
 | `--model` | what is loaded |
 |---|---|
-| `esm2_t6_8M_UR50D` ... `esm2_t48_15B_UR50D` | fair-esm's file, downloaded once into torch hub's cache |
-| `nano-64`, `nano-128`, `nano-256` | small models of this repository, in `models/` (ESM-2's architecture, not ESM-2) |
+| `esm2_t6_8M_UR50D` ... `esm2_t48_15B_UR50D` | fair-esm's file, downloaded once by torch hub |
+| `nano-64`, `nano-128`, `nano-256` | small models of ESM-2's architecture, in `models/` |
 | `path/to/checkpoint.pt` | a local file in fair-esm's format |
-| `path/to/folder` | a Hugging Face ESM-2: `config.json` and `model.safetensors` (or its shards) |
+| `path/to/folder` | a Hugging Face ESM-2: `config.json` and `model.safetensors`, or its shards |
 | `facebook/esm2_t6_8M_UR50D` | the same from the Hugging Face hub, cached there |
+
+A parameter that is missing, or that the model has no place for, is an error.
 """
 
 import argparse
 import hashlib
-import json
 import pickle
 import re
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from distil_rank.core.errors import InputError
-from distil_rank.proteins.esm2 import ESM2, TOKENS
-from distil_rank.core.records import sha256
+from distil_rank.core.records import ROOT, Record, atomic, sha256
+from distil_rank.proteins import hugging_face
+from distil_rank.proteins.esm2 import ESM2, frequencies
 
 
 class Member(NamedTuple):
@@ -51,9 +53,14 @@ FAMILIES: dict[str, dict[str, Member]] = {
     },
 }
 
-MODELS = Path(__file__).parents[2] / "models"
+MODELS = ROOT / "models"
 _URL = "https://dl.fbaipublicfiles.com/fair-esm/models/{}.pt"
 _NAMES = {family: [member.name for member in sizes.values()] for family, sizes in FAMILIES.items()}
+# what checkpoints hold beside the parameters: of contact prediction, of pooling for other tasks,
+# positions that rotary models do not learn
+_HARMLESS = re.compile(
+    r"contact_head\.|pooler\.|embeddings\.position_embeddings\.|(.*\.)?(position_ids|inv_freq)$"
+)
 
 
 class Loaded(NamedTuple):
@@ -64,55 +71,78 @@ class Loaded(NamedTuple):
     sha256: str
 
 
-def load_model(name: str, device: torch.device | str = "cpu", compute: str = "float32") -> Loaded:
-    """The ESM-2 model `name` (see the table above) in evaluation mode; `compute` is the dtype of its linear layers.
+def load_model(
+    name: str, device: torch.device | str = "cpu", dtype: str = "float32", head: bool = False
+) -> Loaded:
+    """The ESM-2 model `name` (see the table above) in evaluation mode, with its head if asked for.
 
-    Raises InputError for an unknown name, a missing or damaged checkpoint and one that is not ESM-2.
+    `dtype` is that of its linear layers; all else is float32. Raises InputError for an unknown
+    name, a missing or damaged checkpoint and one that is not ESM-2.
     """
     path = locate(name)
     if path.is_dir():
-        files = _weight_files(path)
-        architecture, state = _read_hugging_face(path, files)
+        files = hugging_face.weight_files(path)
+        settings = hugging_face.read_settings(path)
+        named = hugging_face.read_weights(files)
     else:
         files = [path]
-        architecture, state = _read_fair_esm(path)
+        settings, named = _read_fair_esm(path)
     with torch.device("meta"):
-        model = ESM2(**architecture)
-    linear = {key for key, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if "emb_layer_norm_before.weight" in state:
-        raise InputError(f"required an ESM-2 checkpoint, got {path} with a layer norm before the encoder (ESM-1)")
-    for key, expected in model.state_dict().items():
-        tensor = state.pop(key, None)  # popped one by one: never two copies of a large model
-        if tensor is None or tensor.shape != expected.shape:
-            got = "nothing" if tensor is None else f"shape {tuple(tensor.shape)}"
-            raise InputError(f"required {key} of shape {tuple(expected.shape)} in {path}, got {got}; download it again")
-        dtype = getattr(torch, compute) if key.rpartition(".")[0] in linear else torch.float32
-        _assign(model, key, tensor.to(device=device, dtype=dtype))
+        model = ESM2(**settings, head=head)
+    _fill(model, named, path, device, getattr(torch, dtype))
     label = path.stem if path.suffix == ".pt" else name.rstrip("/").rpartition("/")[2]
     return Loaded(model.eval(), label, _sha256_of(files))
 
 
+def save_model(model: ESM2, path: str | Path) -> None:
+    """Write float16 weights in fair-esm's format, without contact regression.
+
+    Rotary frequencies stay float32: rounding them would turn far residues by a wrong angle.
+    """
+    if model.eps != 1e-5:
+        raise InputError(
+            f"layer norms with eps 1e-5 required by fair-esm's format, got {model.eps}"
+        )
+    described = argparse.Namespace(
+        encoder_layers=model.depth,
+        encoder_embed_dim=model.width,
+        encoder_attention_heads=model.heads,
+        token_dropout=model.token_dropout,
+    )
+    state = {}
+    for name, value in model.state_dict().items():
+        prefix = "encoder." if name.startswith("lm_head") else "encoder.sentence_encoder."
+        state[prefix + name] = value.half().cpu()
+    for layer in range(model.depth):
+        name = f"encoder.sentence_encoder.layers.{layer}.self_attn.rot_emb.inv_freq"
+        state[name] = frequencies(model.width // model.heads)
+    with atomic(path) as temporary:
+        torch.save({"cfg": {"model": described}, "model": state}, temporary)
+
+
 def locate(name: str) -> Path:
-    """Checkpoint file or Hugging Face folder for a model name, downloading it when it is a known remote one."""
+    """Checkpoint file or folder of a model; a known remote one is downloaded."""
     if name in _NAMES["nano"]:
-        return _existing(MODELS / f"{name}.pt", f"train it with `distil-rank pretrain` or restore {MODELS.name}/")
+        path = MODELS / f"{name}.pt"
+        if not path.is_file():
+            raise InputError(
+                f"a checkpoint required at {path}, got nothing there; train it with"
+                f" `distil-rank pretrain` or restore {MODELS.name}/"
+            )
+        return path
     if name in _NAMES["esm2"]:
         return _download(name)
     path = Path(name)
     if name and path.exists():
         return path
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not name.endswith((".pt", ".safetensors")):
+    remote = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)
+    if remote and not name.endswith((".pt", ".safetensors")):
         return _download_hugging_face(name)
     known = ", ".join(name for names in _NAMES.values() for name in names)
     raise InputError(
-        f"required a model name ({known}), a .pt file or a Hugging Face ESM-2 folder or hub name, got {name}"
+        f"a model name ({known}), a .pt file or a Hugging Face ESM-2 folder or hub name required,"
+        f" got {name}"
     )
-
-
-def _existing(path: Path, remedy: str) -> Path:
-    if not path.is_file():
-        raise InputError(f"required a checkpoint at {path}, got nothing there; {remedy}")
-    return path
 
 
 def _download(name: str) -> Path:
@@ -120,10 +150,12 @@ def _download(name: str) -> Path:
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(_URL.format(name), str(path))  # temporary name, then renamed
+            # under a temporary name, then renamed
+            torch.hub.download_url_to_file(_URL.format(name), str(path))
         except OSError as error:
             raise InputError(
-                f"required {path} or its download, got {error}; fetch {_URL.format(name)} elsewhere and give the file"
+                f"{path} or its download required, got {error}; fetch {_URL.format(name)} elsewhere"
+                " and give the file"
             ) from error
     return path
 
@@ -136,109 +168,97 @@ def _download_hugging_face(name: str) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise InputError(f"required a local model or one on the Hugging Face hub, got {name} ({reason})") from error
+        raise InputError(
+            f"a local model or one on the Hugging Face hub required, got {name} ({reason})"
+        ) from error
 
 
-def _read_fair_esm(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Architecture and weights of a fair-esm checkpoint: tensors, containers and argparse.Namespace, nothing else."""
+def _read_fair_esm(path: Path) -> tuple[Record, list[tuple[str, Tensor]]]:
+    """Architecture and weights of a fair-esm checkpoint."""
     remedy = "give an ESM-2 checkpoint of fair-esm, or download it again"
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             data = torch.load(path, map_location="cpu", weights_only=True)
-        settings, state = data["cfg"]["model"], data["model"]
-        architecture = {
-            "layers": int(settings.encoder_layers),
-            "width": int(settings.encoder_embed_dim),
-            "heads": int(settings.encoder_attention_heads),
-            "token_dropout": bool(settings.token_dropout),
+        found, state = data["cfg"]["model"], data["model"]
+        settings = {
+            "layers": int(found.encoder_layers),
+            "width": int(found.encoder_embed_dim),
+            "heads": int(found.encoder_attention_heads),
+            "token_dropout": bool(found.token_dropout),
         }
         prefix = re.compile(r"^(encoder\.sentence_encoder\.|encoder\.)")
-        return architecture, {prefix.sub("", key): tensor for key, tensor in state.items()}
+        return settings, [(prefix.sub("", key), x.detach()) for key, x in state.items()]
     except OSError as error:
-        raise InputError(f"required a readable checkpoint, got {path} ({error.strerror}); {remedy}") from error
+        reason = error.strerror or str(error)
+        raise InputError(
+            f"a readable checkpoint required, got {path} ({reason}); {remedy}"
+        ) from error
     except pickle.UnpicklingError as error:
         reason = str(error).partition("WeightsUnpickler error:")[2] or str(error)
         raise InputError(
-            f"required tensors and plain containers in {path}, got {reason.strip()[:160]!r}; {remedy}"
+            f"tensors and plain containers required in {path}, got {reason.strip()[:160]!r};"
+            f" {remedy}"
         ) from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile, LookupError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"required a fair-esm ESM-2 checkpoint, got {path} ({str(error)[:160]}); {remedy}") from error
+    except (
+        *(RuntimeError, EOFError, zipfile.BadZipFile),
+        *(LookupError, AttributeError, TypeError, ValueError),
+    ) as error:
+        raise InputError(
+            f"a fair-esm ESM-2 checkpoint required, got {path} ({str(error)[:160]}); {remedy}"
+        ) from error
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(_json(index).get("weight_map", {}).values()))
-        if not names or any(Path(name).name != name for name in names):
-            raise InputError(f"required plain shard names in {index}, got {names}; download the model again")
-    else:
-        names = ["model.safetensors"]
-    remedy = "give a folder with config.json and model.safetensors (save_pretrained writes both); pickles are not read"
-    return [_existing(folder / name, remedy) for name in names]
+def _fill(
+    model: ESM2,
+    named: list[tuple[str, Tensor]],
+    path: Path,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> None:
+    """Put the tensors in the places of the model's meta parameters, every one of them once."""
+    state: dict[str, Tensor] = {}
+    while named:  # popped one by one: never two copies of a large model
+        key, tensor = named.pop()
+        if _HARMLESS.match(key):
+            continue
+        if key in state and not torch.equal(state[key], tensor):
+            raise InputError(f"one value of {key} required in {path}, got two different ones")
+        state[key] = tensor
+    tied = state.pop("lm_head.weight", None)
+    if model.lm_head is None:  # the checkpoint's head is not asked for
+        state = {key: tensor for key, tensor in state.items() if not key.startswith("lm_head.")}
+    elif tied is not None and not torch.equal(tied, state.get("embed_tokens.weight", tied)):
+        raise InputError(f"a head with the embedding's weights required, got others in {path}")
+    expected = {key: x.shape for key, x in model.state_dict().items() if key != "lm_head.weight"}
+    missing, surplus = expected.keys() - state.keys(), state.keys() - expected.keys()
+    if missing or surplus:
+        found = [f"no {_few(missing)}"] * bool(missing) + [f"also {_few(surplus)}"] * bool(surplus)
+        what = f"{model.depth} layers" + (" and a head" if model.lm_head is not None else "")
+        raise InputError(
+            f"the parameters of an ESM-2 of {what} required, all and no others,"
+            f" got {' and '.join(found)} in {path}"
+        )
+    linear = {key for key, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for key, shape in expected.items():
+        tensor = state.pop(key)
+        if tensor.shape != shape:
+            raise InputError(
+                f"{key} of shape {tuple(shape)} required in {path}, got {tuple(tensor.shape)}"
+            )
+        owner, _, name = key.rpartition(".")
+        kept = tensor.to(device=device, dtype=dtype if owner in linear else torch.float32)
+        setattr(model.get_submodule(owner), name, nn.Parameter(kept, requires_grad=False))
+    if model.lm_head is not None:
+        model.lm_head.weight = model.embed_tokens.weight
 
 
-def _read_hugging_face(folder: Path, files: list[Path]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    config = _json(_existing(folder / "config.json", "give a folder with config.json and model.safetensors"))
-    required = {"model_type": "esm", "position_embedding_type": "rotary", "vocab_size": len(TOKENS)}
-    got = {key: config.get(key) for key in required}
-    if got != required or config.get("emb_layer_norm_before") or config.get("is_folding_model"):
-        raise InputError(f"required an ESM-2 model ({required}), got {got} in {folder / 'config.json'}")
-    try:
-        architecture = {
-            "layers": config["num_hidden_layers"],
-            "width": config["hidden_size"],
-            "heads": config["num_attention_heads"],
-            "token_dropout": config.get("token_dropout", False),
-            "eps": config.get("layer_norm_eps", 1e-12),
-        }
-        state = {_fair_esm_key(key): tensor for file in files for key, tensor in load_file(file).items()}
-    except (SafetensorError, OSError, KeyError) as error:
-        raise InputError(f"required a whole ESM-2 model in {folder}, got {error}; download it again") from error
-    return architecture, state
-
-
-_HUGGING_FACE = {
-    "embeddings.word_embeddings": "embed_tokens",
-    "encoder.emb_layer_norm_after": "emb_layer_norm_after",
-    "embeddings.layer_norm": "emb_layer_norm_before",
-    "encoder.layer": "layers",
-    "attention.self.query": "self_attn.q_proj",
-    "attention.self.key": "self_attn.k_proj",
-    "attention.self.value": "self_attn.v_proj",
-    "attention.output.dense": "self_attn.out_proj",
-    "attention.LayerNorm": "self_attn_layer_norm",
-    "intermediate.dense": "fc1",
-    "output.dense": "fc2",
-    "LayerNorm": "final_layer_norm",
-}
-
-
-def _fair_esm_key(key: str) -> str:
-    """transformers' parameter name -> fair-esm's (the longer names come first in the table)."""
-    key = key.removeprefix("esm.")
-    key = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key))  # as transformers 5 writes layer norms
-    for theirs, ours in _HUGGING_FACE.items():
-        key = re.sub(rf"(^|\.){re.escape(theirs)}\.", rf"\g<1>{ours}.", key)
-    return key
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"required readable JSON, got {path} ({error}); download the model again") from error
-
-
-def _assign(model: nn.Module, key: str, tensor: Tensor) -> None:
-    """Put a real tensor in the place of a meta parameter."""
-    owner, _, name = key.rpartition(".")
-    setattr(model.get_submodule(owner), name, nn.Parameter(tensor, requires_grad=False))
+def _few(names: Iterable[str], most: int = 5) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(ordered[:most]) + more
 
 
 def _sha256_of(files: Iterable[Path]) -> str:
-    """SHA-256 of one file as `sha256sum` prints it; of several, the SHA-256 of their hex digests in a row."""
-    digests = [sha256(path) for path in files]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    """SHA-256 of one file as `sha256sum` prints it; of several, that of their digests in a row."""
+    first, *more = [sha256(path) for path in files]
+    return hashlib.sha256("".join([first, *more]).encode()).hexdigest() if more else first

@@ -77,7 +77,7 @@ def run(config: Config) -> None:
         start = perf_counter()
         _check(config)
         survey = _survey(config, _warn if group.rank == 0 else _silent)
-        if group.local_rank == 0:
+        if group.rank == 0:
             locate(config.model)  # one download per machine
         group.barrier()
         loaded = load_model(config.model, group.device, config.compute)

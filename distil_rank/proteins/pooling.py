@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distil_rank.proteins.batching import Window, batches, windows
-from distil_rank.proteins.esm2 import ESM2, tokenise
+from distil_rank.proteins.esm2 import ESM2, check_sequences, tokenise
 
 
 def embed(
@@ -22,10 +22,26 @@ def embed(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (index, vectors (layers, rows, d) float32 on the CPU) for cleaned sequences, the longest protein first.
 
-    rows is 1 for pool="mean" and "bos", the number of residues for "residues". Sequences longer than `max_length` are
-    embedded in windows that are blended (`batching.windows`).
+    rows is 1 for pool="mean" and "bos", the number of residues for "residues". Sequences longer
+    than `max_length` are embedded in windows that are blended (`batching.windows`).
     """
-    items = [window for i, sequence in enumerate(sequences) for window in windows(i, len(sequence), max_length)]
+    check_sequences(sequences)
+    return _embed(model, sequences, pool, layers, max_length, batch_tokens)
+
+
+def _embed(
+    model: ESM2,
+    sequences: Sequence[str],
+    pool: str,
+    layers: Sequence[int],
+    max_length: int,
+    batch_tokens: int,
+) -> Iterator[tuple[int, Tensor]]:
+    items = [
+        window
+        for i, sequence in enumerate(sequences)
+        for window in windows(i, len(sequence), max_length)
+    ]
     partial: dict[int, Tensor] = {}
     for batch in batches(items, batch_tokens):
         for window, vectors in zip(batch, embed_batch(model, sequences, batch, pool, layers)):
@@ -44,7 +60,7 @@ def embed_batch(
 ) -> list[Tensor]:
     """Vectors (layers, rows, d) of each window. Pooling reads residues by their index: no special token, no padding."""
     tokens = tokenise([sequences[w.protein][w.start : w.stop] for w in batch])
-    hidden = model(tokens.to(model.embed_tokens.weight.device), layers)
+    hidden = model(tokens.to(model.embed_tokens.weight.device), layers, logits=False).hidden
     if pool == "residues":
         on_cpu = [h.cpu() for h in hidden]
         return [torch.stack([h[i, 1 : w.tokens - 1] for h in on_cpu]) for i, w in enumerate(batch)]
@@ -61,11 +77,15 @@ def embed_batch(
     return list(torch.stack(rows).cpu())
 
 
-def _blend(so_far: Tensor | None, vectors: Tensor, window: Window, pool: str, length: int) -> Tensor:
+def _blend(
+    so_far: Tensor | None, vectors: Tensor, window: Window, pool: str, length: int
+) -> Tensor:
     """Add a window's share to what earlier windows of the protein gave: the shares of each residue add up to 1."""
     assert window.blend is not None
     if pool == "residues":
-        whole = vectors.new_zeros(len(vectors), length, vectors.shape[-1]) if so_far is None else so_far
+        whole = (
+            vectors.new_zeros(len(vectors), length, vectors.shape[-1]) if so_far is None else so_far
+        )
         whole[:, window.start : window.stop] += window.blend[:, None] * vectors
         return whole
     share = window.blend.sum() / length * vectors

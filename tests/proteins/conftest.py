@@ -28,7 +28,7 @@ def checkpoint(fair_esm, tmp_path_factory) -> Path:
 def ours(checkpoint):
     from distil_rank.proteins.checkpoints import load_model
 
-    return load_model(str(checkpoint)).model
+    return load_model(str(checkpoint), head=True).model
 
 
 @pytest.fixture

@@ -23,6 +23,14 @@ def fair_esm_model(layers: int, width: int, heads: int, seed: int = 0):
     return model
 
 
+def as_fair_esm(model):
+    """fair-esm's model with the weights of ours."""
+    theirs = fair_esm_model(model.depth, model.width, model.heads)
+    missing, surplus = theirs.load_state_dict(model.state_dict(), strict=False)
+    assert not surplus and all("contact_head" in k or "inv_freq" in k for k in missing)
+    return theirs
+
+
 def save_fair_esm(model, path: Path) -> None:
     """fair-esm's ESM-2 checkpoint format (what its `_load_model_and_alphabet_core_v2` reads)."""
     state = {}
@@ -38,7 +46,13 @@ def save_fair_esm(model, path: Path) -> None:
         arch="roberta_large",
     )
     torch.save(
-        {"args": None, "cfg": {"_name": None, "model": settings}, "model": state, "extra_state": {"epoch": 1}}, path
+        {
+            "args": None,
+            "cfg": {"_name": None, "model": settings},
+            "model": state,
+            "extra_state": {"epoch": 1},
+        },
+        path,
     )
 
 
@@ -75,6 +89,9 @@ def random_sequence(random: random.Random, length: int) -> str:
 def random_fasta(path: Path, count: int, longest: int = 120, seed: int = 0) -> list[Protein]:
     """A FASTA of random proteins with lengths 1 ... longest."""
     draw = random.Random(seed)
-    proteins = [Protein(f"p{i}", f"p{i} random", random_sequence(draw, draw.randint(1, longest))) for i in range(count)]
+    proteins = [
+        Protein(f"p{i}", f"p{i} random", random_sequence(draw, draw.randint(1, longest)))
+        for i in range(count)
+    ]
     write_fasta(path, proteins)
     return proteins

@@ -21,7 +21,7 @@ PROTEINS = ["MKTAYIAKQRQISFVKSHFSRQ", "GAVLKK", "XBUZO"]
 
 
 def embedded(model):
-    return model(tokenise(PROTEINS))[0]
+    return model(tokenise(PROTEINS)).hidden[0]
 
 
 def test_the_table_names_the_esm2_models_of_fair_esm():
@@ -39,17 +39,25 @@ def test_the_table_describes_the_nano_models(size):
     if not (checkpoints.MODELS / f"{member.name}.pt").is_file():
         pytest.skip(f"{member.name} has not been trained")
     loaded = load_model(member.name)
-    assert (loaded.name, loaded.model.width, len(loaded.model.layers)) == (member.name, member.width, member.layers)
+    assert (loaded.name, loaded.model.width, len(loaded.model.layers)) == (
+        member.name,
+        member.width,
+        member.layers,
+    )
 
 
 def test_fair_esm_checkpoint_gives_what_fair_esm_reads_from_it(checkpoint):
     import esm
 
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
+    with (
+        torch.serialization.safe_globals([argparse.Namespace]),
+        warnings.catch_warnings(action="ignore"),
+    ):
         data = torch.load(checkpoint, weights_only=True)
         theirs, _ = esm.pretrained.load_model_and_alphabet_core("esm2_tiny", data)
-    loaded = load_model(str(checkpoint))
+    loaded = load_model(str(checkpoint), head=True)
     assert (loaded.name, loaded.sha256) == ("tiny", sha256(checkpoint))
+    assert loaded.model.lm_head.weight is loaded.model.embed_tokens.weight
     for key, tensor in loaded.model.state_dict().items():
         assert torch.equal(tensor, theirs.state_dict()[key])
 
@@ -115,19 +123,23 @@ def hugging_face(tmp_path_factory) -> Path:
     return folder
 
 
-def transformers_hidden(folder):
+def transformers_outputs(folder):
     import transformers
 
     model = transformers.EsmForMaskedLM.from_pretrained(folder).eval()
     tokens = tokenise(PROTEINS)
     with torch.no_grad():
-        return model(tokens, attention_mask=tokens.ne(1), output_hidden_states=True).hidden_states[-1]
+        found = model(tokens, attention_mask=tokens.ne(1), output_hidden_states=True)
+    return found.hidden_states[-1], found.logits
 
 
 def test_hugging_face_folder_gives_what_transformers_computes(hugging_face):
-    loaded = load_model(str(hugging_face))
-    expected, real = transformers_hidden(hugging_face), tokenise(PROTEINS) != 1
-    assert distance(embedded(loaded.model)[real], expected[real]) < 1e-5
+    loaded = load_model(str(hugging_face), head=True)
+    (hidden, logits), real = transformers_outputs(hugging_face), tokenise(PROTEINS) != 1
+    with torch.no_grad():
+        ours = loaded.model(tokenise(PROTEINS))
+    assert distance(ours.hidden[0][real], hidden[real]) < 1e-5
+    assert distance(ours.logits[real], logits[real]) < 1e-5
     assert (loaded.name, loaded.sha256) == ("esm2_tiny", sha256(hugging_face / "model.safetensors"))
 
 
@@ -182,7 +194,12 @@ def test_a_pickle_is_never_executed(tmp_path, place):
     if place == "plain pickle":
         path.write_bytes(pickle.dumps(Malicious(trap), protocol=2))
     else:
-        torch.save(Malicious(trap) if place == "alone" else {"cfg": {"model": Malicious(trap)}, "model": {}}, path)
+        torch.save(
+            Malicious(trap)
+            if place == "alone"
+            else {"cfg": {"model": Malicious(trap)}, "model": {}},
+            path,
+        )
     with pytest.raises(InputError):
         load_model(str(path))
     assert not trap.exists()
@@ -190,7 +207,11 @@ def test_a_pickle_is_never_executed(tmp_path, place):
 
 def test_damaged_checkpoints_are_one_sentence(fair_esm, checkpoint, tmp_path):
     whole = checkpoint.read_bytes()
-    for name, content in [("cut", whole[: len(whole) // 2]), ("empty", b""), ("text", b"not a model\n" * 99)]:
+    for name, content in [
+        ("cut", whole[: len(whole) // 2]),
+        ("empty", b""),
+        ("text", b"not a model\n" * 99),
+    ]:
         (tmp_path / f"{name}.pt").write_bytes(content)
         with pytest.raises(InputError):
             load_model(str(tmp_path / f"{name}.pt"))
@@ -200,25 +221,87 @@ def test_damaged_checkpoints_are_one_sentence(fair_esm, checkpoint, tmp_path):
     partial = reference.fair_esm_model(3, 48, 4)
     partial.layers = partial.layers[:2]
     reference.save_fair_esm(partial, tmp_path / "partial.pt")
-    with pytest.raises(InputError, match=r"layers\.2.*got nothing"):
+    with pytest.raises(InputError, match=r"got no layers\.2\.fc1\.bias.* and 11 more"):
         load_model(str(tmp_path / "partial.pt"))
 
 
-def test_models_that_are_not_esm2_are_refused(hugging_face, tmp_path):
-    for name, change in [("bert", {"model_type": "bert"}), ("esm1b", {"position_embedding_type": "absolute"})]:
-        shutil.copytree(hugging_face, tmp_path / name)
-        config = json.loads((hugging_face / "config.json").read_text()) | change
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
-        with pytest.raises(InputError, match="required an ESM-2 model"):
-            load_model(str(tmp_path / name))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "bert"}, "an ESM-2 model required, with model_type 'esm', got 'bert'"),
+        ({"position_embedding_type": "absolute"}, "an ESM-2 model required"),
+        ({"hidden_act": "relu"}, "hidden_act 'gelu', got 'relu'"),
+        ({"rope_theta": 500.0}, "rope_theta"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+        ({"pad_token_id": None}, "pad_token_id 1"),
+        ({"intermediate_size": 100}, "intermediate_size 192 required"),
+        ({"num_hidden_layers": 2}, r"2 layers required, all and no others, got also layers\.2\."),
+        ({"num_hidden_layers": 4}, r"4 layers required, all and no others, got no layers\.3\."),
+        ({"hidden_size": "48"}, "whole numbers required for hidden_size"),
+        ({"attention_window": 7}, "settings of ESM-2 required .* got attention_window"),
+    ],
+    ids=str,
+)
+def test_settings_of_other_models_are_refused(hugging_face, tmp_path, change, message):
+    shutil.copytree(hugging_face, tmp_path / "model")
+    config = json.loads((hugging_face / "config.json").read_text()) | change
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message):
+        load_model(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers.1.fc1.weight": None}, r"got no layers\.1\.fc1\.weight in"),
+        ({"layers.1.self_attn.gate": torch.ones(4)}, r"got also layers\.1\.self_attn\.gate in"),
+        ({"emb_layer_norm_before.weight": torch.ones(48)}, "also emb_layer_norm_before"),
+        ({"layers.1.fc1.bias": torch.ones(7)}, r"layers\.1\.fc1\.bias of shape \(192,\)"),
+        ({"encoder.layers.0.fc1.bias": torch.ones(192)}, "two different"),
+    ],
+    ids=["missing", "surplus", "ESM-1b", "shape", "twice"],
+)
+def test_every_parameter_is_read_once(checkpoint, tmp_path, change, message, head):
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        data = torch.load(checkpoint, weights_only=True)
+    for key, tensor in change.items():
+        key = key if key.startswith("encoder") else f"encoder.sentence_encoder.{key}"
+        data["model"].pop(key, None)
+        if tensor is not None:
+            data["model"][key] = tensor
+    torch.save(data, tmp_path / "changed.pt")
+    with pytest.raises(InputError, match=message):
+        load_model(str(tmp_path / "changed.pt"), head=head)
+
+
+def test_a_head_is_required_where_it_is_asked_for(hugging_face, checkpoint, tmp_path):
+    import transformers
+
+    transformers.EsmModel.from_pretrained(hugging_face).save_pretrained(tmp_path / "base")
+    with pytest.raises(InputError, match=r"3 layers and a head required.*no lm_head\.bias"):
+        load_model(str(tmp_path / "base"), head=True)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        data = torch.load(checkpoint, weights_only=True)
+    data["model"]["encoder.lm_head.weight"] = torch.zeros(33, 48)
+    torch.save(data, tmp_path / "untied.pt")
+    with pytest.raises(InputError, match="a head with the embedding's weights required"):
+        load_model(str(tmp_path / "untied.pt"), head=True)
+    load_model(str(tmp_path / "untied.pt"))
 
 
 def test_missing_models_are_one_sentence(tmp_path, hugging_face, monkeypatch):
-    for name in ("esm2_t6_9M_UR50D", str(tmp_path / "nothing.pt"), "models/nothing.pt", "/no/such/folder", ""):
-        with pytest.raises(InputError, match="required a model name"):
+    for name in (
+        "esm2_t6_9M_UR50D",
+        str(tmp_path / "nothing.pt"),
+        "models/nothing.pt",
+        "/no/such/folder",
+        "",
+    ):
+        with pytest.raises(InputError, match="a model name .* required"):
             load_model(name)
     with pytest.raises(InputError, match="pickles are not read"):
         load_model(str(tmp_path))
     monkeypatch.setattr(checkpoints, "MODELS", tmp_path)
-    with pytest.raises(InputError, match="required a checkpoint at"):
+    with pytest.raises(InputError, match="a checkpoint required at"):
         load_model("nano-64")

@@ -13,13 +13,15 @@ import pytest
 import torch
 
 from distil_rank.core.errors import InputError
-from distil_rank.proteins import pretrain
-from distil_rank.proteins.checkpoints import load_model
+from distil_rank.core.randomness import generator
+from distil_rank.proteins import command_pretrain
+from distil_rank.proteins.checkpoints import load_model, save_model
+from distil_rank.proteins.command_pretrain import Config, run, train
 from distil_rank.proteins.esm2 import CLS, EOS, MASK, PAD, tokenise
 from distil_rank.proteins.fasta import AMINO_ACIDS, Protein, write_fasta
-from distil_rank.proteins.masked import logits_at, look_at_neighbours, mask, new_model, perplexity, save_checkpoint
-from distil_rank.proteins.pretrain import Config, batches, schedule, train
-from distil_rank.core.randomness import generator
+from distil_rank.proteins.masked import logits_at, mask, perplexity
+from distil_rank.proteins.pretrain import batches, look_at_neighbours, new_model, schedule
+from tests.proteins import reference
 
 
 def proteins(count: int, longest: int = 60, seed: int = 0) -> list[str]:
@@ -29,14 +31,22 @@ def proteins(count: int, longest: int = 60, seed: int = 0) -> list[str]:
             for _ in range(count)]  # fmt: skip
 
 
-SMALL = Config(Path("x"), Path("y"), layers=2, width=16, heads=2, tokens=4000, batch_tokens=200, crop=40, save_every=3)
+SMALL = Config(
+    *(Path("x"), Path("y")),
+    **{"n_layer": 2, "n_embd": 16, "n_head": 2, "tokens": 4000},
+    **{"batch_tokens": 200, "max_length": 40, "save_every": 3},
+)
+OPTIONS = (SMALL.max_length, SMALL.batch_tokens, SMALL.seed)  # of `batches`
 
 
 def test_logits_are_those_of_fair_esm():
     model = new_model(2, 32, 4, seed=0)
-    tokens, chosen = mask(tokenise(["ACDEFGHIKL" * 3, "WY", "ACXUBZO", "MKT" * 20]), generator(0, "mask"))
+    tokens, chosen = mask(
+        tokenise(["ACDEFGHIKL" * 3, "WY", "ACXUBZO", "MKT" * 20]), generator(0, "mask")
+    )
     with torch.no_grad():
-        expected, got = model(tokens)["logits"][chosen], logits_at(model, tokens, chosen)
+        expected = reference.as_fair_esm(model)(tokens)["logits"][chosen]
+        got = logits_at(model, tokens, chosen)
         with torch.autocast("cpu", torch.bfloat16):
             half = logits_at(model, tokens, chosen)
     assert chosen.sum() > 5
@@ -66,10 +76,9 @@ def test_masks_have_the_published_shares():
 def test_an_epoch_shows_every_protein_once_within_the_budget():
     sequences = proteins(300)
     encoded = [tokenise([s])[0, 1:-1] for s in sequences]
-    config = replace(SMALL, crop=60, batch_tokens=250)
     seen: list[str] = []
     letters = {int(i): a for a, i in zip(AMINO_ACIDS, tokenise([AMINO_ACIDS])[0, 1:-1])}
-    for batch in batches(encoded, config):
+    for batch in batches(encoded, 60, 250, seed=0):
         assert (batch[:, 0] == CLS).all()
         assert (batch == EOS).sum() == len(batch)
         assert batch.shape[0] * (batch.shape[1] - 2) <= 250
@@ -84,8 +93,7 @@ def test_an_epoch_shows_every_protein_once_within_the_budget():
 
 def test_crops_are_windows_and_differ_between_epochs():
     whole = tokenise([AMINO_ACIDS * 5])[0, 1:-1]
-    config = replace(SMALL, crop=30)
-    crops = [b[0, 1:-1] for b in itertools.islice(batches([whole], config), 6)]
+    crops = [b[0, 1:-1] for b in itertools.islice(batches([whole], 30, 200, seed=0), 6)]
     assert all(any(torch.equal(crop, whole[i : i + 30]) for i in range(71)) for crop in crops)
     assert len({tuple(crop.tolist()) for crop in crops}) > 1
 
@@ -93,8 +101,8 @@ def test_crops_are_windows_and_differ_between_epochs():
 @pytest.mark.parametrize("skip", [1, 13, 60])
 def test_skipping_batches_changes_none_of_the_later_ones(skip):
     encoded = [tokenise([s])[0, 1:-1] for s in proteins(100)]
-    expected = list(itertools.islice(batches(encoded, SMALL), skip, skip + 5))
-    for got, batch in zip(batches(encoded, SMALL, skip=skip), expected):
+    expected = list(itertools.islice(batches(encoded, *OPTIONS), skip, skip + 5))
+    for got, batch in zip(batches(encoded, *OPTIONS, skip), expected):
         assert torch.equal(got, batch)
 
 
@@ -115,7 +123,7 @@ def test_heads_start_at_one_neighbour_each(width, heads):
     tokens = tokenise(["".join(random.Random(0).choices(AMINO_ACIDS, k=length))])
     with torch.no_grad():
         x = torch.zeros_like(model.embed_tokens(tokens)).transpose(0, 1)
-        for layer in model.layers:
+        for layer in reference.as_fair_esm(model).layers:
             # queries and keys of nothing: their biases, which say where a head looks whatever it reads
             weights = layer.self_attn(x, x, x, need_weights=True, need_head_weights=True)[1][:, 0]
             for head in range(heads - 1):
@@ -128,9 +136,11 @@ def test_heads_start_at_one_neighbour_each(width, heads):
 def test_a_model_that_looks_at_neighbours_has_no_opinion_from_them_yet():
     model = new_model(2, 32, 2, seed=0)
     look_at_neighbours(model)
-    one, other = (torch.tensor([[CLS, *tokenise([s])[0, 1:4].tolist(), EOS]]) for s in ("AAA", "AWA"))
+    one, other = (
+        torch.tensor([[CLS, *tokenise([s])[0, 1:4].tolist(), EOS]]) for s in ("AAA", "AWA")
+    )
     with torch.no_grad():
-        torch.testing.assert_close(model(one)["logits"][0, 1], model(other)["logits"][0, 1])
+        torch.testing.assert_close(model(one).logits[0, 1], model(other).logits[0, 1])
 
 
 def test_schedule_rises_then_falls_to_zero():
@@ -145,7 +155,12 @@ def test_training_learns_the_rule(tmp_path):
     held_out = proteins(50, seed=1)
     before = perplexity(new_model(2, 16, 2, 0), held_out)
     config = replace(
-        SMALL, tokens=60_000, batch_tokens=500, learning_rate=1e-2, out=tmp_path / "m.pt", save_every=10**6
+        SMALL,
+        tokens=60_000,
+        batch_tokens=500,
+        learning_rate=1e-2,
+        out=tmp_path / "m.pt",
+        save_every=10**6,
     )
     after = perplexity(train(config, proteins(400)), held_out)
     assert before["low"] > 15
@@ -154,8 +169,8 @@ def test_training_learns_the_rule(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["m.pt"]
 
 
-def test_bf16_trains_too(tmp_path):
-    config = replace(SMALL, bf16=True, out=tmp_path / "m.pt", tokens=1000)
+def test_bfloat16_trains_too(tmp_path):
+    config = replace(SMALL, dtype="bfloat16", out=tmp_path / "m.pt", tokens=1000)
     assert all(torch.isfinite(p).all() for p in train(config, proteins(30)).parameters())
 
 
@@ -168,7 +183,7 @@ def test_perplexity_of_a_model_without_opinion_is_the_size_of_its_alphabet():
 @pytest.fixture
 def checkpoint(tmp_path):
     model = new_model(2, 16, 2, seed=3)
-    save_checkpoint(model, tmp_path / "esm2_small.pt")
+    save_model(model, tmp_path / "esm2_small.pt")
     return model, tmp_path / "esm2_small.pt"
 
 
@@ -184,69 +199,58 @@ def test_fair_esm_loads_the_checkpoint_by_its_own_code(checkpoint):
     import esm
 
     model, path = checkpoint
-    regression = {"contact_head.regression." + k: v for k, v in model.contact_head.regression.state_dict().items()}
+    theirs = reference.as_fair_esm(rounded(model))
+    regression = {k: v for k, v in theirs.state_dict().items() if "contact_head" in k}
     torch.save({"model": regression}, path.with_name("esm2_small-contact-regression.pt"))
-    with torch.serialization.safe_globals([argparse.Namespace]):  # torch.load's default is weights_only=True
+    with torch.serialization.safe_globals(
+        [argparse.Namespace]
+    ):  # torch.load's default is weights_only=True
         loaded, _ = esm.pretrained.load_model_and_alphabet_local(path)
-    assert type(loaded) is type(model)
-    tokens = tokenise(["MKTAYIAKQR", "GAVL"])
-    torch.testing.assert_close(loaded.eval()(tokens)["logits"], rounded(model).eval()(tokens)["logits"], rtol=0, atol=0)
+    for key, tensor in theirs.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor)
 
 
 def test_the_checkpoint_is_float16_and_loads_here(checkpoint):
     model, path = checkpoint
     with torch.serialization.safe_globals([argparse.Namespace]):
         content = torch.load(path, weights_only=True)
-    assert {v.dtype for k, v in content["model"].items() if not k.endswith("inv_freq")} == {torch.float16}
+    assert {v.dtype for k, v in content["model"].items() if not k.endswith("inv_freq")} == {
+        torch.float16
+    }
     tokens = tokenise(["MKTAYIAKQR", "GAVL"])
-    expected = rounded(model).eval()(tokens, repr_layers=[2])["representations"][2]
-    (got,) = load_model(str(path)).model(tokens)
-    for row, length in enumerate((12, 6)):
-        torch.testing.assert_close(got[row, :length], expected[row, :length], rtol=1e-5, atol=1e-5)
+    expected, found = rounded(model)(tokens), load_model(str(path), head=True).model(tokens)
+    assert torch.equal(found.hidden[0], expected.hidden[0])
+    assert torch.equal(found.logits, expected.logits)
 
 
 def command(fasta: Path, out: Path, *more: str) -> list[str]:
-    flags = [
-        "--layers",
-        "2",
-        "--width",
-        "16",
-        "--heads",
-        "2",
-        "--tokens",
-        "30000",
-        "--batch-tokens",
-        "200",
-        "--crop",
-        "40",
-    ]
-    return [
-        sys.executable,
-        "-m",
-        "distil_rank",
-        "pretrain",
-        str(fasta),
-        "--out",
-        str(out),
-        *flags,
-        "--save-every",
-        "5",
-        *more,
-    ]
+    flags = "--n-layer 2 --n-embd 16 --n-head 2 --tokens 30000 --batch-tokens 200 --max-length 40"
+    arguments = [str(fasta), "--out", str(out), *flags.split(), "--save-every", "5", *more]
+    return [sys.executable, "-m", "distil_rank", "pretrain", *arguments]
 
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def test_killed_at_any_time_it_ends_bit_equal(tmp_path):
-    write_fasta(tmp_path / "p.fasta", [Protein(str(i), str(i), s) for i, s in enumerate(proteins(300))])
-    subprocess.run(command(tmp_path / "p.fasta", tmp_path / "whole.pt"), check=True, env=ENVIRONMENT)
+    write_fasta(
+        tmp_path / "p.fasta", [Protein(str(i), str(i), s) for i, s in enumerate(proteins(300))]
+    )
+    subprocess.run(
+        command(tmp_path / "p.fasta", tmp_path / "whole.pt"), check=True, env=ENVIRONMENT
+    )
     rng, kills = random.Random(0), 0
     state = tmp_path / "killed.pt.state"
     while not (tmp_path / "killed.pt").exists():
         before = state.stat().st_mtime_ns if state.exists() else 0
-        process = subprocess.Popen(command(tmp_path / "p.fasta", tmp_path / "killed.pt"), env=ENVIRONMENT)
-        while kills < 3 and process.poll() is None and (state.stat().st_mtime_ns if state.exists() else 0) == before:
+        process = subprocess.Popen(
+            command(tmp_path / "p.fasta", tmp_path / "killed.pt"), env=ENVIRONMENT
+        )
+        while (
+            kills < 3
+            and process.poll() is None
+            and (state.stat().st_mtime_ns if state.exists() else 0) == before
+        ):
             time.sleep(0.01)
         if kills < 3:
             time.sleep(rng.uniform(0, 0.2))
@@ -256,10 +260,15 @@ def test_killed_at_any_time_it_ends_bit_equal(tmp_path):
     assert kills == 3
     with torch.serialization.safe_globals([argparse.Namespace]):
         whole, killed = (
-            torch.load(tmp_path / f"{name}.pt", weights_only=True)["model"] for name in ("whole", "killed")
+            torch.load(tmp_path / f"{name}.pt", weights_only=True)["model"]
+            for name in ("whole", "killed")
         )
     assert all(torch.equal(whole[key], killed[key]) for key in whole)
-    assert sorted(p.name for p in tmp_path.iterdir() if ".tmp" not in p.name) == ["killed.pt", "p.fasta", "whole.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir() if ".tmp" not in p.name) == [
+        "killed.pt",
+        "p.fasta",
+        "whole.pt",
+    ]
 
 
 def interrupted(config: Config, monkeypatch) -> None:
@@ -271,7 +280,7 @@ def interrupted(config: Config, monkeypatch) -> None:
             raise KeyboardInterrupt
         return logits_at(*arguments)
 
-    monkeypatch.setattr(pretrain, "logits_at", stumbling)
+    monkeypatch.setattr(command_pretrain, "logits_at", stumbling)
     with pytest.raises(KeyboardInterrupt):
         train(config, proteins(30))
     monkeypatch.undo()
@@ -280,21 +289,26 @@ def interrupted(config: Config, monkeypatch) -> None:
 def test_a_state_with_other_settings_or_damage_is_refused(tmp_path, monkeypatch):
     config = replace(SMALL, out=tmp_path / "m.pt")
     interrupted(config, monkeypatch)
-    with pytest.raises(InputError, match="another width, seed"):
-        train(replace(config, width=32, seed=1), proteins(30))
+    for other in (replace(config, n_embd=32), replace(config, seed=1)):
+        with pytest.raises(InputError, match="a checkpoint of this very request"):
+            train(other, proteins(30))
+    with pytest.raises(InputError, match="a checkpoint of this very request"):
+        train(config, proteins(31))
     state = tmp_path / "m.pt.state"
     state.write_bytes(state.read_bytes()[:-1000])
-    with pytest.raises(InputError, match="damaged"):
+    with pytest.raises(InputError, match="a whole checkpoint required"):
         train(config, proteins(30))
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"width": 20, "heads": 4}, "divisible"),
-        ({"heads": 0}, "heads above 0"),
+        ({"n_embd": 20, "n_head": 4}, "divisible"),
+        ({"n_head": 0}, "n_head above 0"),
         ({"tokens": float("nan")}, "tokens above 0"),
-        ({"crop": 300}, "crop <= batch_tokens"),
+        ({"max_length": 300}, "max_length <= batch_tokens"),
+        ({"dtype": "float16"}, "float32 or bfloat16"),
+        ({"learning_rate": 0.0}, "rate above 0"),
         ({"warmup": 1.0}, "warmup"),
         ({"out": Path("nowhere/m.pt")}, "existing folder"),
     ],
@@ -302,13 +316,15 @@ def test_a_state_with_other_settings_or_damage_is_refused(tmp_path, monkeypatch)
 def test_impossible_settings_are_refused_before_any_work(tmp_path, change, says):
     config = replace(SMALL, out=tmp_path / "m.pt")
     with pytest.raises(InputError, match=says):
-        pretrain.run(replace(config, **change))
+        run(replace(config, **change))
     assert not list(tmp_path.iterdir())
 
 
 def test_bad_input_is_one_line_and_exit_status_two(tmp_path):
     (tmp_path / "p.fasta").write_text(">a\nAC1\n>b\nACD\n")
-    done = subprocess.run(command(tmp_path / "p.fasta", tmp_path / "m.pt"), capture_output=True, text=True)
+    done = subprocess.run(
+        command(tmp_path / "p.fasta", tmp_path / "m.pt"), capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "1 protein: a (1)" in done.stderr

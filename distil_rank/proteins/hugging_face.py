@@ -1,0 +1,146 @@
+"""ESM-2 as transformers saves it: config.json and safetensors, read without transformers.
+
+A setting that this reader neither reads nor knows to be harmless is an error: it may change what
+the model computes.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from distil_rank.core.errors import InputError
+from distil_rank.core.records import Record
+from distil_rank.proteins.esm2 import MASK, PAD, TOKENS
+
+# what ESM-2 is: setting -> value; where it is absent, the second value is meant
+_ABSENT = object()
+_FIXED: dict[str, tuple[Any, Any]] = {
+    "model_type": ("esm", _ABSENT),
+    "position_embedding_type": ("rotary", _ABSENT),
+    "vocab_size": (len(TOKENS), _ABSENT),
+    "pad_token_id": (PAD, _ABSENT),
+    "mask_token_id": (MASK, _ABSENT),
+    "hidden_act": ("gelu", "gelu"),
+    "rope_theta": (10000.0, 10000.0),
+    "tie_word_embeddings": (True, True),
+    "emb_layer_norm_before": (False, False),
+    "is_decoder": (False, False),
+    "add_cross_attention": (False, False),
+    "is_folding_model": (False, False),
+    "vocab_list": (list(TOKENS), list(TOKENS)),
+}
+_SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+_OPTIONAL = ("token_dropout", "layer_norm_eps")
+# of training, of other tasks, of the library: no weight and no hidden state depends on them
+_HARMLESS = """_name_or_path architectures attention_probs_dropout_prob bos_token_id
+    chunk_size_feed_forward classifier_dropout cls_token_id dtype eos_token_id esmfold_config gradient_checkpointing
+    hidden_dropout_prob id2label initializer_range is_encoder_decoder label2id
+    max_position_embeddings output_attentions output_hidden_states problem_type return_dict
+    torch_dtype transformers_version use_cache""".split()  # noqa: SIM905
+
+# transformers' parameter names -> fair-esm's; the longer names come first
+_NAMES = {
+    "embeddings.word_embeddings": "embed_tokens",
+    "encoder.emb_layer_norm_after": "emb_layer_norm_after",
+    "encoder.layer": "layers",
+    "attention.self.query": "self_attn.q_proj",
+    "attention.self.key": "self_attn.k_proj",
+    "attention.self.value": "self_attn.v_proj",
+    "attention.output.dense": "self_attn.out_proj",
+    "attention.LayerNorm": "self_attn_layer_norm",
+    "intermediate.dense": "fc1",
+    "output.dense": "fc2",
+    "LayerNorm": "final_layer_norm",
+    "lm_head.decoder": "lm_head",
+}
+
+
+def read_settings(folder: Path) -> Record:
+    """The arguments of `ESM2` that config.json describes; InputError for what is not ESM-2."""
+    path = folder / "config.json"
+    config = read_json_file(path)
+    for key, (value, default) in _FIXED.items():
+        got = config.get(key, default)
+        if got is None and default is not _ABSENT:
+            got = default
+        if got != value:
+            shown = "nothing" if got is _ABSENT else repr(got)[:60]
+            raise InputError(
+                f"an ESM-2 model required, with {key} {value!r}, got {shown} in {path}"
+            )
+    unread = sorted(set(config) - set(_FIXED) - set(_SHAPE) - set(_OPTIONAL) - set(_HARMLESS))
+    if unread:
+        raise InputError(
+            f"settings of ESM-2 required in {path}, got {', '.join(unread)}, which may change what"
+            " the model computes; remove them if they do not"
+        )
+    missing = [key for key in _SHAPE if not isinstance(config.get(key), int)]
+    if missing:
+        raise InputError(f"whole numbers required for {', '.join(missing)} in {path}")
+    layers, width, heads, inner = (config[key] for key in _SHAPE)
+    if inner != 4 * width:
+        raise InputError(f"intermediate_size {4 * width} required in {path}, got {inner}")
+    return {
+        "layers": layers,
+        "width": width,
+        "heads": heads,
+        "token_dropout": bool(config.get("token_dropout", False)),
+        "eps": float(config.get("layer_norm_eps", 1e-12)),
+    }
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a folder, one or its shards; InputError where one is missing."""
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if index.is_file():
+        names = sorted(set(read_json_file(index).get("weight_map", {}).values()))
+        if not names or any(Path(name).name != name for name in names):
+            raise InputError(
+                f"plain shard names required in {index}, got {names}; download the model again"
+            )
+    for name in ("config.json", *names):
+        if not (folder / name).is_file():
+            raise InputError(
+                f"{name} required in {folder}, got nothing there; give a folder with config.json"
+                " and model.safetensors (save_pretrained writes both); pickles are not read"
+            )
+    return [folder / name for name in names]
+
+
+def read_weights(files: list[Path]) -> list[tuple[str, Tensor]]:
+    """Tensors of all files by fair-esm's names."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return [(fair_esm_key(key), x) for file in files for key, x in load_file(file).items()]
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"whole safetensors required in {files[0].parent}, got {error}; download them again"
+        ) from error
+
+
+def fair_esm_key(key: str) -> str:
+    """transformers' parameter name -> fair-esm's."""
+    key = key.removeprefix("esm.")
+    # as transformers 5 writes layer norms
+    key = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key))
+    for theirs, ours in _NAMES.items():
+        key = re.sub(rf"(^|\.){re.escape(theirs)}\.", rf"\g<1>{ours}.", key)
+    return key
+
+
+def read_json_file(path: Path) -> Record:
+    """A JSON object; InputError where there is none."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"readable JSON required, got {path} ({error}); download the model again"
+        ) from error
+    if not isinstance(record, dict):
+        raise InputError(f"a JSON object required in {path}, got a {type(record).__name__}")
+    return record

@@ -1,0 +1,119 @@
+"""Mutational scans: read with care, scored one masked position at a time."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from distil_rank.core.errors import InputError
+from distil_rank.core.randomness import generator
+from distil_rank.proteins.esm2 import MASK, tokenise
+from distil_rank.proteins.fasta import AMINO_ACIDS
+from distil_rank.proteins.variants import (
+    additive_scores,
+    masked_marginals,
+    mutate,
+    read_assay,
+    read_assays,
+)
+
+WILD_TYPE = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGAEKAVQVKVK"
+
+
+def write_assay(folder: Path, name="TOY", lines=None, wild_type=WILD_TYPE) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.fasta").write_text(f">{name}\n{wild_type}\n")
+    (folder / f"{name}.csv").write_text("mutant,score\n" + "\n".join(lines or synthetic()) + "\n")
+    return folder / f"{name}.csv"
+
+
+def synthetic(seed=0, per_site=6) -> list[str]:
+    """Scores = a strong effect of the position, a small one of the substitution, noise."""
+    draw = generator(seed, "synthetic")
+    site = torch.randn(len(WILD_TYPE), generator=draw)
+    letter = 0.3 * torch.randn(20, generator=draw)
+    lines = []
+    for p, old in enumerate(WILD_TYPE):
+        for a in torch.randperm(20, generator=draw)[:per_site].tolist():
+            if AMINO_ACIDS[a] != old:
+                score = site[p] + letter[a] + 0.3 * torch.randn((), generator=draw)
+                lines.append(f"{old}{p + 1}{AMINO_ACIDS[a]},{float(score):.6f}")
+    return lines
+
+
+def test_subsample_is_seeded_and_in_file_order(tmp_path):
+    path = write_assay(tmp_path / "dms")
+    whole, one, two = read_assay(path), read_assay(path, 50), read_assay(path, 50)
+    assert one.mutants == two.mutants != read_assay(path, 50, seed=1).mutants
+    assert len(one.mutants) == 50 and one.measured == len(whole.mutants)
+    assert [m for m in whole.mutants if m in set(one.mutants)] == one.mutants
+    at = whole.mutants.index(one.mutants[7])
+    assert whole.scores[at] == one.scores[7] and whole.sequences[at] == one.sequences[7]
+
+
+def test_mutate():
+    assert mutate("ACDE", "C2G", "") == ("AGDE", [1])
+    assert mutate("ACDE", "A1W:E4K", "") == ("WCDK", [0, 3])
+
+
+def test_real_assays(shared_data):
+    assays = read_assays(shared_data / "dms", limit=40)
+    assert len(assays) == 12 and sum(a.measured for a in assays) == 22949
+    for assay in assays:
+        for sequence, (p, *_), mutant in zip(assay.sequences, assay.positions, assay.mutants):
+            assert sequence[p] == mutant[-1] and len(sequence) == len(assay.wild_type)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["A1G,1.0"], "got M at 1"),
+        (["A999G,1.0"], "got nothing at 999"),
+        (["M0G,1.0"], "got nothing at 0"),
+        (["wild,1.0"], "substitutions such as A24G"),
+        (["M1*,1.0"], "substitutions such as A24G"),
+        (["M1G:M1W,1.0"], "each position once"),
+        (["M1G,nan"], "finite score"),
+        (["M1G,high"], r"finite score required, got 'high' in TOY\.csv, line 2"),
+        (["M1G"], "finite score required, got None"),
+        (["M1G,1.0"], "at least 20 mutants"),
+        (["M1G,1.0", "K2G,1.0", "M1G,2.0"], r"each mutant once required, got 1 repeated .*M1G"),
+    ],
+)
+def test_bad_assays_are_refused_with_the_row(tmp_path, lines, message):
+    with pytest.raises(InputError, match=message):
+        read_assay(write_assay(tmp_path / "dms", lines=lines))
+
+
+def test_missing_parts(tmp_path):
+    with pytest.raises(InputError, match="at least one assay"):
+        read_assays(tmp_path)
+    path = write_assay(tmp_path / "dms")
+    path.write_text("mutation,fitness\nM1G,1\n")
+    with pytest.raises(InputError, match="columns mutant and score"):
+        read_assay(path)
+    path.with_suffix(".fasta").unlink()
+    with pytest.raises(InputError, match=r"wild type of TOY\.csv required"):
+        read_assay(path)
+
+
+def test_marginals_mask_one_position_at_a_time(ours):
+    sequence = "MKTAYIAKQR"
+    tokens, letters = tokenise([sequence]), tokenise([AMINO_ACIDS])[0, 1:-1]
+    found = masked_marginals(ours, sequence, batch_tokens=40)
+    for place in range(len(sequence)):
+        masked = tokens.clone()
+        masked[0, place + 1] = MASK
+        with torch.no_grad():
+            logs = ours(masked).logits[0, place + 1].log_softmax(-1)
+        expected = logs[letters] - logs[tokens[0, place + 1]]
+        torch.testing.assert_close(found[place].float(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_scores_add_up_over_substitutions(tmp_path):
+    lines = ["M1G,1", "K2W,2", "M1G:K2W,3"]
+    assay = read_assay(write_assay(tmp_path / "dms", lines=lines), least=3)
+    marginals = torch.randn(len(WILD_TYPE), 20, generator=generator(0, "x"), dtype=torch.float64)
+    a, b, both = additive_scores(marginals, assay)
+    assert a == marginals[0, AMINO_ACIDS.index("G")] and b == marginals[1, AMINO_ACIDS.index("W")]
+    assert both == a + b
