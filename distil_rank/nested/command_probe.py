@@ -32,7 +32,6 @@ from distil_rank.core.records import (
     write_json,
 )
 from distil_rank.core.resume import Cache
-from distil_rank.nested.assays import Assay, read_assays
 from distil_rank.nested.chain import FILE, NestedChain
 from distil_rank.nested.command_fit import HELD_OUT, MOMENTS
 from distil_rank.nested.compare import summary
@@ -43,6 +42,7 @@ from distil_rank.nested.report import SCHEMA, SUMMARY, comparison_table, draw
 from distil_rank.nested.single_pass import FILE as SINGLE_PASS
 from distil_rank.nested.single_pass import SinglePass
 from distil_rank.nested.sources import chain_models
+from distil_rank.proteins.variants import Assay, read_assays
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,9 @@ from torch import Tensor
 from distil_rank.core.errors import InputError
 from distil_rank.core.moments import symmetric_product
 from distil_rank.core.randomness import generator
-from distil_rank.nested.assays import Assay
 from distil_rank.nested.features import Representation
 from distil_rank.proteins.fasta import AMINO_ACIDS
+from distil_rank.proteins.variants import Assay
 
 FOLDS = 5
 SCHEMES = ("random", "modulo", "contiguous")

@@ -94,6 +94,8 @@ def chain_models(chain: NestedChain, models: Sequence[str] = ()) -> dict[str, Lo
 def raw_store(fasta: Path, model: str, out: Path, **options: Any) -> StoreRows:
     """Embed proteins with one model, or complete the store that was begun."""
     out.parent.mkdir(exist_ok=True)
+    options["dtype"] = options.pop("store_dtype")
+    options.pop("device")
     embeddings.run(embeddings.Config(fasta, model, out, **options))
     return StoreRows(out)
 

@@ -139,7 +139,8 @@ def fit_stage(
     if random is None and carrying < added:
         raise InputError(
             f"{name}: a residual of {added} directions required, got {carrying} that carry"
-            " variance; the larger embedding is (almost) a linear function of the prefix: ask for fewer"
+            " variance; the larger embedding is (almost) a linear function of the prefix: ask for"
+            " fewer"
         )
     if random is not None:
         normal = torch.randn(large, large, generator=random, dtype=torch.float64)
