@@ -1,22 +1,17 @@
-"""A probe and a benchmark in tables: pure functions of their records, for the terminal and for docs/nested.md."""
+"""Tables of docs/nested.md: a probe's record, or a benchmark's, as Markdown."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from distil_rank.core.records import Record
+from distil_rank.core.tables import markdown, with_interval
+from distil_rank.nested.report import POOLS, SCHEMA, comparison_table, stage_scores
 
-SCHEMA = "distil-rank/nested-summary/1"
+__all__ = ["BENCHMARK", "SCHEMA", "benchmark", "documentation"]
 BENCHMARK = "distil-rank/benchmark-nested/1"
-POOL_WORDS = {"mean": "mean-pooled", "site": "at the mutated position"}
 
 
-def documentation(record: Mapping[str, Any]) -> str:
-    """Every table of a probe, as Markdown."""
-    parts = [
-        fitted(record),
-        stage_table(record),
-        spearman_table(record),
-        comparison_table(record),
-        verdicts(record),
-    ]
+def documentation(record: Record) -> str:
+    """Every table of a probe."""
+    parts = [fitted(record), stage_table(record), spearman_table(record)]
+    parts += [comparison_table(record), verdicts(record)]
     if record.get("single_pass"):
         parts.append(single_pass_table(record))
     if record.get("locations"):
@@ -24,219 +19,149 @@ def documentation(record: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def fitted(record: Mapping[str, Any]) -> str:
+def fitted(record: Record) -> str:
     chain, data = record["chain"], record["data"]
     models = ", ".join(m["model"] for m in data["models"].values())
     assays = data["assays"]
     limit = record["config"]["mutants"]
     used, measured = sum(a["used"] for a in assays), sum(a["measured"] for a in assays)
-    drawn = (
-        f"at most {limit} drawn at random from each, seed {record['seeds'][0]}" if limit else "all"
-    )
+    drawn = "all"
+    if limit:
+        drawn = f"at most {limit} drawn at random from each, seed {record['seeds'][0]}"
     return (
-        f"Chain of {models} ({chain['regression']}): {chain['rows']['fit']:,.0f} residues to fit on,"
-        f" {chain['rows']['held_out']:,.0f} held out. Probe: {len(assays)} assays, {used:,} of {measured:,} mutants ({drawn})."
+        f"Chain of {models} ({chain['regression']}): {chain['rows']['fit']:,.0f} residues to fit"
+        f" on, {chain['rows']['held_out']:,.0f} held out. Probe: {len(assays)} assays, {used:,} of"
+        f" {measured:,} mutants ({drawn})."
     )
 
 
-def stage_table(record: Mapping[str, Any]) -> str:
+def stage_table(record: Record) -> str:
     """R^2 of every stage."""
     chain = record["chain"]
     names = list(chain["dims"])
-    rows = [
-        [
-            "stage",
-            "dims",
-            "regression",
-            f"{_where(chain)} R² from the prefix",
-            "with the new directions",
-            "residual left",
-        ]
-    ]
+    where = "held-out" if chain["held_out_r2"] else "fitted"
+    head = ["stage", "dims", "regression", f"{where} R² from the prefix"]
+    rows = [[*head, "with the new directions", "residual left"]]
     for before, size, fit in zip(names, names[1:], chain["fits"]):
         r2 = stage_scores(chain)[size]
-        how = fit["regression"] + (
-            f", {fit['components']} of {fit['rank']} components" if fit["components"] else ""
-        )
+        how = fit["regression"]
+        if fit["components"]:
+            how += f", {fit['components']} of {fit['rank']} components"
         left = chain["residual_spectrum"][size][chain["added"][size]]
-        shown = [ranged(r2[kind]) for kind in ("regression", "reconstruction")]
-        rows.append(
-            [
-                f"{before} → {size}",
-                f"{chain['dims'][before]} → {chain['dims'][size]}",
-                how,
-                *shown,
-                f"{left:.1%}",
-            ]
-        )
+        dims = f"{chain['dims'][before]} → {chain['dims'][size]}"
+        shown = [with_interval(r2[kind], ".3f") for kind in ("regression", "reconstruction")]
+        rows.append([f"{before} → {size}", dims, how, *shown, f"{left:.1%}"])
     return markdown(rows)
 
 
-def stage_scores(chain: Mapping[str, Any]) -> dict[str, Any]:
-    """R^2 of every stage: on held-out proteins with intervals, or on the fitted rows where none were held out."""
-    if chain["held_out_r2"]:
-        return chain["held_out_r2"]
-    return {
-        size: {
-            kind: {"value": v, "low": v, "high": v}
-            for kind, v in (r2["held_out"] or r2["fit"]).items()
-        }
-        for size, r2 in chain["r2"].items()
-    }
-
-
-def _where(chain: Mapping[str, Any]) -> str:
-    return "held-out" if chain["held_out_r2"] else "fitted"
-
-
-def spearman_table(record: Mapping[str, Any]) -> str:
+def spearman_table(record: Record) -> str:
     """Spearman of every representation: mean over assays, by scheme."""
-    rows = [
-        [
-            "embedding",
-            "dims",
-            *(
-                f"{POOL_WORDS[p]}: {s}"
-                for p in ("site", "mean")
-                for s in ("mean", *record["schemes"])
-            ),
-        ]
-    ]
+    columns = ["mean", *record["schemes"]]
+    rows = [["embedding", "dims", *(f"{words}: {s}" for words in POOLS.values() for s in columns)]]
     for row in sorted(record["representations"], key=lambda r: (r["kind"], r["dim"])):
-        cells = [record["spearman"][p][row["name"]] for p in ("site", "mean")]
-        values = [f"{cell[s]['value']:.3f}" for cell in cells for s in ("mean", *record["schemes"])]
+        cells = [record["spearman"][pool][row["name"]] for pool in POOLS]
+        values = [f"{cell[s]['value']:.3f}" for cell in cells for s in columns]
         rows.append([row["name"], str(row["dim"] or ""), *values])
     return markdown(rows)
 
 
-def comparison_table(record: Mapping[str, Any]) -> str:
-    """The planned comparisons, paired over assays."""
-    rows = [["embedding", "ours − theirs", "difference", "win rate", "Wilcoxon p", "Holm p"]]
-    for row in record["comparisons"]:
-        pool, _, ours = row["ours"].partition("/")
-        theirs, p = (
-            row["theirs"].partition("/")[2],
-            [f"{row[k]:.3f}" for k in ("wilcoxon_p", "holm_p")],
-        )
-        rows.append(
-            [
-                POOL_WORDS[pool],
-                f"{ours} − {theirs}",
-                signed(row["difference"]),
-                ranged(row["win_rate"], 2),
-                *p,
-            ]
-        )
-    return markdown(rows)
-
-
-def verdicts(record: Mapping[str, Any]) -> str:
+def verdicts(record: Record) -> str:
     """The questions of the method, answered from the intervals."""
     own, sizes = record["chain"]["regression"], list(record["chain"]["dims"])
     last, dim = sizes[-1], record["chain"]["dims"][sizes[-1]]
     other = "nested-ols" if own != "nested-ols" else "nested-pcr"
+    questions = {
+        f"raw_{last}": f"the raw {last}",
+        f"naive-pca_dim{dim}": "naive PCA of the concatenation",
+        f"random-completion_{last}": "a random completion of the prefix",
+        f"{other}_{last}": f"its ablation {other}",
+    }
+    by_pair = {(row["ours"], row["theirs"]): row for row in record["comparisons"]}
     lines = [power(record)]
-    for pool, words in POOL_WORDS.items():
-        by_pair = {
-            (r["ours"], r["theirs"]): r["difference"]
-            for r in record["comparisons"]
-            if r["ours"].startswith(f"{pool}/")
-        }
-        for theirs, question in (
-            (f"raw_{last}", f"the raw {last}"),
-            (f"naive-pca_dim{dim}", "naive PCA of the concatenation"),
-            (f"random-completion_{last}", "a random completion of the prefix"),
-            (f"{other}_{last}", f"its ablation {other}"),
-        ):
-            found = by_pair.get((f"{pool}/{own}_{last}", f"{pool}/{theirs}"))
-            if found:
-                lines.append(
-                    f"* {words}: {own}_{last} {outcome(found)} {question} ({signed(found)})."
-                )
+    for pool, words in POOLS.items():
+        for theirs, question in questions.items():
+            row = by_pair.get((f"{pool}/{own}_{last}", f"{pool}/{theirs}"))
+            if row:
+                shown = with_interval(row["difference"], "+.3f")
+                lines.append(f"* {words}: {own}_{last} {outcome(row)} {question} ({shown}).")
         for kind, chain in record["monotonicity"][pool].items():
+            shown = with_interval(chain["monotone"], ".2f")
             lines.append(
-                f"* {words}: {kind} never falls along the family in {ranged(chain['monotone'], 2)} of the assays."
+                f"* {words}: {kind} never falls along the family in {shown} of the assays."
             )
     return "\n".join(lines)
 
 
-def power(record: Mapping[str, Any]) -> str:
-    """Whether the probe finds any signal at all: without it, no difference between embeddings means anything."""
+def power(record: Record) -> str:
+    """Whether the probe finds any signal: without it, no difference means anything."""
     cells = [
-        (p, n, c["mean"]) for p, by_name in record["spearman"].items() for n, c in by_name.items()
+        (pool, name, cell["mean"])
+        for pool, named in record["spearman"].items()
+        for name, cell in named.items()
     ]
-    best = max(cells, key=lambda cell: cell[2]["value"])
     found = [cell for cell in cells if cell[2]["low"] > 0]
-    used = sum(a["used"] for a in record["data"]["assays"]) / len(record["assays"])
     if found:
-        return f"* {len(found)} of {len(cells)} embeddings predict the assays better than chance (interval above 0)."
+        return (
+            f"* {len(found)} of {len(cells)} embeddings predict the assays better than chance"
+            " (interval above 0)."
+        )
+    pool, name, best = max(cells, key=lambda cell: cell[2]["value"])
+    used = sum(a["used"] for a in record["data"]["assays"]) / len(record["assays"])
     return (
-        f"* **Underpowered**: with {used:.0f} mutants an assay, no embedding predicts them better than chance (best:"
-        f" {best[1]}, {POOL_WORDS[best[0]]}, {ranged(best[2])}), so the comparisons below decide nothing."
+        f"* **Underpowered**: with {used:.0f} mutants an assay, no embedding predicts them better"
+        f" than chance (best: {name}, {POOLS[pool]}, {with_interval(best, '.3f')}), so the"
+        " comparisons below decide nothing."
     )
 
 
-def outcome(difference: Mapping[str, Any]) -> str:
+def outcome(row: Record) -> str:
+    difference = row["difference"]
     if difference["low"] > 0:
         return "is better than"
     return "is worse than" if difference["high"] < 0 else "cannot be told apart from"
 
 
-def single_pass_table(record: Mapping[str, Any]) -> str:
+def single_pass_table(record: Record) -> str:
     single = record["single_pass"]
     rows = [["block", "R² fitted", "R² held out"]]
     for size, value in single["r2"]["fit"].items():
         held_out = single["r2"].get("held_out")
         rows.append([size, f"{value:.3f}", f"{held_out[size]:.3f}" if held_out else ""])
     layers = ", ".join(map(str, single["layers"]))
-    return f"Single pass from layers {layers} of the largest model, rank {single['rank']}:\n\n{markdown(rows)}"
+    intro = f"Single pass from layers {layers} of the largest model, rank {single['rank']}:"
+    return f"{intro}\n\n{markdown(rows)}"
 
 
-def location_table(record: Mapping[str, Any]) -> str:
+def location_table(record: Record) -> str:
     found = record["locations"]
     rows = [["embedding", "accuracy", f"difference to {found['reference']}"]]
     for name, cell in found["results"].items():
-        rows.append([name, ranged(cell["accuracy"]), signed(cell["difference"])])
+        accuracy = with_interval(cell["accuracy"], ".3f")
+        rows.append([name, accuracy, with_interval(cell["difference"], "+.3f")])
     intro = (
-        f"Subcellular location, {len(found['classes'])} classes, {found['n_train']:,} proteins to train on and"
-        f" {found['n_test']:,} to test on; the largest class alone scores {found['majority_accuracy']:.3f}:"
+        f"Subcellular location, {len(found['classes'])} classes, {found['n_train']:,} proteins to"
+        f" train on and {found['n_test']:,} to test on; the largest class alone scores"
+        f" {found['majority_accuracy']:.3f}:"
     )
     return f"{intro}\n\n{markdown(rows)}"
 
 
-def benchmark(record: Mapping[str, Any]) -> str:
-    """The measured bars, as Markdown."""
+def benchmark(record: Record) -> str:
+    """The measured bars."""
     rows = [["what", "measured", "bar"]]
-    for case in record.get("stream", {}).get("cases", []):
-        ratio = case["ratio"]
+
+    def ratio_row(what: str, ratio: Record) -> None:
         shown = f"{ratio['median']:.1f} x ({ratio['low']:.1f} to {ratio['high']:.1f})"
-        what = f"one stage 320 → 480 of {record['stream']['rows']:,} residues, {case['threads']} thread(s), against scikit-learn"
-        rows.append([what, shown, f"{ratio['bar']} x"])
+        rows.append([f"{what}, against scikit-learn", shown, f"{ratio['bar']} x"])
+
+    for case in record.get("stream", {}).get("cases", []):
+        what = f"one stage 320 → 480 of {record['stream']['rows']:,} residues"
+        ratio_row(f"{what}, {case['threads']} thread(s)", case["ratio"])
     if found := record.get("memory"):
+        imports = f"{found['bytes_after_import'] / 1e6:.0f} MB"
         for residues, peak in found["peak_bytes"].items():
-            what = f"peak memory over {int(residues):,} residues (of which imports {found['bytes_after_import'] / 1e6:.0f} MB)"
+            what = f"peak memory over {int(residues):,} residues (of which imports {imports})"
             rows.append([what, f"{peak / 1e6:.0f} MB", f"{found['bar'] / 1e6:.0f} MB"])
     for case in record.get("ridge", {}).get("cases", []):
-        ratio = case["ratio"]
-        shown = f"{ratio['median']:.1f} x ({ratio['low']:.1f} to {ratio['high']:.1f})"
-        rows.append(
-            [
-                f"ridge path, {case['n']:,} mutants x {case['d']:,}, against scikit-learn",
-                shown,
-                f"{ratio['bar']} x",
-            ]
-        )
+        ratio_row(f"ridge path, {case['n']:,} mutants x {case['d']:,}", case["ratio"])
     return markdown(rows)
-
-
-def ranged(cell: Mapping[str, Any], digits: int = 3) -> str:
-    return f"{cell['value']:.{digits}f} [{cell['low']:.{digits}f}, {cell['high']:.{digits}f}]"
-
-
-def signed(cell: Mapping[str, Any]) -> str:
-    return f"{cell['value']:+.3f} [{cell['low']:+.3f}, {cell['high']:+.3f}]"
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]])

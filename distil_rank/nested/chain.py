@@ -255,10 +255,10 @@ def read_file(
             header = json.loads((file.metadata() or {}).get(entry, "{}"))
             if header.get("schema") == schema:
                 return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118
-            reason = f"schema {header.get('schema')}"
+            reason = f"schema {header.get('schema')} instead of {schema}"
     except (OSError, SafetensorError, ValueError) as error:
         reason = str(error)
-    raise InputError(f"a {what} of schema {schema} required, got {path} ({reason}); {remedy}")
+    raise InputError(f"a {what} required, got {path} ({reason}); {remedy}")
 
 
 def _added(

@@ -5,10 +5,14 @@ import torch
 from distil_rank.core.randomness import generator
 
 
-def family(rows: int = 600, widths=(6, 10, 17), seed: int = 0, dtype=torch.float64, noise: float = 0.3):
+def family(
+    rows: int = 600, widths=(6, 10, 17), seed: int = 0, dtype=torch.float64, noise: float = 0.3
+):
     """Row-aligned embeddings that share latent causes, with a large mean and one outlier feature, as real ones have."""
     draw = generator(seed, "family")
-    latent = torch.randn(rows, max(widths), generator=draw, dtype=torch.float64) * torch.logspace(0, -1, max(widths))
+    latent = torch.randn(rows, max(widths), generator=draw, dtype=torch.float64) * torch.logspace(
+        0, -1, max(widths)
+    )
     raws = {}
     for i, k in enumerate(widths):
         mixing = torch.randn(max(widths), k, generator=draw, dtype=torch.float64)

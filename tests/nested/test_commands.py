@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file
 
 from distil_rank.core.errors import InputError
-from distil_rank.nested import embed, fit
+from distil_rank.core.moments import Moments
+from distil_rank.core.randomness import generator
+from distil_rank.nested import command_embed as embed
+from distil_rank.nested import command_fit as fit
 from distil_rank.nested.chain import NestedChain
-from distil_rank.nested.rows import joint_moments
+from distil_rank.nested.rows import StoreRows, joint_moments
 from distil_rank.nested.single_pass import SinglePass
-from distil_rank.nested.stores import StoreRows
 from distil_rank.proteins import embeddings
 from distil_rank.proteins.fasta import AMINO_ACIDS, Protein, write_fasta
 from distil_rank.proteins.store import EmbeddingStore
-from distil_rank.core.randomness import generator
-from distil_rank.core.moments import Moments
 from tests.proteins import reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +31,10 @@ def proteins(count=40, seed=0):
     draw = generator(seed, "proteins")
     lengths = torch.randint(8, 40, (count,), generator=draw).tolist()
     letters = [torch.randint(20, (n,), generator=draw).tolist() for n in lengths]
-    return [Protein(f"p{i}", f"p{i}", "".join(AMINO_ACIDS[a] for a in row)) for i, row in enumerate(letters)]
+    return [
+        Protein(f"p{i}", f"p{i}", "".join(AMINO_ACIDS[a] for a in row))
+        for i, row in enumerate(letters)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,9 @@ def folder(tmp_path_factory) -> Path:
     """Models a.pt, b.pt, c.pt of growing width, proteins.fasta, and a chain over them with its single pass."""
     folder = tmp_path_factory.mktemp("nested")
     for i, (name, width) in enumerate(zip("abc", WIDTHS)):
-        reference.save_fair_esm(reference.fair_esm_model(2, width, 4, seed=i), folder / f"{name}.pt")
+        reference.save_fair_esm(
+            reference.fair_esm_model(2, width, 4, seed=i), folder / f"{name}.pt"
+        )
     write_fasta(folder / "proteins.fasta", proteins())
     fit.run(config(folder))
     return folder
@@ -47,7 +52,9 @@ def folder(tmp_path_factory) -> Path:
 
 def config(folder, **changes):
     models = tuple(str(folder / f"{n}.pt") for n in "abc")
-    base = fit.Config(folder / "proteins.fasta", folder / "chain", models=models, single_pass=True, held_out=0.2)
+    base = fit.Config(
+        folder / "chain", folder / "proteins.fasta", models=models, single_pass=True, held_out=0.2
+    )
     return replace(base, **changes)
 
 
@@ -69,19 +76,26 @@ def test_held_out_scores_through_embed_agree_with_the_moments(folder):
     for size in "bc":
         for kind in ("regression", "reconstruction"):
             measured = record["held_out_r2"][size][kind]
-            assert measured["value"] == pytest.approx(record["r2"][size]["held_out"][kind], abs=1e-6)
+            assert measured["value"] == pytest.approx(
+                record["r2"][size]["held_out"][kind], abs=1e-6
+            )
             assert measured["low"] <= measured["value"] <= measured["high"] and measured["n"] < 40
 
 
 def test_embed_prefix_is_the_small_models_store(folder, tmp_path):
-    run = embed.Config(folder / "proteins.fasta", folder / "chain", tmp_path / "whole", pool="residues")
+    run = embed.Config(
+        folder / "proteins.fasta", folder / "chain", tmp_path / "whole", pool="residues"
+    )
     embed.run(run)
     embed.run(replace(run, out=tmp_path / "short", dim=24))
-    embed.run(replace(run, out=tmp_path / "half", dtype="float16"))
+    embed.run(replace(run, out=tmp_path / "half", store_dtype="float16"))
     whole, short, half = (EmbeddingStore(tmp_path / n) for n in ("whole", "short", "half"))
     small = EmbeddingStore(folder / "chain" / "stores" / "a")
     assert (whole.dim, short.dim, whole.rows) == (32, 24, small.rows)
-    assert whole.provenance["matryoshka_dims"] == [16, 24, 32] and short.provenance["truncate_dim"] == 24
+    assert (
+        whole.provenance["matryoshka_dims"] == [16, 24, 32]
+        and short.provenance["truncate_dim"] == 24
+    )
     for i in range(len(whole)):
         assert torch.equal(whole[i][:, :16], small[i])
         assert torch.equal(whole[i][:, :24], short[i])
@@ -117,18 +131,32 @@ def test_single_pass_is_ridge_of_the_nested_embedding_on_hidden_layers(folder):
         expected = 1 - float(error.square().sum() / centred.square().sum())
         assert single.scores(chain, everything)[size] == pytest.approx(expected, abs=1e-5)
         start = stop
-    assert single.record["r2"]["fit"]["c"] > 0 and set(single.record["r2"]["held_out"]) == set("abc")
+    assert single.record["r2"]["fit"]["c"] > 0 and set(single.record["r2"]["held_out"]) == set(
+        "abc"
+    )
     # the full rank is ridge itself: normal equations with the penalty found
     full = SinglePass.fit(chain, everything, (1, 2), rank=32)
     h = torch.cat(hidden, 1).double()
     hc, zc = h - h.mean(0), z - z.mean(0)
-    weights = torch.linalg.solve(hc.T @ hc + len(h) * full.record["penalty"] * torch.eye(64).double(), hc.T @ zc)
-    torch.testing.assert_close(full.embed([x.double() for x in hidden]), hc @ weights + z.mean(0), rtol=1e-4, atol=1e-5)
+    weights = torch.linalg.solve(
+        hc.T @ hc + len(h) * full.record["penalty"] * torch.eye(64).double(), hc.T @ zc
+    )
+    torch.testing.assert_close(
+        full.embed([x.double() for x in hidden]), hc @ weights + z.mean(0), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_pooled_mode(folder, tmp_path):
     write_fasta(tmp_path / "many.fasta", proteins(120, seed=1))
-    fit.run(config(folder, fasta=tmp_path / "many.fasta", out=tmp_path / "chain", pool="mean", single_pass=False))
+    fit.run(
+        config(
+            folder,
+            fasta=tmp_path / "many.fasta",
+            out=tmp_path / "chain",
+            rows="mean",
+            single_pass=False,
+        )
+    )
     chain = NestedChain.load(tmp_path / "chain")
     assert chain.record["rows"]["fit"] + chain.record["rows"]["held_out"] == 120
     assert {m["pool"] for m in chain.record["models"].values()} == {"mean"}
@@ -136,7 +164,7 @@ def test_pooled_mode(folder, tmp_path):
 
 def test_sampled_proteins(folder, tmp_path):
     for name in ("one", "two"):
-        fit.run(config(folder, out=tmp_path / name, proteins=25, single_pass=False))
+        fit.run(config(folder, out=tmp_path / name, max_proteins=25, single_pass=False))
     one, two = (NestedChain.load(tmp_path / n) for n in ("one", "two"))
     assert one.record["data"]["proteins"] == 25
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(one.stages, two.stages))
@@ -160,7 +188,9 @@ def test_killed_fit_goes_on(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(StoreRows, "read", killed)
     with pytest.raises(KeyboardInterrupt):
         fit.run(replace(run, out=tmp_path / "killed"))
-    assert not (tmp_path / "killed" / "chain.safetensors").exists() and list((tmp_path / "killed").glob("partial*"))
+    assert not (tmp_path / "killed" / "chain.safetensors").exists() and list(
+        (tmp_path / "killed").glob("partial*")
+    )
     fit.run(replace(run, out=tmp_path / "killed"))
     for name in ("chain", "moments", "held_out", "single_pass"):
         one, two = (load_file(tmp_path / n / f"{name}.safetensors") for n in ("whole", "killed"))
@@ -175,7 +205,15 @@ def command(*arguments, launcher):
 
 @pytest.mark.slow
 def test_two_ranks_fit_and_embed_as_one(folder, tmp_path):
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "distil_rank")
+    torchrun = (
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "distil_rank",
+    )
     models = [folder / f"{n}.pt" for n in "abc"]
     done = command(
         "nested",
@@ -185,7 +223,7 @@ def test_two_ranks_fit_and_embed_as_one(folder, tmp_path):
         *models,
         "--held-out",
         0.2,
-        "--proteins",
+        "--max-proteins",
         40,
         "--out",
         tmp_path / "chain",
@@ -197,7 +235,15 @@ def test_two_ranks_fit_and_embed_as_one(folder, tmp_path):
         Moments.load(tmp_path / "chain" / "moments.safetensors"),
     )
     torch.testing.assert_close(two.covariance, one.covariance[:72, :72], rtol=1e-12, atol=1e-12)
-    flags = ("nested", "embed", folder / "proteins.fasta", "--chain", tmp_path / "chain", "--dim", 24)
+    flags = (
+        "nested",
+        "embed",
+        folder / "proteins.fasta",
+        "--chain",
+        tmp_path / "chain",
+        "--dim",
+        24,
+    )
     for name, launcher in [("one", ("-m", "distil_rank")), ("two", torchrun)]:
         done = command(*flags, "--out", tmp_path / name, launcher=launcher)
         assert done.returncode == 0, done.stderr
@@ -215,7 +261,7 @@ BAD_FITS = {
     "components": ({"components": "many"}, "mp, held-out or a number"),
     "no held-out": ({"components": "held-out", "held_out": 0.0}, "leave some out"),
     "fraction": ({"held_out": 1.5}, r"in \[0, 1\)"),
-    "too many": ({"proteins": 41}, "at most the 40 proteins"),
+    "no proteins": ({"max_proteins": 0}, "--max-proteins must be at least 1"),
 }
 
 
@@ -231,10 +277,12 @@ def test_stores_that_do_not_fit_together(folder, tmp_path):
     write_fasta(tmp_path / "other.fasta", proteins(40, seed=5))
     pooled, other = tmp_path / "pooled", tmp_path / "other"
     embeddings.run(embeddings.Config(folder / "proteins.fasta", str(folder / "b.pt"), pooled))
-    embeddings.run(embeddings.Config(tmp_path / "other.fasta", str(folder / "b.pt"), other, pool="residues"))
+    embeddings.run(
+        embeddings.Config(tmp_path / "other.fasta", str(folder / "b.pt"), other, pool="residues")
+    )
     a, b = (folder / "chain" / "stores" / n for n in "ab")
     for stores, message in [
-        ((a, pooled), "different tokenisation, pooling"),
+        ((a, pooled), "different tokenization, pooling"),
         ((a, other), "different sequences at position 1"),
         ((b, a), "growing width"),
         ((a, a), "got a twice"),
@@ -271,7 +319,14 @@ def test_bad_embed(folder, tmp_path):
 
 def test_one_line_on_standard_error(tmp_path):
     done = command(
-        "nested", "fit", "absent.fasta", "--family", "esm9", "--out", tmp_path / "c", launcher=("-m", "distil_rank")
+        "nested",
+        "fit",
+        "absent.fasta",
+        "--family",
+        "esm9",
+        "--out",
+        tmp_path / "c",
+        launcher=("-m", "distil_rank"),
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
     assert not (tmp_path / "c").exists()
