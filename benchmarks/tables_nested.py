@@ -2,7 +2,7 @@
 
 from distil_rank.core.records import Record
 from distil_rank.core.tables import markdown, with_interval
-from distil_rank.nested.report import POOLS, SCHEMA, comparison_table, stage_scores
+from distil_rank.nested.report import POOLS, SCHEMA, comparison_table, decided, stage_scores
 
 __all__ = ["BENCHMARK", "SCHEMA", "benchmark", "documentation"]
 BENCHMARK = "distil-rank/benchmark-nested/1"
@@ -66,7 +66,7 @@ def spearman_table(record: Record) -> str:
 
 
 def verdicts(record: Record) -> str:
-    """The questions of the method, answered from the intervals."""
+    """The questions of the method, answered where Holm's p and the number of assays allow it."""
     own, sizes = record["chain"]["regression"], list(record["chain"]["dims"])
     last, dim = sizes[-1], record["chain"]["dims"][sizes[-1]]
     other = "nested-ols" if own != "nested-ols" else "nested-pcr"
@@ -115,10 +115,9 @@ def power(record: Record) -> str:
 
 
 def outcome(row: Record) -> str:
-    difference = row["difference"]
-    if difference["low"] > 0:
-        return "is better than"
-    return "is worse than" if difference["high"] < 0 else "cannot be told apart from"
+    if not decided(row):
+        return "cannot be told apart from"
+    return "is better than" if row["difference"]["value"] > 0 else "is worse than"
 
 
 def single_pass_table(record: Record) -> str:

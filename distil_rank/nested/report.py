@@ -67,6 +67,11 @@ def comparison_table(record: Record) -> str:
     return markdown(rows)
 
 
+def decided(row: Record) -> bool:
+    """Whether a comparison may be called better or worse: Holm's p below .05, six assays."""
+    return row["holm_p"] < 0.05 and row["difference"]["n"] >= 6
+
+
 def stage_scores(chain: Record) -> Record:
     """R^2 of every stage: on held-out proteins, or on the fitted rows where none were held out."""
     if chain["held_out_r2"]:
@@ -239,7 +244,7 @@ def forest(axis: Any, record: Record, pool: str) -> None:
     rows = [r for r in record["comparisons"] if r["ours"].startswith(f"{pool}/")][::-1]
     beside: Any = {"transform": axis.get_yaxis_transform(), "fontsize": 9}
     for i, row in enumerate(rows):
-        d, w, sure = row["difference"], row["win_rate"], row["holm_p"] < 0.05
+        d, w, sure = row["difference"], row["win_rate"], decided(row)
         color = (BLUE if d["value"] > 0 else RED) if sure else QUIET
         axis.plot([d["low"], d["high"]], [i, i], color=color, lw=2.2)
         face = color if sure else "white"
@@ -253,7 +258,7 @@ def forest(axis: Any, record: Record, pool: str) -> None:
     axis.set_ylim(-0.7, len(rows) - 0.3)
     axis.tick_params(axis="y", length=0)
     axis.grid(axis="y", visible=False)
-    axis.set_xlabel("difference in Spearman (filled: Holm p < 0.05)")
+    axis.set_xlabel("difference in Spearman (filled: Holm p < .05, six assays or more)")
     axis.set_title(f"Paired over assays, {POOLS[pool]}")
     head = "diff.      win rate [95 %]       Holm"
     axis.text(1.015, len(rows) - 0.4, head, va="bottom", color=QUIET, **beside)

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from benchmarks.tables_nested import outcome
 from distil_rank.nested.compare import compare, monotonicity, over_assays, share, wilcoxon
 from distil_rank.nested.probe import spearman
+from distil_rank.nested.report import decided
 
 OURS = [0.50, 0.40, 0.30, 0.60, 0.20]
 THEIRS = [0.45, 0.42, 0.30, 0.50, 0.12]
@@ -14,7 +16,8 @@ def test_hand_computed_fixture():
     (row,) = compare({"a": OURS, "b": THEIRS}, [("a", "b")], seed=0)
     assert row["difference"]["value"] == pytest.approx((0.05 - 0.02 + 0 + 0.10 + 0.08) / 5)
     assert row["win_rate"]["value"] == pytest.approx(3.5 / 5)  # three wins, one tie, one loss
-    # signed ranks of .05 -.02 .10 .08 (the zero is dropped): 2, -1, 4, 3; W- = 1; P(W- <= 1) = 2 / 16, two-sided 4 / 16
+    # signed ranks of .05 -.02 .10 .08 (the zero is dropped): 2, -1, 4, 3; W- = 1;
+    # P(W- <= 1) = 2 / 16, two-sided 4 / 16
     assert row["wilcoxon_p"] == pytest.approx(4 / 16)
     assert row["holm_p"] == row["wilcoxon_p"]
     assert row["difference"]["low"] <= row["difference"]["value"] <= row["difference"]["high"]
@@ -30,7 +33,8 @@ def test_holm_is_over_the_pairs():
 
 
 def test_wilson_by_hand():
-    # n = 10, 8 wins, z = 1.96: centre (.8 + .19207) / 1.38415, half 1.96 / 1.38415 sqrt(.016 + .0096)
+    # n = 10, 8 wins, z = 1.96: center (.8 + .19207) / 1.38415,
+    # half 1.96 / 1.38415 sqrt(.016 + .0096)
     found = share(8, 10)
     assert (found["low"], found["high"]) == pytest.approx((0.4902, 0.9433), abs=2e-4)
     assert share(0, 12)["low"] == 0 and share(12, 12)["high"] == pytest.approx(1)
@@ -73,3 +77,29 @@ def test_an_effect_and_no_effect():
     yes, no = compare({"s": shifted, "n": noisy, "b": base}, [("s", "b"), ("n", "b")], seed=0)
     assert yes["holm_p"] < 0.01 and yes["win_rate"]["low"] > 0.5
     assert no["holm_p"] > 0.05 and no["difference"]["low"] < 0 < no["difference"]["high"]
+
+
+def test_a_verdict_needs_holms_p_and_six_assays():
+    interval = {"value": 0.1, "low": 0.05, "high": 0.15}
+
+    def row(value, n, p):
+        return {"holm_p": p, "difference": {**interval, "value": value, "n": n}}
+
+    assert outcome(row(0.1, 12, 0.01)) == "is better than"
+    assert outcome(row(-0.1, 6, 0.049)) == "is worse than"
+    for undecided in (row(0.1, 12, 0.05), row(0.1, 12, 1.0), row(0.1, 5, 0.01), row(0.1, 1, 0.0)):
+        assert outcome(undecided) == "cannot be told apart from" and not decided(undecided)
+
+
+def test_false_verdicts_are_rare_and_one_assay_gets_none(monkeypatch):
+    # intervals take long, and no verdict looks at them
+    monkeypatch.setattr("distil_rank.nested.compare.over_assays", lambda x, seed: {"n": len(x)})
+    rng = np.random.default_rng(2)
+    names, false = "abcdefg", 0
+    pairs = [("a", other) for other in names[1:]]
+    for _ in range(200):
+        scores = {name: rng.standard_normal(12).tolist() for name in names}
+        false += any(map(decided, compare(scores, pairs, seed=0)))
+    assert false <= 16  # 5 % of 200, and two standard errors
+    (row,) = compare({"a": [0.5], "b": [0.1]}, [("a", "b")], seed=0)
+    assert not decided(row)
