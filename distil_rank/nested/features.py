@@ -100,7 +100,7 @@ def representations(
 
     `moments` are of all sizes side by side (more may follow), `held_out` those of the proteins left
     out, for a chain whose components were chosen on them. The chain's own regression, the other one
-    of PCR and OLS, raw sizes, concatenation, naive PCA of the concatenation, random orthogonal
+    of PCR and OLS, raw sizes, concatenation, naive PCA of it at each scale, random orthogonal
     completions, and the single pass when there is one.
     """
     widths, sizes, dims = chain.widths, chain.sizes, curve_dims(chain)
@@ -110,7 +110,8 @@ def representations(
         raise InputError(f"{required}, got {moments.dim}; fit it again")
     own = moments.part(slice(0, total))
     found = [Representation(f"raw_{n}", "raw", w, itemgetter(n)) for n, w in widths.items()]
-    found.append(Representation("concatenation", "concatenation", total, side_by_side(sizes)))
+    joined = lambda raws: torch.cat([raws[n] for n in sizes], -1)  # noqa: E731
+    found.append(Representation("concatenation", "concatenation", total, joined))
     options = chain.record["options"]
     added = {name: stage.added for name, stage in zip(sizes[1:], chain.stages)}
 
@@ -139,10 +140,6 @@ def other_regression(regression: str) -> str:
     return "ols" if regression != "ols" else "pcr"
 
 
-def side_by_side(sizes: Sequence[str]) -> Features:
-    return lambda raws: torch.cat([raws[n] for n in sizes], -1)
-
-
 def nested(
     kind: str, chain: NestedChain, dims: Sequence[int], draw: int | None = None
 ) -> Iterator[Representation]:
@@ -157,11 +154,12 @@ def nested(
 def naive_pca(
     moments: Moments, chain: NestedChain, dims: Sequence[int]
 ) -> Iterator[Representation]:
-    """PCA of all sizes side by side, cut at each of `dims`."""
-    basis = fixed_signs(torch.linalg.eigh(moments.covariance)[1].flip(1))
-    joined = side_by_side(chain.sizes)
+    """PCA side by side of the sizes that the chain needs at each of `dims`: no larger one."""
     for dim in dims:
-        features = lambda raws, V=basis[:, :dim]: (  # noqa: E731
-            (joined({n: x.double() for n, x in raws.items()}) - moments.mean) @ V
+        sizes = chain.sizes_for(dim)
+        own = moments.part(slice(0, sum(chain.widths[size] for size in sizes)))
+        V = fixed_signs(torch.linalg.eigh(own.covariance)[1].flip(1)[:, :dim])
+        features = lambda raws, sizes=sizes, mean=own.mean, V=V: (  # noqa: E731
+            (torch.cat([raws[size].double() for size in sizes], -1) - mean) @ V
         )
         yield Representation(f"naive-pca_dim{dim}", "naive-pca", dim, features)
