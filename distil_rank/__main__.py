@@ -9,8 +9,8 @@ from distil_rank.core.errors import one_line_errors
 # A module is imported only when its command is called, so `--help` answers at once.
 COMMANDS: dict[str, tuple[str, str]] = {
     "compress": ("distil_rank.compress.compress", "make a layer, a head or a whole model smaller, with a certificate"),
-    "embed": ("distil_rank.proteins.embeddings", "embed the proteins of a FASTA with an ESM-2 model"),
-    "moments": ("distil_rank.proteins.moments", "count, mean and covariance of embeddings"),
+    "embed": ("distil_rank.proteins.command_embed", "embed the proteins of a FASTA with an ESM-2 model"),
+    "moments": ("distil_rank.proteins.command_moments", "count, mean and covariance of embeddings"),
     "nested fit": ("distil_rank.nested.command_fit", "fit a nested embedding of a model family (Reverse Distillation)"),
     "nested embed": ("distil_rank.nested.command_embed", "embed proteins with a chain, cut at any dimension"),
     "nested probe": ("distil_rank.nested.command_probe", "what a chain is worth on mutational scans, against its baselines"),

@@ -10,8 +10,8 @@ norm after the cut. The nested embedding of a mean is the mean of the nested emb
 mean needs no residues. Interrupted? Run the same command again.
 """
 
-import hashlib
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ from distil_rank.core.records import (
 from distil_rank.nested.chain import FILE, NestedChain
 from distil_rank.nested.rows import StoreRows
 from distil_rank.nested.sources import chain_models, raw_store
-from distil_rank.proteins.fasta import clean_proteins, read_fasta
+from distil_rank.proteins.sharding import Shards
 from distil_rank.proteins.store import (
     INDEX,
     PROVENANCE,
@@ -114,10 +114,8 @@ def _identity(config: Config, chain: NestedChain) -> Record:
 
 def _same(config: Config, identity: Record) -> None:
     found, remedy = read_json(config.out / PROVENANCE, SCHEMA), "choose another folder"
-    digest = hashlib.sha256()
-    for protein in clean_proteins(read_fasta(config.fasta), lambda _: None):
-        digest.update(f"{protein.id}\0{protein.sequence}\n".encode())
-    if found.get("proteins_sha256") != digest.hexdigest():
+    shards = Shards(config.fasta, config.pool, config.long, config.max_length, sys.maxsize)
+    if found.get("proteins_sha256") != shards.survey(lambda _: None).sha256:
         required = f"the proteins of the store in {config.out} required"
         raise InputError(f"{required}, got others; {remedy}")
     if differing := [key for key, value in identity.items() if found.get(key) != value]:

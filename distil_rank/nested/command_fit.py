@@ -51,7 +51,7 @@ MOMENTS, HELD_OUT = "moments.safetensors", "held_out.safetensors"
 @dataclass(frozen=True)
 class Config:
     out: Path  # where to write
-    fasta: Annotated[Path | None, tyro.conf.Positional] = None  # proteins; none with --stores
+    fasta: Annotated[Path | None, tyro.conf.Positional] = None  # FASTA of proteins to work on
     family: str | None = None  # a family of the model table: esm2 or nano
     upto: str | None = None  # the largest size of the family, e.g. 650M (default: all)
     models: tuple[str, ...] = ()  # models by name, file or folder, smallest first
@@ -63,7 +63,7 @@ class Config:
     single_pass: bool = False  # also fit the map from the largest model's layers to the embedding
     rows: Literal["residues", "mean"] = "residues"  # what the chain is fitted on
     max_proteins: int | None = None  # at most this many proteins, drawn at random
-    seed: int = 0
+    seed: int = 0  # of everything random
     store_dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of stored embeddings
     long: Literal["error", "truncate", "window"] = "error"  # what proteins over max_length become
     max_length: int = 1022  # longest protein in residues

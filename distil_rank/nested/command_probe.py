@@ -54,7 +54,7 @@ class Config:
     locations: tuple[Path, ...] = ()  # two FASTA files with locations in the headers: train, test
     max_proteins: int | None = None  # at most this many proteins, drawn at random
     models: tuple[str, ...] = ()  # models by name, file or folder, smallest first
-    seed: int = 0
+    seed: int = 0  # of everything random
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
 
 

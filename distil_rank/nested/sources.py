@@ -14,7 +14,7 @@ from distil_rank.core.randomness import generator
 from distil_rank.core.records import Record
 from distil_rank.nested.chain import NestedChain
 from distil_rank.nested.rows import StoreRows
-from distil_rank.proteins import embeddings
+from distil_rank.proteins import command_embed
 from distil_rank.proteins.checkpoints import FAMILIES, Loaded, load_model
 from distil_rank.proteins.fasta import read_fasta, write_fasta
 
@@ -94,9 +94,7 @@ def chain_models(chain: NestedChain, models: Sequence[str] = ()) -> dict[str, Lo
 def raw_store(fasta: Path, model: str, out: Path, **options: Any) -> StoreRows:
     """Embed proteins with one model, or complete the store that was begun."""
     out.parent.mkdir(exist_ok=True)
-    options["dtype"] = options.pop("store_dtype")
-    options.pop("device")
-    embeddings.run(embeddings.Config(fasta, model, out, **options))
+    command_embed.run(command_embed.Config(fasta, model, out, **options))
     return StoreRows(out)
 
 

@@ -18,7 +18,9 @@ class Window:
     protein: int
     start: int
     stop: int
-    blend: Tensor | None = None  # weight of each residue here (stop - start,); over all windows they add up to 1
+    blend: Tensor | None = (
+        None  # weight of each residue here (stop - start,); over all windows they add up to 1
+    )
     last: bool = True
 
     @property
@@ -47,7 +49,13 @@ def windows(protein: int, length: int, limit: int) -> list[Window]:
         total[start : start + limit] += ramp
         ramps.append(ramp)
     return [
-        Window(protein, start, start + limit, (ramp / total[start : start + limit]).float(), last=start == starts[-1])
+        Window(
+            protein,
+            start,
+            start + limit,
+            (ramp / total[start : start + limit]).float(),
+            last=start == starts[-1],
+        )
         for start, ramp in zip(starts, ramps)
     ]
 

@@ -26,7 +26,11 @@ from distil_rank.core.errors import InputError
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 ALPHABET = AMINO_ACIDS + "XBUZO"
 GAPS = "-."
-_GAP, _UNKNOWN, _FOREIGN = re.compile(f"[{re.escape(GAPS)}]"), re.compile("[J*]"), re.compile(f"[^{ALPHABET}]")
+_GAP, _UNKNOWN, _FOREIGN = (
+    re.compile(f"[{re.escape(GAPS)}]"),
+    re.compile("[J*]"),
+    re.compile(f"[^{ALPHABET}]"),
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,9 @@ def _records(path: Path) -> Iterator[Protein]:
         for name, sequence, comment in pyfastx.Fastx(str(path), format="fasta", comment=True):
             yield Protein(name, f"{name} {comment}" if comment else name, sequence)
     except (RuntimeError, UnicodeDecodeError) as error:
-        raise InputError(f"required a FASTA file in UTF-8, got {path} ({error}); check the file") from error
+        raise InputError(
+            f"required a FASTA file in UTF-8, got {path} ({error}); check the file"
+        ) from error
 
 
 def _check(path: Path) -> None:
@@ -72,13 +78,21 @@ def _check(path: Path) -> None:
             while chunk := file.read(1 << 20):
                 start = start or chunk.lstrip()[:1]
                 if start not in (b"", b">"):
-                    raise InputError(f"required a FASTA file, but {path} does not begin with '>'; {remedy}")
+                    raise InputError(
+                        f"required a FASTA file, but {path} does not begin with '>'; {remedy}"
+                    )
                 if b"\0" in chunk:
-                    raise InputError(f"required a FASTA text file, but {path} holds binary data; {remedy}")
+                    raise InputError(
+                        f"required a FASTA text file, but {path} holds binary data; {remedy}"
+                    )
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"required a whole gzip file, got {path} ({error}); copy or compress it again") from error
+        raise InputError(
+            f"required a whole gzip file, got {path} ({error}); copy or compress it again"
+        ) from error
     except OSError as error:
-        raise InputError(f"required a readable FASTA file, got {path} ({error.strerror}); {remedy}") from error
+        raise InputError(
+            f"required a readable FASTA file, got {path} ({error.strerror}); {remedy}"
+        ) from error
     if not start:
         raise InputError(f"required at least one protein, but {path} is empty; {remedy}")
 
@@ -88,7 +102,9 @@ def clean_sequence(sequence: str) -> str:
     clean, _, foreign = _clean(sequence)
     if foreign:
         got = " ".join(sorted(foreign))
-        raise InputError(f"required letters of {ALPHABET} (or J * - .), got {got}; correct the sequence")
+        raise InputError(
+            f"required letters of {ALPHABET} (or J * - .), got {got}; correct the sequence"
+        )
     return clean
 
 
@@ -122,9 +138,13 @@ def clean_proteins(proteins: Iterable[Protein], warn: Callable[[str], None]) -> 
             empty.add(name)
         yield replace(protein, sequence=sequence)
     if foreign.count:
-        raise InputError(f"required letters of {ALPHABET} (or J * - .), got {foreign}; correct or remove them")
+        raise InputError(
+            f"required letters of {ALPHABET} (or J * - .), got {foreign}; correct or remove them"
+        )
     if empty.count:
-        raise InputError(f"required at least one residue per protein, got none in {empty}; remove them")
+        raise InputError(
+            f"required at least one residue per protein, got none in {empty}; remove them"
+        )
     for kind, names in changed.items():
         warn(f"{kind}: {changes[kind]} in {names}")
 
@@ -151,11 +171,19 @@ def write_fasta(path: str | Path, proteins: Iterable[Protein], width: int = 60) 
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as raw:
-        file = gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) if path.suffix == ".gz" else raw
+        file = (
+            gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0)
+            if path.suffix == ".gz"
+            else raw
+        )
         for protein in proteins:
             if "\n" in protein.header or not protein.sequence.isascii():
-                raise InputError(f"required a one-line header, ASCII residues, got {protein.header[:60]!r}; correct it")
-            lines = [protein.sequence[i : i + width] for i in range(0, len(protein.sequence), width)]
+                raise InputError(
+                    f"required a one-line header, ASCII residues, got {protein.header[:60]!r}; correct it"
+                )
+            lines = [
+                protein.sequence[i : i + width] for i in range(0, len(protein.sequence), width)
+            ]
             file.write("\n".join([f">{protein.header}", *lines, ""]).encode())
         if file is not raw:
             file.close()

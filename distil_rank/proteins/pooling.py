@@ -26,17 +26,6 @@ def embed(
     than `max_length` are embedded in windows that are blended (`batching.windows`).
     """
     check_sequences(sequences)
-    return _embed(model, sequences, pool, layers, max_length, batch_tokens)
-
-
-def _embed(
-    model: ESM2,
-    sequences: Sequence[str],
-    pool: str,
-    layers: Sequence[int],
-    max_length: int,
-    batch_tokens: int,
-) -> Iterator[tuple[int, Tensor]]:
     items = [
         window
         for i, sequence in enumerate(sequences)

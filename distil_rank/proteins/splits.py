@@ -34,14 +34,19 @@ from distil_rank.core.randomness import generator
 _CLASSES = ("LM", "IV", "KR", "EQ", "AST", "ND", "FY", "C", "G", "H", "P", "W")
 # which of the letters at these offsets make the word; shorter words are the beginnings of these
 _PATTERNS = ("1101100111", "111010010011", "1100101000101011", "11010001011011")
-_LONGEST = {5: 300_000, 6: 3_000_000}  # residues up to which words of 5 and 6 letters are rare enough; beyond, 7
+_LONGEST = {
+    5: 300_000,
+    6: 3_000_000,
+}  # residues up to which words of 5 and 6 letters are rare enough; beyond, 7
 _HIT_WINDOW = 8  # two words count as one diagonal if their diagonals differ by at most this many residues (small gaps)
 _BUCKET = 400  # a word is paired with at most this many later occurrences of itself (repeats, giant families)
 _RESIDUES_PER_HIT = 300  # chance alone gives long pairs more shared words, so they need one more per so many residues
 _HITS_AT_ONCE = 40_000_000  # memory: 8 bytes each, a few times
 
 
-def cluster(sequences: Sequence[str], identity: float = 0.3, candidates: str = "auto") -> NDArray[np.int64]:
+def cluster(
+    sequences: Sequence[str], identity: float = 0.3, candidates: str = "auto"
+) -> NDArray[np.int64]:
     """Cluster label per sequence (n,): near relatives share a label; labels count from 0 in order of appearance.
 
     candidates: "mmseqs", "words", or "auto" (MMseqs2 when installed). Equal sequences always share a label.
@@ -60,10 +65,13 @@ def cluster(sequences: Sequence[str], identity: float = 0.3, candidates: str = "
     for batch in _by_search(distinct) if candidates == "mmseqs" else _by_words(distinct):
         for part in np.array_split(batch, max(1, len(batch) // 5000)):
             part = part[labels[part[:, 0]] != labels[part[:, 1]]]  # the others are joined already
-            keep = np.array([related(distinct[i], distinct[j], identity) for i, j in part.tolist()], dtype=bool)
+            keep = np.array(
+                [related(distinct[i], distinct[j], identity) for i, j in part.tolist()], dtype=bool
+            )
             linked = np.concatenate([linked, part[keep]])
             graph = coo_array(
-                (np.ones(len(linked)), (linked[:, 0], linked[:, 1])), shape=(len(distinct), len(distinct))
+                (np.ones(len(linked)), (linked[:, 0], linked[:, 1])),
+                shape=(len(distinct), len(distinct)),
             )
             labels = connected_components(graph, directed=False)[1]
     _, first, rank = np.unique(labels, return_index=True, return_inverse=True)
@@ -98,10 +106,16 @@ def _self_scores() -> dict[str, int]:
     import parasail
 
     table = parasail.blosum62.matrix.copy()
-    return {chr(code): int(table[row, row]) for code, row in enumerate(parasail.blosum62.mapper) if code < 128}
+    return {
+        chr(code): int(table[row, row])
+        for code, row in enumerate(parasail.blosum62.mapper)
+        if code < 128
+    }
 
 
-def split(labels: NDArray[np.int64], fractions: Sequence[float], seed: int = 0) -> list[NDArray[np.int64]]:
+def split(
+    labels: NDArray[np.int64], fractions: Sequence[float], seed: int = 0
+) -> list[NDArray[np.int64]]:
     """Sorted index arrays, one per fraction and first the rest: split(labels, [0.1, 0.1]) gives train, val, test.
 
     Whole clusters are drawn in random order (the same for the same labels and seed) into the last part, then the one
@@ -109,7 +123,9 @@ def split(labels: NDArray[np.int64], fractions: Sequence[float], seed: int = 0) 
     So a part may be smaller than asked for when clusters are large; an empty one raises InputError.
     """
     if not fractions or min(fractions) <= 0 or sum(fractions) >= 1:
-        raise InputError(f"required fractions above 0 with a sum below 1, got {list(fractions)}; 0.2 is a usual one")
+        raise InputError(
+            f"required fractions above 0 with a sum below 1, got {list(fractions)}; 0.2 is a usual one"
+        )
     import torch
 
     sizes = np.bincount(labels)
@@ -135,36 +151,55 @@ def _by_words(sequences: Sequence[str]) -> Iterator[NDArray[np.int64]]:
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     owner = np.repeat(np.arange(len(sequences)), lengths)
-    tables = [_word_table("".join(sequences), starts, pattern) for pattern in _patterns(int(starts[-1]))]
-    hits = np.zeros(len(sequences), dtype=np.int64)  # pairs of words to come, by the sequence of the first
+    tables = [
+        _word_table("".join(sequences), starts, pattern) for pattern in _patterns(int(starts[-1]))
+    ]
+    hits = np.zeros(
+        len(sequences), dtype=np.int64
+    )  # pairs of words to come, by the sequence of the first
     for words, positions in tables:
         later = np.searchsorted(words, words, side="right") - np.arange(len(words)) - 1
-        hits += np.bincount(owner[positions], np.minimum(later, _BUCKET), minlength=len(sequences)).astype(np.int64)
+        hits += np.bincount(
+            owner[positions], np.minimum(later, _BUCKET), minlength=len(sequences)
+        ).astype(np.int64)
     batch_of = np.cumsum(hits) // _HITS_AT_ONCE
-    for low, high in zip(*(np.searchsorted(batch_of, np.unique(batch_of), side=side) for side in ("left", "right"))):
+    for low, high in zip(
+        *(np.searchsorted(batch_of, np.unique(batch_of), side=side) for side in ("left", "right"))
+    ):
         keys = np.concatenate([_word_pairs(table, starts, owner, low, high) for table in tables])
         keys.sort()
         same = (keys[1:] >> 20 == keys[:-1] >> 20) & (keys[1:] - keys[:-1] <= _HIT_WINDOW)
         pairs, count = np.unique(keys[1:][same] >> 20, return_counts=True)
-        pairs = np.stack([pairs // len(sequences), pairs % len(sequences)], axis=1)[np.argsort(-count, kind="stable")]
+        pairs = np.stack([pairs // len(sequences), pairs % len(sequences)], axis=1)[
+            np.argsort(-count, kind="stable")
+        ]
         expected = lengths[pairs].min(axis=1) // _RESIDUES_PER_HIT
         yield pairs[np.sort(count)[::-1] > expected]
 
 
 def _patterns(residues: int) -> list[str]:
     weight = next((letters for letters, most in _LONGEST.items() if residues <= most), 7)
-    ends = [[i for i, mark in enumerate(pattern) if mark == "1"][weight - 1] + 1 for pattern in _PATTERNS]
+    ends = [
+        [i for i, mark in enumerate(pattern) if mark == "1"][weight - 1] + 1
+        for pattern in _PATTERNS
+    ]
     return [pattern[:end] for pattern, end in zip(_PATTERNS, ends)]
 
 
-def _word_table(letters: str, starts: NDArray[np.int64], pattern: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _word_table(
+    letters: str, starts: NDArray[np.int64], pattern: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Sorted words and their positions, without words of other letters, of one or two classes, or across sequences."""
     code = np.full(256, -1, dtype=np.int64)
     for number, members in enumerate(_CLASSES):
         code[[ord(letter) for letter in members]] = number
     classes = code[np.frombuffer(letters.encode(), dtype=np.uint8)]
     count = max(0, len(classes) - len(pattern) + 1)
-    word, seen, valid = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64), np.ones(count, dtype=bool)
+    word, seen, valid = (
+        np.zeros(count, dtype=np.int64),
+        np.zeros(count, dtype=np.int64),
+        np.ones(count, dtype=bool),
+    )
     for offset in (i for i, mark in enumerate(pattern) if mark == "1"):
         here = classes[offset : offset + count]
         word = word * len(_CLASSES) + here
@@ -179,7 +214,11 @@ def _word_table(letters: str, starts: NDArray[np.int64], pattern: str) -> tuple[
 
 
 def _word_pairs(
-    table: tuple[NDArray, NDArray], starts: NDArray[np.int64], owner: NDArray[np.int64], low: int, high: int
+    table: tuple[NDArray, NDArray],
+    starts: NDArray[np.int64],
+    owner: NDArray[np.int64],
+    low: int,
+    high: int,
 ) -> NDArray[np.int64]:
     """(first sequence, second, diagonal) packed into integers, for each pair of equal words with the first in [low, high)."""
     words, positions = table
@@ -202,13 +241,20 @@ def _by_search(sequences: Sequence[str]) -> Iterator[NDArray[np.int64]]:
     """Candidate pairs (m, 2) from MMseqs2's all-against-all search."""
     with tempfile.TemporaryDirectory() as folder:
         fasta, hits = Path(folder, "all.fasta"), Path(folder, "hits.tsv")
-        write_fasta(fasta, (Protein(str(i), str(i), sequence) for i, sequence in enumerate(sequences)))
+        write_fasta(
+            fasta, (Protein(str(i), str(i), sequence) for i, sequence in enumerate(sequences))
+        )
         files = [str(fasta), str(fasta), str(hits), str(Path(folder, "work"))]
         command = ["mmseqs", "easy-search", *files, "-s", "7.5", "-e", "10"]
         done = subprocess.run(
-            [*command, "--format-output", "query,target"], capture_output=True, text=True, check=False
+            [*command, "--format-output", "query,target"],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
-            raise InputError(f"required a working MMseqs2, got exit status {done.returncode}: {done.stderr[-300:]}")
+            raise InputError(
+                f"required a working MMseqs2, got exit status {done.returncode}: {done.stderr[-300:]}"
+            )
         pairs = np.loadtxt(hits, dtype=np.int64, ndmin=2)
     yield pairs[pairs[:, 0] < pairs[:, 1]]

@@ -18,7 +18,7 @@ from distil_rank.nested import command_fit as fit
 from distil_rank.nested.chain import NestedChain
 from distil_rank.nested.rows import StoreRows, joint_moments
 from distil_rank.nested.single_pass import SinglePass
-from distil_rank.proteins import embeddings
+from distil_rank.proteins import command_embed as embeddings
 from distil_rank.proteins.fasta import AMINO_ACIDS, Protein, write_fasta
 from distil_rank.proteins.store import EmbeddingStore
 from tests.proteins import reference

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from distil_rank.core.errors import InputError
-from distil_rank.proteins.embeddings import Config, run
+from distil_rank.proteins.command_embed import Config, run
 from distil_rank.proteins.fasta import Protein, write_fasta
 from distil_rank.proteins.store import EmbeddingStore, ShardWriter, shard_path
 from tests.proteins import reference
@@ -60,6 +60,8 @@ def test_repeated_and_unknown_ids_are_not_guessed(store):
         store["twin"]
     with pytest.raises(KeyError, match="got 0"):
         store["nobody"]
+    assert "twin" in store and "" in store and "../../etc/passwd" in store
+    assert "nobody" not in store and 3 not in store
     with pytest.raises(IndexError):
         store[len(IDS)]
     assert torch.equal(store[-1], store[len(IDS) - 1])
@@ -112,7 +114,7 @@ def test_shards_are_safetensors_whatever_the_order_of_writing(tmp_path, dtype):
 
 def test_values_that_the_dtype_cannot_hold_are_refused(tmp_path):
     writer = ShardWriter(tmp_path / "x.safetensors", [0], rows=1, dim=2, dtype=torch.float16)
-    with pytest.raises(InputError, match="use --dtype float32"):
+    with pytest.raises(InputError, match="use --store-dtype float32"):
         writer.write(0, torch.tensor([[[1.0, 1e6]]]))
     with pytest.raises(InputError, match="NaN"):
         writer.write(0, torch.tensor([[[1.0, float("nan")]]]))

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from distil_rank.core.errors import InputError
-from distil_rank.proteins import embeddings
-from distil_rank.proteins.moments import Config, run
+from distil_rank.proteins import command_embed
+from distil_rank.proteins.command_moments import Config, run
 from distil_rank.proteins.store import EmbeddingStore
 from distil_rank.core.moments import Moments
 from tests.proteins import reference
@@ -13,8 +13,9 @@ from tests.proteins import reference
 def store(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("moments")
     reference.random_fasta(folder / "p.fasta", 30)
-    config = embeddings.Config(folder / "p.fasta", str(checkpoint), folder / "store", pool="residues", layers=(1, -1))
-    embeddings.run(config)
+    options = {"pool": "residues", "layers": (1, -1), "device": "cpu"}
+    fasta, out = folder / "p.fasta", folder / "store"
+    command_embed.run(command_embed.Config(fasta, str(checkpoint), out, **options))
     return folder / "store"
 
 

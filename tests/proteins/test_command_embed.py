@@ -1,11 +1,14 @@
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +17,14 @@ import torch
 
 from distil_rank.core.devices import process_group
 from distil_rank.core.errors import InputError
-from distil_rank.proteins import embeddings, moments
+from distil_rank.core.locks import only_writer
+from distil_rank.proteins import command_embed, command_moments
 from distil_rank.proteins.batching import windows
 from distil_rank.proteins.embedding_files import load_matrix, provenance
-from distil_rank.proteins.embeddings import Config, run
+from distil_rank.proteins.command_embed import Config, run
 from distil_rank.proteins.fasta import Protein, write_fasta
 from distil_rank.proteins.pooling import embed
-from distil_rank.proteins.store import EmbeddingStore
+from distil_rank.proteins.store import INDEX, EmbeddingStore, IndexWriter, shard_path
 from distil_rank.core.moments import Moments
 from tests.conftest import ROOT
 from tests.proteins import reference
@@ -98,7 +102,7 @@ def test_batch_size_and_company_change_nothing(ours):
 def test_stored_dtype_is_a_rounding_of_float32(config, whole, tmp_path):
     exact = torch.cat(list(EmbeddingStore(whole).batches()))
     for dtype in ("float16", "bfloat16"):
-        run(replace(config, out=tmp_path / dtype, dtype=dtype))
+        run(replace(config, out=tmp_path / dtype, store_dtype=dtype))
         stored = torch.cat(list(EmbeddingStore(tmp_path / dtype).batches()))
         assert torch.equal(stored, exact.to(getattr(torch, dtype)))
 
@@ -127,7 +131,7 @@ def families(tmp_path_factory) -> Path:
 
 
 def test_split_writes_what_main_py_reads_and_cuts_no_family(config, families, tmp_path, capsys):
-    run(replace(config, fasta=families, out=tmp_path / "s", split=0.2, dtype="float16"))
+    run(replace(config, fasta=families, out=tmp_path / "s", split=0.2, store_dtype="float16"))
     store = EmbeddingStore(tmp_path / "s")
     x, x_val = load_matrix(store.path / "embeddings_train.pt"), load_matrix(store.path / "embeddings_val.pt")
     assert len(x) + len(x_val) == 90 and 15 <= len(x_val) <= 18
@@ -156,6 +160,51 @@ def test_a_second_run_writes_nothing(config, whole):
     assert {path: path.stat().st_mtime_ns for path in whole.iterdir()} == before
 
 
+def _damage(folder: Path, what: str) -> None:
+    shard, index = shard_path(folder, 2), folder / INDEX
+    content = shard.read_bytes()
+    if what == "missing shard":
+        shard.unlink()
+    elif what == "truncated shard":
+        shard.write_bytes(content[:-1])
+    elif what == "other header":
+        shard.write_bytes(content.replace(b"layer_3", b"layer_1"))
+    elif what == "truncated index":
+        index.write_bytes(index.read_bytes()[:5000])
+    else:
+        with closing(sqlite3.connect(index)) as database, database:
+            database.execute("DELETE FROM protein WHERE position = 7")
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["missing shard", "truncated shard", "other header", "truncated index", "shortened index"],
+)
+def test_a_damaged_store_is_made_whole_again(config, whole, tmp_path, capsys, what):
+    shutil.copytree(whole, tmp_path / "store")
+    _damage(tmp_path / "store", what)
+    kept = shard_path(tmp_path / "store", 1).stat().st_mtime_ns
+    run(replace(config, out=tmp_path / "store"))
+    assert contents(tmp_path / "store") == contents(whole)
+    assert shard_path(tmp_path / "store", 1).stat().st_mtime_ns == kept
+    assert ("1 missing or damaged shards" in capsys.readouterr().err) == ("index" not in what)
+
+
+def test_one_run_at_a_time_writes_in_a_store(config, whole, tmp_path):
+    out = tmp_path / "store"
+    out.mkdir()
+    with only_writer(out), pytest.raises(InputError, match=f"held by process {os.getpid()}"):
+        run(replace(config, out=out))
+    run(replace(config, out=out))
+    assert contents(out) == contents(whole)
+
+
+def test_success_means_that_every_protein_is_in_the_store(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(IndexWriter, "add", lambda *_: None)
+    with pytest.raises(InputError, match="all shards and proteins"):
+        run(replace(config, out=tmp_path / "store"))
+
+
 def _killed(config: Config, replaces: int) -> None:
     """In a process of its own: SIGKILL when the `replaces`-th file is about to get its name."""
     real, count = os.replace, 0
@@ -175,7 +224,7 @@ def _killed(config: Config, replaces: int) -> None:
 def processes():
     """Starts processes that have imported everything and computed nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["distil_rank.proteins.embeddings", "tests.proteins.test_embeddings"])
+    context.set_forkserver_preload(["distil_rank.proteins.command_embed", "tests.proteins.test_command_embed"])
     first = context.Process(target=time.sleep, args=(0,))
     first.start()
     first.join()
@@ -197,7 +246,7 @@ def test_killed_before_a_file_is_complete_then_resumed(config, whole, processes,
 
 
 def test_what_a_run_killed_at_its_very_start_left_is_no_obstacle(config, whole, tmp_path):
-    for name in (".write-test-123", "store.json.tmp123"):
+    for name in (".write-test-123", "store.json.123.tmp", ".lock"):
         (tmp_path / name).write_text("")
     run(replace(config, out=tmp_path))
     assert contents(tmp_path) == contents(whole)
@@ -241,8 +290,8 @@ def test_killed_at_twenty_random_points(config, processes, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"dtype": "float16"},
-        {"compute": "bfloat16"},
+        {"store_dtype": "float16"},
+        {"dtype": "bfloat16"},
         {"pool": "bos"},
         {"layers": (1,)},
         {"long": "truncate"},
@@ -299,7 +348,7 @@ def check_equal_stores_and_moments(folder):
 def test_two_ranks_write_the_store_and_the_moments_of_one(config, processes, tmp_path):
     for name, world in [("one", 1), ("two", 2)]:
         store, out = tmp_path / name, tmp_path / f"{name}.safetensors"
-        jobs = [(run, replace(config, out=store, layers=(-1, 0))), (moments.run, moments.Config(store, out))]
+        jobs = [(run, replace(config, out=store, layers=(-1, 0))), (command_moments.run, command_moments.Config(store, out))]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -353,12 +402,12 @@ def test_bad_settings_are_refused_before_anything_is_written(config, tmp_path):
             {"fasta": tmp_path / "long.fasta", "long": "error"},
             r"titin \(150\); choose --long truncate or --long window",
         ),
-        ({"model": "esm3"}, "required a model name"),
+        ({"model": "esm3"}, "a model name .* required"),
         ({"layers": (4,)}, "layers between -4 and 3"),
         ({"layers": (3, -1)}, "distinct layers"),
         ({"layers": ()}, "distinct layers"),
-        ({"max_length": 2}, "max_length"),
-        ({"batch_tokens": 0}, "batch_tokens"),
+        ({"max_length": 2}, "--max-length must be at least 8"),
+        ({"batch_tokens": 0}, "--batch-tokens must be at least 1"),
         ({"split": 1.0}, "split between 0 and 1"),
         ({"split": 0.2, "pool": "residues"}, "one vector per protein"),
         ({"split": 0.2, "layers": (1, -1)}, "from one layer"),
@@ -384,7 +433,7 @@ def test_changes_to_sequences_are_counted_aloud(config, tmp_path, capsys):
 
 def test_progress_is_silent_in_a_pipe(config, tmp_path, capsys):
     run(replace(config, out=tmp_path / "out"))
-    assert "%" not in capsys.readouterr().err and embeddings.__doc__
+    assert "%" not in capsys.readouterr().err and command_embed.__doc__
 
 
 def _peak(config: Config, queue) -> None:

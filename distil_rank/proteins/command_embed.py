@@ -1,0 +1,275 @@
+"""Embed the proteins of a FASTA with an ESM-2 model into a store.
+
+    distil-rank embed proteins.fasta --model esm2_t33_650M_UR50D --out store/
+    distil-rank embed proteins.fasta.gz --model nano-256 --out store/ --split 0.2
+    distil-rank embed proteins.fasta --model nano-256 --out store/ --pool residues --long window
+    torchrun --nproc-per-node 4 -m distil_rank embed proteins.fasta --model nano-256 --out store/
+
+Interrupted, even killed? Run the same command again: whole shards are kept, missing and damaged
+ones are computed, and the store is, byte for byte, what a single run with the same number of
+threads writes. Under torchrun each rank computes every n-th shard of the one store, so several
+machines need a common file system. One run at a time writes in a store.
+
+A mean is over residues only: never <cls>, <eos> or padding. Proteins longer than --max-length
+(ESM-2 was trained on up to 1,022 residues) are an error unless --long says what to do: `truncate`
+keeps the first residues, `window` cross-fades overlapping windows (mean and residues over blended
+residues, bos the average over windows). What happens to unusual letters in sequences is told in
+distil_rank/proteins/fasta.py. Models: distil_rank/proteins/checkpoints.py.
+
+--split 0.2 also writes embeddings_train.pt, embeddings_val.pt and embeddings.json into the store's
+folder, where no val protein is a near relative of a train protein (distil_rank/proteins/splits.py),
+for `python main.py --train ... --val ...`. Memory is one batch beside the model, whatever the
+number of proteins; --split needs all sequences and vectors at once.
+"""
+
+import hashlib
+import os
+import sqlite3
+import sys
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from distil_rank.core.devices import Group, process_group
+from distil_rank.core.errors import InputError, at_least
+from distil_rank.core.locks import LOCK, only_writer
+from distil_rank.core.records import Record, read_json, require_writable, write_json
+from distil_rank.proteins.checkpoints import Loaded, load_model, locate
+from distil_rank.proteins.embedding_files import plan_split, write_split
+from distil_rank.proteins.esm2 import ESM2
+from distil_rank.proteins.pooling import embed
+from distil_rank.proteins.sharding import Shards, Survey
+from distil_rank.proteins.store import (
+    PROVENANCE,
+    SCHEMA,
+    EmbeddingStore,
+    IndexWriter,
+    ShardWriter,
+    is_whole,
+    open_index,
+    shard_path,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    fasta: Annotated[Path, tyro.conf.Positional]  # FASTA of proteins to work on
+    model: str  # a model by name, file or folder
+    out: Path  # where to write
+    pool: Literal["mean", "bos", "residues"] = "mean"  # one vector a protein or one a residue
+    layers: tuple[int, ...] = (-1,)  # indices of layers, 0 = token embedding, -1 = the last
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # arithmetic
+    store_dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of stored embeddings
+    long: Literal["error", "truncate", "window"] = "error"  # what proteins over max_length become
+    max_length: int = 1022  # longest protein in residues
+    batch_tokens: int = 4096  # tokens in one batch, padding included
+    shard_residues: int = 131072  # residues per shard: what an interrupted run may compute again
+    device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
+    split: float | None = None  # also write embeddings_{train,val}.pt, with this share in val
+    seed: int = 0  # of everything random
+
+    @property
+    def shards(self) -> Shards:
+        """How the FASTA becomes shards."""
+        limits = (self.max_length, self.shard_residues)
+        return Shards(self.fasta, self.pool, self.long, *limits)
+
+
+def run(config: Config) -> None:
+    """Write or complete the store `config.out`. InputError before anything is written."""
+    # On a CPU oneDNN keeps a kernel for each of the last 1,024 shapes (150 MB more after 10,000
+    # proteins), though a batch needs a handful. Read when oneDNN is first used; no effect where a
+    # program has used it before.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+    _check(config)
+    with process_group(config.device) as group:
+        start, first = perf_counter(), group.rank == 0
+        source = config.shards
+        survey = source.survey(_warn if first else lambda _: None)
+        if first:
+            locate(config.model)  # one download for all ranks
+        group.barrier()
+        loaded = load_model(config.model, group.device, config.dtype)
+        provenance = _provenance(config, loaded, survey)
+        plan = None
+        if first and config.split is not None:  # before the work, because it may be impossible
+            sequences = [protein.sequence for shard in source.read() for protein in shard]
+            plan = plan_split(sequences, config.split, config.seed)
+        _check_folder(config.out, provenance)
+        require_writable(config.out)
+        with only_writer(config.out) if first else nullcontext():
+            if first:
+                _open_store(config.out, provenance)
+            group.barrier()
+            _complete(config, loaded.model, provenance, survey, group)
+            if not first:
+                return
+            took = f"{perf_counter() - start:.1f} s"
+            print(f"{config.out}: {survey.proteins} proteins, {survey.residues} residues, {took}")
+            if plan is not None:
+                train, val = write_split(EmbeddingStore(config.out), plan, config.fasta.name)
+                parts = f"{len(plan.train)} train and {len(plan.val)} val proteins"
+                print(f"{parts} from {plan.clusters} clusters; now run")
+                print(f"  python main.py --train {train} --val {val}")
+
+
+def _check(config: Config) -> None:
+    at_least(8, max_length=config.max_length)
+    at_least(1, batch_tokens=config.batch_tokens, shard_residues=config.shard_residues)
+    several = config.pool == "residues" or len(config.layers) > 1
+    if config.split is not None and (several or not 0 < config.split < 1):
+        raise InputError(
+            "a split between 0 and 1 of one vector per protein, from one layer, required, got"
+            f" split {config.split}, pool {config.pool}, {len(config.layers)} layers"
+        )
+
+
+def _provenance(config: Config, loaded: Loaded, survey: Survey) -> Record:
+    """What decides the bytes of the store, and nothing that depends on the machine."""
+    layers = loaded.model.depths(config.layers)
+    if not layers or len(set(layers)) < len(layers):
+        raise InputError(
+            f"one or more distinct layers required, got {config.layers}, which are layers {layers}"
+        )
+    return {
+        "schema": SCHEMA,
+        "model": loaded.name,
+        "weights_sha256": loaded.sha256,
+        "pool": config.pool,
+        "layers": layers,
+        "dim": loaded.model.width,
+        "dtype": config.store_dtype,
+        "compute": config.dtype,
+        "long": config.long,
+        "max_length": config.max_length,
+        "longer_proteins": survey.longer,
+        "batch_tokens": config.batch_tokens,
+        "shard_residues": config.shard_residues,
+        "proteins": survey.proteins,
+        "residues": survey.residues,
+        "rows": sum(survey.shards),
+        "shards": len(survey.shards),
+        "proteins_sha256": survey.sha256,
+    }
+
+
+def _check_folder(folder: Path, provenance: Record) -> None:
+    """InputError unless a store of this provenance is there, unfinished or finished, or nothing."""
+    if (folder / PROVENANCE).exists():
+        found = read_json(folder / PROVENANCE, SCHEMA)
+        different = ", ".join(
+            f"{key} {value} (the store has {found.get(key)})"
+            for key, value in provenance.items()
+            if found.get(key) != value
+        )
+        if different:
+            raise InputError(
+                f"the same settings as in {folder} required, got {different}; choose another --out"
+            )
+    elif folder.is_dir() and not all(map(_left_over, folder.iterdir())):
+        raise InputError(
+            f"a new or empty folder or a store required, got {folder} with other files;"
+            " choose another --out"
+        )
+
+
+def _left_over(path: Path) -> bool:
+    """Whether this is a file that a killed run left behind, of no use to anybody."""
+    return path.name == LOCK or path.name.startswith(".write-test-") or ".tmp" in path.name
+
+
+def _open_store(folder: Path, provenance: Record) -> None:
+    """Start a store, or go on with the one that is there."""
+    _check_folder(folder, provenance)  # again: now nobody else writes
+    for path in filter(_left_over, folder.iterdir()):
+        if path.name != LOCK:
+            path.unlink()
+    if not (folder / PROVENANCE).exists():
+        write_json(folder / PROVENANCE, provenance)
+
+
+def _complete(
+    config: Config, model: ESM2, provenance: Record, survey: Survey, group: Group
+) -> None:
+    """Compute what is missing or damaged, every n-th shard here, and prove the store whole."""
+    dtype = getattr(torch, config.store_dtype)
+
+    def missing() -> list[int]:
+        return [
+            number
+            for number, rows in enumerate(survey.shards)
+            if not is_whole(
+                shard_path(config.out, number), provenance["layers"], rows, model.width, dtype
+            )
+        ]
+
+    needed, indexed = missing(), _index_is_whole(config.out, provenance)
+    group.barrier()  # all have looked before anybody writes
+    if needed or not indexed:
+        if indexed and group.rank == 0:
+            _warn(f"{len(needed)} missing or damaged shards of {config.out} are embedded again")
+        _fill(config, model, provenance, set(needed[group.rank :: group.world]), group)
+    if group.rank == 0 and (missing() or not _index_is_whole(config.out, provenance)):
+        raise InputError(
+            f"all shards and proteins in {config.out} required, got fewer;"
+            " give the ranks one file system, and let nobody else write there"
+        )
+
+
+def _fill(config: Config, model: ESM2, provenance: Record, shards: set[int], group: Group) -> None:
+    """Compute `shards` and, on the first rank, write the index when all ranks are done."""
+    from tqdm import tqdm
+
+    source = config.shards
+    index = IndexWriter(config.out) if group.rank == 0 else None
+    position = 0
+    quiet = None if group.rank == 0 else True  # None: a bar on a terminal only
+    options = (config.pool, config.layers, config.max_length, config.batch_tokens)
+    with tqdm(total=provenance["residues"], unit="residue", unit_scale=True, disable=quiet) as bar:
+        for number, shard in enumerate(source.read()):
+            sizes = list(map(source.rows, shard))
+            first_rows = [0, *accumulate(sizes)]
+            if index is not None:
+                for protein, rows, first in zip(shard, sizes, first_rows):
+                    digest = hashlib.sha256(protein.sequence.encode()).hexdigest()
+                    length = len(protein.sequence)
+                    index.add(position, protein.id, length, rows, digest, number, first)
+                    position += 1
+            if number in shards:
+                sequences = [protein.sequence[: source.seen(protein)] for protein in shard]
+                writer = ShardWriter(
+                    shard_path(config.out, number),
+                    provenance["layers"],
+                    sum(sizes),
+                    model.width,
+                    getattr(torch, config.store_dtype),
+                )
+                for i, vectors in embed(model, sequences, *options):
+                    writer.write(first_rows[i], vectors)
+                    bar.update(len(sequences[i]) * group.world)
+                writer.close()
+    group.barrier()
+    if index is not None:
+        index.close()
+    group.barrier()
+
+
+def _index_is_whole(folder: Path, provenance: Record) -> bool:
+    """Whether the index holds every protein and every row."""
+    try:
+        with closing(open_index(folder)) as index:
+            found = index.execute("SELECT count(*), max(position) + 1, sum(rows) FROM protein")
+            expected = (provenance["proteins"], provenance["proteins"], provenance["rows"])
+            return found.fetchone() == expected
+    except sqlite3.Error:
+        return False
+
+
+def _warn(message: str) -> None:
+    print(f"distil-rank embed: warning: {message}", file=sys.stderr)
