@@ -61,7 +61,7 @@ class Config:
     scale_features: bool = False  # work in standard deviations: outlier features do not rule
     held_out: float = 0.1  # share of the proteins kept aside
     single_pass: bool = False  # also fit the map from the largest model's layers to the embedding
-    rows: Literal["residues", "mean"] = "residues"  # what the chain is fitted on
+    rows: Literal["residues", "mean", "bos"] = "residues"  # what the chain is fitted on
     max_proteins: int | None = None  # at most this many proteins, drawn at random
     seed: int = 0  # of everything random
     store_dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of stored embeddings

@@ -162,6 +162,19 @@ def test_pooled_mode(folder, tmp_path):
     assert {m["pool"] for m in chain.record["models"].values()} == {"mean"}
 
 
+def test_cls_is_mapped_by_a_chain_of_cls_alone(folder, tmp_path):
+    write_fasta(tmp_path / "many.fasta", proteins(120, seed=1))
+    chain = tmp_path / "chain"
+    fit.run(config(folder, fasta=tmp_path / "many.fasta", out=chain, rows="bos", single_pass=False))
+    run = embed.Config(folder / "proteins.fasta", chain, tmp_path / "out", pool="bos")
+    embed.run(run)
+    assert EmbeddingStore(tmp_path / "out").pool == "bos"
+    for wrong in (replace(run, chain=folder / "chain"), replace(run, pool="mean")):
+        with pytest.raises(InputError, match="<cls> by a chain of <cls>"):
+            embed.run(replace(wrong, out=tmp_path / "wrong"))
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_sampled_proteins(folder, tmp_path):
     for name in ("one", "two"):
         fit.run(config(folder, out=tmp_path / name, max_proteins=25, single_pass=False))
