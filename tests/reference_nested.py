@@ -1,4 +1,4 @@
-"""Slow, obvious versions of what the nested wing computes in closed form: the data in full, float64, one step after the other."""
+"""Slow, obvious versions of what the nested wing computes in closed form, from all the data."""
 
 import numpy as np
 
@@ -36,7 +36,7 @@ def pcr(z, x, components):
 
 
 def stage(z, x, coefficients, added):
-    """Residual, its principal directions (k_x, added) and all its variances, by SVD of the residual itself."""
+    """Residual, its principal directions (k_x, added) and all its variances, by SVD."""
     residual = centred(x) - centred(z) @ coefficients
     _, singular, basis = np.linalg.svd(residual, full_matrices=False)
     basis = basis[:added].T

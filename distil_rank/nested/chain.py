@@ -83,7 +83,6 @@ class NestedChain:
 
         With `random_seed`, the new directions are a random orthonormal completion (a baseline).
         """
-        check_regression(regression, components)
         added = _added(moments, widths, directions or {})
         held_out = held_out if held_out is not None and held_out.count >= 2 else None
         options = {
@@ -111,7 +110,7 @@ class NestedChain:
                 "fit": stage.scores(joint),
                 "held_out": stage.scores(other) if other else None,
             }
-            nested, shift = extended(nested, shift, stage)
+            nested, shift = stage.extended(nested, shift)
             smaller = name
         rows = {"fit": moments.count, "held_out": held_out.count if held_out else 0.0}
         return cls(dict(widths), tuple(stages), {"options": options, "rows": rows, "r2": r2})
@@ -190,7 +189,7 @@ class NestedChain:
         """Matrix (dim, sum of widths) and shift (dim,) from all sizes side by side to nested."""
         nested, shift = identity(self.widths[self.sizes[0]])
         for stage in self.stages:
-            nested, shift = extended(nested, shift, stage)
+            nested, shift = stage.extended(nested, shift)
         return nested, shift
 
     def _check(self, name: str, raws: Mapping[str, Tensor]) -> None:
@@ -285,16 +284,7 @@ def _added(
 
 def identity(width: int) -> tuple[Tensor, Tensor]:
     """The affine map from the smallest raw embedding to itself."""
-    return torch.eye(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
-
-
-def extended(nested: Tensor, shift: Tensor, stage: Stage) -> tuple[Tensor, Tensor]:
-    """The affine map from raw embeddings side by side to nested_p, from that to nested_r."""
-    A = (stage.directions / stage.scale[:, None]).T
-    B = A @ stage.weight
-    old = torch.cat([nested, nested.new_zeros(len(nested), A.shape[1])], 1)
-    matrix = torch.cat([old, torch.cat([-B @ nested, A], 1)])
-    return matrix, torch.cat([shift, B @ (stage.mean_prefix - shift) - A @ stage.mean_large])
+    return torch.eye(width).double(), torch.zeros(width).double()
 
 
 def joined_moments(moments: Moments, nested: Tensor, shift: Tensor, width: int) -> Moments:
@@ -302,6 +292,10 @@ def joined_moments(moments: Moments, nested: Tensor, shift: Tensor, width: int) 
 
     nested_r = nested @ (sizes up to r) + shift; raw_p, `width` features, comes next.
     """
-    matrix = torch.block_diag(nested, torch.eye(width, dtype=torch.float64))
-    shift = torch.cat([shift, shift.new_zeros(width)])
-    return moments.part(slice(0, matrix.shape[1])).mapped(matrix, shift)
+    before = nested.shape[1]
+    prefix = moments.part(slice(0, before)).mapped(nested, shift)
+    large = moments.part(slice(before, before + width))
+    across = nested @ moments.scatter[:before, before : before + width]
+    rows = torch.cat([prefix.scatter, across], 1), torch.cat([across.T, large.scatter], 1)
+    mean, count = torch.cat([prefix.mean, large.mean]), torch.tensor(moments.count).double()
+    return Moments.from_state({"count": count, "mean": mean, "scatter": torch.cat(rows)})

@@ -19,7 +19,6 @@ prefix alone (regression), and reconstructed from the prefix and the new directi
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -33,7 +32,7 @@ from distil_rank.core.resume import Checkpoint
 from distil_rank.nested.chain import NestedChain
 from distil_rank.nested.evaluate import held_out_scores
 from distil_rank.nested.report import fitted_text
-from distil_rank.nested.rows import Rows, StoreRows, as_rows, check_order, joint_moments
+from distil_rank.nested.rows import StoreRows, as_rows, check_order, joint_moments
 from distil_rank.nested.single_pass import SinglePass, default_layers, hidden_names
 from distil_rank.nested.sources import (
     family_sources,
@@ -73,14 +72,10 @@ class Config:
 def run(config: Config) -> None:
     """Fit and write a chain. InputError before anything is written where that can be known."""
     sources, components = _check(config)
-    if config.stores:
-        stores = _open(config)
-        _enough(stores, config)  # before anything is written
+    given = _open(config)
     require_writable(config.out)
     with process_group(config.device) as group:
-        if not config.stores:
-            stores = _embed(config, sources, group)
-            _enough(stores, config)
+        stores = given or _embed(config, sources, group)
         hidden = _hidden(stores, config)
         fitted, held_out = _gather(config, {**stores, **hidden}, group)
         if group.rank == 0:
@@ -123,6 +118,7 @@ def _check(config: Config) -> tuple[dict[str, str], str | int]:
 
 
 def _open(config: Config) -> dict[str, StoreRows]:
+    """The stores of --stores, checked before anything is written."""
     stores: dict[str, StoreRows] = {}
     for path in config.stores:
         rows = StoreRows(path)
@@ -131,20 +127,10 @@ def _open(config: Config) -> dict[str, StoreRows]:
             remedy = "embed with each size once"
             raise InputError(f"stores of different models required, got {name} twice; {remedy}")
         stores[name] = rows
+    if stores:
+        as_rows(stores)
+        check_order({name: rows.dim for name, rows in stores.items()})
     return stores
-
-
-def _enough(stores: Mapping[str, Rows], config: Config) -> None:
-    """Refuse what no regression could fit: checked again, exactly, for every stage."""
-    stores = as_rows(stores)
-    widths = {name: rows.dim for name, rows in stores.items()}
-    check_order(widths)
-    rows = sum(next(iter(stores.values())).lengths)
-    for a, b in pairwise(widths):
-        needed = widths[b] - widths[a] + 1 + (widths[a] if config.regression == "ols" else 0)
-        if rows < needed:
-            remedy = "give more proteins"
-            raise InputError(f"{a} -> {b}: at least {needed} rows required, got {rows}; {remedy}")
 
 
 def _embed(config: Config, sources: Mapping[str, str], group: Group) -> dict[str, StoreRows]:

@@ -74,9 +74,8 @@ def monotonicity(chain: Sequence[Sequence[float]], seed: int) -> Record:
     mean gain of every step.
     """
     steps = np.diff(np.asarray(chain, dtype=float), axis=0)
-    rising = (steps >= 0).all(0)
     return {
-        "monotone": share(float(rising.sum()), len(rising)),
+        "monotone": share(float((steps >= 0).all(0).sum()), steps.shape[1]),
         "steps": [over_assays(step, seed) for step in steps],
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from operator import itemgetter
 
@@ -53,10 +54,7 @@ def raw_features(
     for loader in loaders:
         chosen = tuple(layers) if loader is loaders[-1] and layers else (-1,)
         request = sequences, positions, chosen, loader.weights or loader.source
-
-        def make(loader: Loader = loader, chosen: Sequence[int] = chosen) -> dict[str, Tensor]:
-            return pooled(loader, sequences, positions, chosen, device)
-
+        make = partial(pooled, loader, sequences, positions, chosen, device)
         for pool, by_layer in cache.tensors(f"{name}.{loader.size}", request, make).items():
             found[pool][loader.size] = by_layer[-1]  # the last layer is always among them, last
             if len(chosen) > 1:

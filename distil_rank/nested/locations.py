@@ -46,8 +46,7 @@ def read_locations(
     if not paths:
         return None
     if len(paths) != 2:
-        got = len(paths)
-        raise InputError(f"two FASTA files required, to train and to test on, got {got}")
+        raise InputError(f"two FASTA files required, to train and to test on, got {len(paths)}")
     drawn = []
     for path in paths:
         records = []
@@ -66,12 +65,12 @@ def read_locations(
     if len(classes) < 2:
         required = f"two locations of {RARE} proteins each required"
         raise InputError(f"{required}, got {dict(counts)}; give more proteins")
-    train, test = ([(s, classes.index(c)) for s, c in rs if c in classes] for rs in drawn)
-    first, second = (
-        Located([s for s, _ in rs], torch.tensor([c for _, c in rs]), classes)
-        for rs in (train, test)
+    kept = ([(s, label) for s, label in part if label in classes] for part in drawn)
+    train, test = (
+        Located([s for s, _ in part], torch.tensor([classes.index(c) for _, c in part]), classes)
+        for part in kept
     )
-    return first, second
+    return train, test
 
 
 def composition(located: Located) -> Tensor:

@@ -90,7 +90,8 @@ def draw(folder: Path) -> Path:
     record = read_json(folder / SUMMARY, SCHEMA)
     with drawn(folder / FIGURE, (15, 15.5), 130) as figure:
         figure.set_layout_engine("constrained")
-        top, middle, bottom = figure.subfigures(3, 1, height_ratios=[1, 1.1, 1.55], hspace=0.03)
+        parts: Any = figure.subfigures(3, 1, height_ratios=[1, 1.1, 1.55], hspace=0.03)
+        top, middle, bottom = parts
         upper = top.subplots(1, 3)
         stages(upper[0], record)
         spectra(upper[1], record)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Protocol
 
@@ -127,16 +127,12 @@ def as_rows(stores: Mapping[str, Rows | Tensor]) -> dict[str, Rows]:
         raise InputError(f"at least two sizes required, got {got}; add a larger or a smaller model")
     (first, base), *others = rows.items()
     for name, other in others:
-        if list(base.keys) != list(other.keys):
-            differing = (i for i, (a, b) in enumerate(zip(base.keys, other.keys)) if a != b)
-            at = next(differing, None)
-            where = f"different sequences at position {(at or 0) + 1}"
-            if at is None:
-                where = f"{len(base.keys)} and {len(other.keys)} proteins"
-            raise InputError(
-                f"the same proteins in the same order required in {first} and {name}, got {where};"
-                " embed the same FASTA"
-            )
+        for i, (a, b) in enumerate(zip_longest(base.keys, other.keys), start=1):
+            if a != b:
+                raise InputError(
+                    f"the same proteins in the same order required in {first} and {name}, got"
+                    f" others from number {i} on; embed the same FASTA"
+                )
         for i, (a, b) in enumerate(zip(base.lengths, other.lengths), start=1):
             if a != b:
                 raise InputError(
@@ -175,17 +171,6 @@ def read_joined(rows: Mapping[str, Rows], start: int, stop: int) -> Tensor:
     return torch.cat([source.read(start, stop) for source in rows.values()], 1).double()
 
 
-def check_finite(rows: Mapping[str, Rows], start: int, stop: int) -> None:
-    """InputError that names the size which holds NaN or infinity in these proteins."""
-    for name, source in rows.items():
-        bad = int((~source.read(start, stop).isfinite()).any(1).sum())
-        if bad:
-            raise InputError(
-                f"finite embeddings required, got NaN or infinity in {bad} rows of {name}; embed"
-                " again in float32"
-            )
-
-
 def joint_moments(
     stores: Mapping[str, Rows | Tensor],
     held_out: float = 0.1,
@@ -219,8 +204,9 @@ def joint_moments(
             fitted.update(x[~is_out] if bool(is_out.any()) else x)
             other.update(x[is_out])
         except ValueError:
-            check_finite(rows, first, last)
-            raise
+            bad = [n for n, part in rows.items() if not part.read(first, last).isfinite().all()]
+            got = f"NaN or infinity in {', '.join(bad)}; embed again in float32"
+            raise InputError(f"finite embeddings required, got {got}") from None
         if progress is not None:
             progress(len(x))
         if checkpoint and number % SAVE_EVERY == 0:

@@ -80,6 +80,14 @@ class Stage:
         predicted = self.mean_large.to(z.device) + (z - self.mean_prefix.to(z.device)) @ W.T
         return predicted + (block @ V.T) * self.scale.to(z.device)
 
+    def extended(self, nested: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """The affine map from raw embeddings side by side to nested_p, from that to nested_r."""
+        A = (self.directions / self.scale[:, None]).T
+        B = A @ self.weight
+        old = torch.cat([nested, nested.new_zeros(len(nested), A.shape[1])], 1)
+        matrix = torch.cat([old, torch.cat([-B @ nested, A], 1)])
+        return matrix, torch.cat([shift, B @ (self.mean_prefix - shift) - A @ self.mean_large])
+
     def scores(self, joint: Moments) -> dict[str, float]:
         """R^2 of raw_p on the rows behind the joint moments of [z, x], in the stage's units.
 

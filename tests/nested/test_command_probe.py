@@ -1,4 +1,4 @@
-"""`nested probe`, end to end on synthetic assays; its record is complete, its figure is a function of it."""
+"""`nested probe`, end to end on synthetic assays; its figure is a function of its record."""
 
 import json
 from dataclasses import replace
@@ -21,12 +21,11 @@ from distil_rank.proteins.esm2 import tokenise
 from distil_rank.proteins.fasta import Protein, write_fasta
 from distil_rank.proteins.variants import read_assays
 from tests.nested.data import family
-from tests.nested.test_commands import folder  # noqa: F401
 from tests.proteins.test_variants import WILD_TYPE, synthetic, write_assay
 
 
 @pytest.fixture(scope="module")
-def probed(folder, tmp_path_factory):  # noqa: F811
+def probed(folder, tmp_path_factory):
     """A probe of three synthetic assays and a location task that the composition decides."""
     out = tmp_path_factory.mktemp("probe")
     for i in range(3):
@@ -113,8 +112,8 @@ def test_record(probed):
 
 def test_second_run_reads_what_was_kept_and_agrees(probed, monkeypatch):
     first, picture = summary(probed), (probed.out / "nested_report.png").read_bytes()
-    monkeypatch.setattr(probe, "score_assay", None)  # nothing is scored again
-    monkeypatch.setattr("distil_rank.nested.features.pooled", None)  # nothing is embedded again
+    for name in ("command_probe.score_assay", "features.pooled"):  # nothing is done again
+        monkeypatch.setattr(f"distil_rank.nested.{name}", lambda *_: pytest.fail("again"))
     probe.run(probed)
     assert summary(probed) == first
     assert (probed.out / "nested_report.png").read_bytes() == picture
@@ -146,7 +145,7 @@ def test_tables_show_the_record(probed):
     )
 
 
-def test_features_stand_at_the_mutated_position(folder, probed, tmp_path):  # noqa: F811
+def test_features_stand_at_the_mutated_position(folder, probed, tmp_path):
     assay = read_assays(probed.dms, 20)[0]
     loaders = list(chain_models(NestedChain.load(folder / "chain")).values())
     raws = raw_features("x", assay.sequences, assay.positions, loaders, (1, 2), Cache(tmp_path))
@@ -186,7 +185,7 @@ def test_baselines_are_what_they_are_called():
     )
 
 
-def test_bad_input(probed, folder, tmp_path):  # noqa: F811
+def test_bad_input(probed, folder, tmp_path):
     run = replace(probed, out=tmp_path / "results")
     (tmp_path / "nowhere.fasta").write_text(f">a\n{WILD_TYPE}\n")
     for changes, message in [

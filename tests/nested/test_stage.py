@@ -1,4 +1,4 @@
-"""A stage: equal to the slow version, orthogonal, optimal, and its error is the tail of the residual's spectrum."""
+"""A stage: equal to the slow version, orthogonal, optimal; its error is the residual's tail."""
 
 import numpy as np
 import pytest
@@ -121,7 +121,7 @@ def test_scaling_keeps_an_outlier_feature_from_ruling():
 def test_marchenko_pastur_edge():
     eigenvalues = torch.tensor([9.0, 4.0, 2.0, 1.0, 1.0])
     assert marchenko_pastur_edge(eigenvalues, 20) == pytest.approx(2 * (1 + 0.5) ** 2)
-    # few rows: spikes stand out of noise; many rows: about half of any spectrum is kept, whatever it means
+    # few rows: spikes stand out of noise; many rows: about half of any spectrum is kept
     noise = torch.randn(800, 200, generator=generator(0, "noise"), dtype=torch.float64)
     noise[:, :5] *= 10
     few = torch.linalg.eigvalsh(Moments.of(noise).covariance).flip(0)
