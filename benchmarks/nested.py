@@ -3,11 +3,14 @@
     python -m benchmarks.nested                  # everything; several minutes
     python -m benchmarks.nested --only ridge     # some of it; the other figures stay
 
-stream  one stage, 320 -> 480: joint moments and closed form, against scikit-learn's LinearRegression (one fit on all rows)
-        followed by IncrementalPCA of the residual (partial_fit, its default batch of 5 x 480 rows) on the same float32
-        arrays; both sides alternate on the CPU, with one and with two threads each.
-memory  peak resident memory of the same stage read from embedding stores on disk, by number of residues.
-ridge   nested cross-validation over 5 x 4 folds and 21 penalties, against a loop of scikit-learn's Ridge, same predictions.
+stream  one stage, 320 -> 480: joint moments and closed form, against scikit-learn's
+        LinearRegression (one fit on all rows) followed by IncrementalPCA of the residual
+        (partial_fit, its default batch of 5 x 480 rows) on the same float32 arrays; both sides
+        alternate on the CPU, with one and with two threads each.
+memory  peak resident memory of the same stage read from embedding stores on disk, by number of
+        residues.
+ridge   nested cross-validation over 5 x 4 folds and 21 penalties, against a loop of scikit-learn's
+        Ridge, same predictions.
 
 Writes benchmarks/results/nested.json and prints it.
 """
@@ -55,7 +58,7 @@ class Config:
 
 
 def arrays(rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Raw embeddings (rows, 320) and (rows, 480), float32, with a common part and falling spectra."""
+    """Raw embeddings (rows, 320) and (rows, 480), float32, with a common part."""
     draw = generator(0, "benchmark")
     latent = torch.randn(rows, 200, generator=draw) * torch.logspace(0, -1, 200)
     small = (
@@ -166,14 +169,15 @@ from distil_rank.nested.chain import NestedChain
 from distil_rank.nested.rows import StoreRows
 torch.set_num_threads(1)
 if len(sys.argv) > 1:
-    chain = NestedChain.fit({"s": StoreRows(sys.argv[1]), "l": StoreRows(sys.argv[2])}, "ols", held_out=0)
+    stores = dict(zip("sl", map(StoreRows, sys.argv[1:])))
+    chain = NestedChain.fit(stores, "ols", held_out=0)
     assert chain.dims == {"s": 320, "l": 480}
 print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024)
 """
 
 
 def peak(*stores: Path) -> int:
-    """Bytes of the largest resident set of a process that fits a chain on these stores, or only imports."""
+    """Bytes of the largest resident set of a process that fits on these stores, or only imports."""
     command = [sys.executable, "-c", PEAK, *map(str, stores)]
     return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
@@ -192,7 +196,10 @@ def memory(config: Config) -> dict[str, Any]:
 def ridge_loop(
     x: np.ndarray, y: np.ndarray, folds: np.ndarray, penalties: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Nested cross-validation by scikit-learn, one fit after the other: predictions and the penalty of each outer fold."""
+    """Nested cross-validation by scikit-learn, one fit after the other.
+
+    Predictions and the penalty of each outer fold.
+    """
     from sklearn.linear_model import Ridge
 
     predictions, chosen = np.empty(len(y)), []
