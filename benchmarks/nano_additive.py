@@ -1,10 +1,11 @@
-"""What needs no transformer: masked residues from the protein's composition and the neighbours, one weight each.
+"""What needs no transformer: masked residues from composition and neighbours, one weight each.
 
     logits = log((counts + alpha f) / (n + alpha)) + sum_k W_k x_(i+k),   |k| <= 12
 
-counts are the n visible residues of the protein and f = softmax(b), so that without W this is the Dirichlet-multinomial
-prediction; x is one-hot and may be <mask>. Trained like the models, on the same batches and masks; a nano model that
-is no better than this has learned no more than statistics of pairs.
+counts are the n visible residues of the protein and f = softmax(b), so that without W this is the
+Dirichlet-multinomial prediction; x is one-hot and may be <mask>. Trained like the models, on the
+same batches and masks; a nano model that is no better than this has learned no more than statistics
+of pairs.
 """
 
 from collections.abc import Sequence
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distil_rank.core.randomness import generator
+from distil_rank.proteins.command_pretrain import Config
 from distil_rank.proteins.esm2 import tokenise
 from distil_rank.proteins.fasta import AMINO_ACIDS
 from distil_rank.proteins.masked import mask
-from distil_rank.proteins.pretrain import Config, batches
-from distil_rank.core.randomness import generator
+from distil_rank.proteins.pretrain import batches
 
 REACH = 12
 LETTERS = 33
@@ -45,13 +47,14 @@ class Additive(nn.Module):
 
 
 def train(sequences: Sequence[str], config: Config) -> Additive:
-    """AdamW, its rate falling to zero, over `config.tokens` residues of the batches that `config` describes."""
+    """AdamW, its rate falling to zero, over `config.tokens` residues of its batches."""
     model = Additive()
     rates = (1e-2, 1e-3)  # of composition, of the neighbours
     groups = [{"params": [model.frequencies, model.concentration]}, {"params": [model.neighbours]}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
     step = seen = 0
-    for batch in batches([tokenise([sequence])[0, 1:-1] for sequence in sequences], config):
+    encoded = [tokenise([sequence])[0, 1:-1] for sequence in sequences]
+    for batch in batches(encoded, config.max_length, config.batch_tokens, config.seed):
         if seen >= config.tokens:
             break
         for group, rate in zip(optimizer.param_groups, rates):

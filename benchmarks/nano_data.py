@@ -1,11 +1,12 @@
-"""The proteins of the nano models: which are trained on and which are held out, rebuilt from the shared data folder.
+"""The proteins of the nano models, trained on and held out, rebuilt from the shared data folder.
 
-    python -m benchmarks.nano_data work/           # writes work/train.fasta.gz and work/heldout.fasta.gz
+    python -m benchmarks.nano_data work/  # writes work/train.fasta.gz and work/heldout.fasta.gz
 
-All distinct sequences of the Pfam, Swiss-Prot and DeepLoc files (data/README.md). `models/nano-heldout.txt` lists the
-sequences drawn for holding out, by the first 12 digits of the SHA-256 of their letters: whole Pfam families and whole
-clusters of proteins that share words. What is left is trained on. Held out *for results* are those of the list that,
-by `distil_rank.proteins.splits`, are in no cluster with a trained protein.
+All distinct sequences of the Pfam, Swiss-Prot and DeepLoc files (data/README.md).
+`models/nano-heldout.txt` lists the sequences drawn for holding out, by the first 12 digits of the
+SHA-256 of their letters: whole Pfam families and whole clusters of proteins that share words. What
+is left is trained on. Held out *for results* are those of the list that, by
+`distil_rank.proteins.splits`, are in no cluster with a trained protein.
 """
 
 import gzip
@@ -18,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
+from distil_rank.core.records import ROOT, sha256
 from distil_rank.proteins.fasta import Protein, clean_sequence, read_fasta, write_fasta
 from distil_rank.proteins.splits import cluster
-from distil_rank.core.records import ROOT, sha256
 
 DATA = Path(os.environ.get("DISTIL_RANK_DATA", ROOT.parent / "shared" / "data")) / "proteins"
 DEEPLOC = ("deeploc_test_set.fasta", "deeploc_our_val_set.fasta")
@@ -41,16 +42,20 @@ def name(sequence: str) -> str:
 
 
 def proteins() -> list[Protein]:
-    """Distinct cleaned sequences in file order; Pfam domains are called by family, all by their digest."""
+    """Distinct cleaned sequences in file order, called by their digest."""
     found: dict[str, Protein] = {}
     with gzip.open(DATA / FILES[0], "rt") as file:
         for line in list(file)[1:]:
             sequence, family = line.split()
-            found.setdefault(sequence, Protein(name(sequence), f"{name(sequence)} {family}", sequence))
+            found.setdefault(
+                sequence, Protein(name(sequence), f"{name(sequence)} {family}", sequence)
+            )
     for source in FILES[1:]:
         for protein in read_fasta(DATA / source):
             sequence = clean_sequence(protein.sequence)
-            found.setdefault(sequence, Protein(name(sequence), f"{name(sequence)} {protein.id}", sequence))
+            found.setdefault(
+                sequence, Protein(name(sequence), f"{name(sequence)} {protein.id}", sequence)
+            )
     return list(found.values())
 
 
@@ -79,7 +84,10 @@ def main() -> None:
     parts = split()
     write_fasta(folder / "train.fasta.gz", parts.train)
     write_fasta(folder / "heldout.fasta.gz", parts.held_out)
-    print(f"{len(parts.train)} train, {len(parts.held_out)} held out, {parts.dropped} dropped as relatives of train")
+    print(
+        f"{len(parts.train)} train, {len(parts.held_out)} held out,"
+        f" {parts.dropped} dropped as relatives of train"
+    )
 
 
 if __name__ == "__main__":

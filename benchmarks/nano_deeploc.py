@@ -1,12 +1,14 @@
-"""Does a nano model know more than composition? Subcellular location from mean-pooled embeddings, by a linear probe.
+"""Does a nano model know more than composition? Location of proteins by a linear probe.
 
-    python -m benchmarks.nano_deeploc              # writes benchmarks/results/nano_deeploc.json; minutes
+    python -m benchmarks.nano_deeploc   # writes benchmarks/results/nano_deeploc.json; minutes
 
-Ten locations of the DeepLoc sets. The probe is trained on DeepLoc proteins among the nano models' training proteins (or
-related to them) and tested on DeepLoc proteins that were held out: no near relative of a test protein was seen by the
-probe or by the language model. Multinomial logistic regression on standardised features; its strength is chosen for
-each feature set by cross-validation on the training proteins. The baseline is the composition of 20 amino acids, and an
-untrained model of the same size is given beside it. Intervals: bootstrap over test proteins, the same draws for all.
+Ten locations of the DeepLoc sets. The probe is trained on DeepLoc proteins among the nano models'
+training proteins (or related to them) and tested on DeepLoc proteins that were held out: no near
+relative of a test protein was seen by the probe or by the language model. Multinomial logistic
+regression on standardised features; its strength is chosen for each feature set by cross-validation
+on the training proteins. The baseline is the composition of 20 amino acids, and an untrained model
+of the same size is given beside it. Intervals: bootstrap over test proteins, the same draws for
+all.
 """
 
 import warnings
@@ -16,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.nano_data import DATA, DEEPLOC, input_hashes, split
+from distil_rank.core.intervals import bootstrap_counts, percentile_interval
+from distil_rank.core.randomness import generator
+from distil_rank.core.records import ROOT, environment, interval, sha256, write_json
 from distil_rank.proteins.checkpoints import load_model
 from distil_rank.proteins.esm2 import ESM2
 from distil_rank.proteins.fasta import AMINO_ACIDS, clean_sequence, read_fasta
 from distil_rank.proteins.pooling import embed
-from distil_rank.core.randomness import generator
-from distil_rank.core.records import ROOT, environment, interval, sha256, write_json
-from distil_rank.core.intervals import bootstrap_counts, percentile_interval
 
 SCHEMA = "nano-deeploc/1"
 MODELS = ("nano-64", "nano-256")
@@ -30,7 +32,7 @@ OUT = ROOT / "benchmarks" / "results" / "nano_deeploc.json"
 
 
 def labelled() -> dict[str, str]:
-    """Location of each sequence, from headers like `Q9H400 Cell.membrane-M test`; proteins of two places left out."""
+    """Location of each sequence, from headers like `Q9H400 Cell.membrane-M test`; not of two."""
     found = {}
     for source in DEEPLOC:
         for protein in read_fasta(DATA / source):
@@ -96,15 +98,26 @@ def main() -> None:
             "features": x.shape[1],
             "C": strength,
             "accuracy": interval(
-                float(correct[name].mean()), *percentile_interval(draws @ correct[name] / len(test)), True
+                float(correct[name].mean()),
+                *percentile_interval(draws @ correct[name] / len(test)),
+                True,
             ),
             "balanced_accuracy": interval(balanced, *percentile_interval(sampled.mean(1)), True),
             "accuracy_above_composition": interval(
-                float((correct[name] - correct["composition"]).mean()), *percentile_interval(difference), True
+                float((correct[name] - correct["composition"]).mean()),
+                *percentile_interval(difference),
+                True,
             ),
         }
-        print(name, {k: round(v["value"], 4) for k, v in results[name].items() if isinstance(v, dict)}, flush=True)
-    counts = {str(place): [int((y == i).sum()), int((y_test == i).sum())] for i, place in enumerate(classes)}
+        print(
+            name,
+            {k: round(v["value"], 4) for k, v in results[name].items() if isinstance(v, dict)},
+            flush=True,
+        )
+    counts = {
+        str(place): [int((y == i).sum()), int((y_test == i).sum())]
+        for i, place in enumerate(classes)
+    }
     record = {
         "schema": SCHEMA,
         "data": {

@@ -1,11 +1,12 @@
-"""How many near relatives the clusters of `distil_rank.proteins.splits` keep together, by brute force.
+"""How many near relatives the clusters of `proteins.splits` keep together, by brute force.
 
-    python -m benchmarks.split_recall                 # writes benchmarks/results/split_recall.json; 10 minutes
+    python -m benchmarks.split_recall   # writes benchmarks/results/split_recall.json; 10 minutes
 
-Real pairs: every pair among 800 domains of 40 Pfam families and among 500 proteins of the DeepLoc sets is aligned
-(the definition of a near relative), and compared with the clusters: by words of the length that suits so few proteins,
-by words of 7 as in large sets, and by MMseqs2 where it is installed. Planted pairs: random proteins of 270 residues
-and mutants with uniform substitutions and two insertions and deletions, which is harder than what evolution does.
+Real pairs: every pair among 800 domains of 40 Pfam families and among 500 proteins of the DeepLoc
+sets is aligned (the definition of a near relative), and compared with the clusters: by words of the
+length that suits so few proteins, by words of 7 as in large sets, and by MMseqs2 where it is
+installed. Planted pairs: random proteins of 270 residues and mutants with uniform substitutions and
+two insertions and deletions, which is harder than what evolution does.
 """
 
 import gzip
@@ -20,10 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
+from distil_rank.core.records import ROOT, write_json
 from distil_rank.proteins import splits
 from distil_rank.proteins.fasta import AMINO_ACIDS, clean_sequence, read_fasta
 from distil_rank.proteins.splits import aligned_identity, cluster
-from distil_rank.core.records import ROOT, write_json
 
 DATA = Path(os.environ.get("DISTIL_RANK_DATA", ROOT.parent / "shared" / "data")) / "proteins"
 BINS = (0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.01)
@@ -36,12 +37,18 @@ def pfam_sample(rng: random.Random) -> list[str]:
             sequence, family = line.split()
             families.setdefault(family, []).append(sequence)
     large = sorted(family for family, members in families.items() if len(members) >= 20)
-    return [sequence for family in rng.sample(large, 40) for sequence in rng.sample(families[family], 20)]
+    return [
+        sequence
+        for family in rng.sample(large, 40)
+        for sequence in rng.sample(families[family], 20)
+    ]
 
 
 def deeploc_sample(rng: random.Random) -> list[str]:
     names = ("deeploc_test_set.fasta", "deeploc_our_val_set.fasta")
-    sequences = sorted({clean_sequence(p.sequence) for name in names for p in read_fasta(DATA / name)})
+    sequences = sorted(
+        {clean_sequence(p.sequence) for name in names for p in read_fasta(DATA / name)}
+    )
     return rng.sample([sequence for sequence in sequences if len(sequence) <= 600], 500)
 
 
@@ -72,16 +79,22 @@ def methods() -> Iterator[tuple[str, str]]:
         yield "mmseqs", "mmseqs"
 
 
-def real(sequences: Sequence[str], identities: dict[tuple[int, int], float], candidates: str) -> dict:
+def real(
+    sequences: Sequence[str], identities: dict[tuple[int, int], float], candidates: str
+) -> dict:
     labels = cluster(sequences, candidates=candidates)
     together = {(i, j): bool(labels[i] == labels[j]) for i, j in identities}
     by_identity = []
     for low, high in pairwise(BINS):
         inside = [together[pair] for pair, identity in identities.items() if low <= identity < high]
-        by_identity.append({"from": low, "to": min(high, 1), "pairs": len(inside), "together": sum(inside)})
+        by_identity.append(
+            {"from": low, "to": min(high, 1), "pairs": len(inside), "together": sum(inside)}
+        )
     return {
         "together": sum(together.values()),
-        "proteins_with_a_relative_elsewhere": len({i for pair, joined in together.items() if not joined for i in pair}),
+        "proteins_with_a_relative_elsewhere": len(
+            {i for pair, joined in together.items() if not joined for i in pair}
+        ),
         "by_identity": by_identity,
         "largest_cluster": int(np.bincount(labels).max()),
     }
@@ -117,8 +130,14 @@ def main() -> None:
     record: dict = {"schema": "split-recall/1", "samples": {}, "planted_mutants": {}}
     for name, sequences in (("pfam", pfam_sample(rng)), ("deeploc", deeploc_sample(rng))):
         identities = near_relatives(sequences)
-        found = {method: real(sequences, identities, candidates) for method, candidates in methods()}
-        record["samples"][name] = {"proteins": len(sequences), "related_pairs": len(identities), **found}
+        found = {
+            method: real(sequences, identities, candidates) for method, candidates in methods()
+        }
+        record["samples"][name] = {
+            "proteins": len(sequences),
+            "related_pairs": len(identities),
+            **found,
+        }
         print(name, json.dumps(record["samples"][name], indent=1), flush=True)
     for method, candidates in methods():
         rows = [planted(identity, candidates) for identity in (0.3, 0.4, 0.5, 0.6, 0.7, 0.9)]

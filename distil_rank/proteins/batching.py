@@ -1,4 +1,4 @@
-"""Which residues go through the model together: windows for long proteins, token-budget batches of similar length."""
+"""Which residues go through the model together: windows, and batches of similar length."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,14 +13,12 @@ OVERLAP = 0.25  # share of a window that it shares with the next one, at least
 
 @dataclass(frozen=True)
 class Window:
-    """Residues [start, stop) of one protein, in one forward pass; the last of a protein's windows closes it."""
+    """Residues [start, stop) of one protein, in one forward pass; `last` of its windows."""
 
     protein: int
     start: int
     stop: int
-    blend: Tensor | None = (
-        None  # weight of each residue here (stop - start,); over all windows they add up to 1
-    )
+    blend: Tensor | None = None  # weight of each residue (stop - start,): over all windows 1
     last: bool = True
 
     @property
@@ -29,10 +27,11 @@ class Window:
 
 
 def windows(protein: int, length: int, limit: int) -> list[Window]:
-    """Cover `length` residues by windows of at most `limit`: one that is the whole protein where it fits.
+    """Cover `length` residues by windows of at most `limit`: the whole protein where it fits.
 
-    Longer proteins get windows of exactly `limit` residues, evenly spread, that overlap by at least a quarter. Weights
-    rise linearly over that quarter from each end inside the protein, and are normalised: neighbours are cross-faded.
+    Longer proteins get windows of exactly `limit` residues, evenly spread, that overlap by at least
+    a quarter. Weights rise linearly over that quarter from each end inside the protein, and are
+    normalised: neighbours are cross-faded.
     """
     if length <= limit:
         return [Window(protein, 0, length)]
@@ -61,7 +60,7 @@ def windows(protein: int, length: int, limit: int) -> list[Window]:
 
 
 def batches(items: Sequence[Window], budget: int) -> list[list[Window]]:
-    """Group windows, longest first: at most `budget` tokens with padding, and at most 5 % of them padding.
+    """Group windows, longest first: at most `budget` tokens, at most 5 % of them padding.
 
     A window longer than the budget goes alone. Windows of one protein stay in order. Deterministic.
     """

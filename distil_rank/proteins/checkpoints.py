@@ -175,7 +175,6 @@ def _download_hugging_face(name: str) -> Path:
 
 def _read_fair_esm(path: Path) -> tuple[Record, list[tuple[str, Tensor]]]:
     """Architecture and weights of a fair-esm checkpoint."""
-    remedy = "give an ESM-2 checkpoint of fair-esm, or download it again"
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             data = torch.load(path, map_location="cpu", weights_only=True)
@@ -188,23 +187,14 @@ def _read_fair_esm(path: Path) -> tuple[Record, list[tuple[str, Tensor]]]:
         }
         prefix = re.compile(r"^(encoder\.sentence_encoder\.|encoder\.)")
         return settings, [(prefix.sub("", key), x.detach()) for key, x in state.items()]
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(
-            f"a readable checkpoint required, got {path} ({reason}); {remedy}"
-        ) from error
-    except pickle.UnpicklingError as error:
-        reason = str(error).partition("WeightsUnpickler error:")[2] or str(error)
-        raise InputError(
-            f"tensors and plain containers required in {path}, got {reason.strip()[:160]!r};"
-            f" {remedy}"
-        ) from error
     except (
-        *(RuntimeError, EOFError, zipfile.BadZipFile),
+        *(OSError, pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile),
         *(LookupError, AttributeError, TypeError, ValueError),
     ) as error:
+        reason = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error)
         raise InputError(
-            f"a fair-esm ESM-2 checkpoint required, got {path} ({str(error)[:160]}); {remedy}"
+            f"a fair-esm ESM-2 checkpoint of plain tensors required, got {path} ({reason[:160]});"
+            " download it again; nothing was unpickled"
         ) from error
 
 

@@ -120,7 +120,7 @@ def train(config: Config, sequences: Sequence[str]) -> ESM2:
                 group["lr"] = group["highest"] * schedule(seen / config.tokens, config.warmup)
         tokens, chosen = mask(batch, generator(config.seed, "mask", step))
         with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            logits = logits_at(model, tokens.to(device), chosen.to(device))
+            logits = logits_at(model, tokens, chosen)
         loss = F.cross_entropy(logits.float(), batch[chosen].to(device), reduction="sum")
         loss = loss / max(1, int(chosen.sum()))
         model.zero_grad()

@@ -46,7 +46,7 @@ def load_matrix(path: str | Path) -> Tensor:
     shape = tuple(x.shape)
     if x.ndim != 2:
         raise InputError(
-            f"2 axes (proteins, features) required in {path}, got shape {shape}; pool residues first"
+            f"2 axes (proteins, features) required in {path}, got shape {shape}; pool residues"
         )
     if len(x) < 2 or x.shape[1] < 1:
         raise InputError(f"at least 2 rows of 1 feature required in {path}, got shape {shape}")
@@ -81,17 +81,15 @@ def read_tensors(path: str | Path) -> Any:
         with loaded:
             names = ["X"] if "X" in loaded.files else loaded.files
             return {key: torch.from_numpy(loaded[key]) for key in names}
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"plain tensors required in {path}, got a pickle, which was not executed: {reason}"
-        ) from None
     except (
         *(OSError, ValueError, TypeError, RuntimeError, EOFError),
-        *(SafetensorError, zipfile.BadZipFile),
+        *(pickle.UnpicklingError, SafetensorError, zipfile.BadZipFile),
     ) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"a readable {path.suffix} file required, got {path}: {reason}") from None
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(
+            f"a readable {path.suffix} file of plain tensors required, got {path}: {reason};"
+            " nothing was unpickled"
+        ) from None
 
 
 def provenance(path: str | Path) -> Record:

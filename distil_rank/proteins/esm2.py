@@ -40,7 +40,7 @@ def tokenise(sequences: Sequence[str]) -> Tensor:
     InputError on a letter without a token (`fasta.clean_sequence` leaves none).
     """
     check_sequences(sequences)
-    tokens = np.full((len(sequences), max(map(len, sequences)) + 2), PAD, dtype=np.int64)
+    tokens = np.full((len(sequences), max(map(len, sequences), default=0) + 2), PAD, dtype=np.int64)
     for row, sequence in zip(tokens, sequences):
         ids = _ID_OF_BYTE[np.frombuffer(sequence.encode("ascii", "replace"), dtype=np.uint8)]
         if (ids < 0).any():
@@ -53,8 +53,8 @@ def tokenise(sequences: Sequence[str]) -> Tensor:
 
 
 def check_sequences(sequences: Sequence[str]) -> None:
-    """InputError for an empty sequence, none at all, and a bare string."""
-    if isinstance(sequences, str) or not sequences or not all(sequences):
+    """InputError for an empty sequence and for a bare string."""
+    if isinstance(sequences, str) or not all(sequences):
         shown = repr(sequences)[:60]
         raise InputError(f"a list of sequences of at least one residue required, got {shown}")
 
@@ -153,7 +153,7 @@ class ESM2(nn.Module):
 class Head(nn.Module):
     """Language-model head: logits (..., 33) of hidden states, by the weights of the embedding."""
 
-    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+    def __init__(self, weight: Tensor, eps: float) -> None:
         super().__init__()
         self.dense = nn.Linear(weight.shape[1], weight.shape[1])
         self.layer_norm = nn.LayerNorm(weight.shape[1], eps=eps)

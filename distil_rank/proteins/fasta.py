@@ -1,6 +1,6 @@
-"""FASTA in and out: plain or gzip, in order, streaming; odd ids are data, odd letters have one documented meaning.
+"""FASTA in and out: plain or gzip, in order, streaming; odd ids are data.
 
-What happens to a letter on its way to a model (`clean_sequence`; the alphabet is ESM-2's, fair-esm `esm.constants`):
+What happens to a letter on its way to a model (`clean_sequence`; the alphabet is ESM-2's):
 
 | letters | what happens |
 |---|---|
@@ -18,10 +18,13 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from gzip import GzipFile
 from pathlib import Path
 
 from distil_rank.core.errors import InputError
+from distil_rank.core.records import atomic
 
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 ALPHABET = AMINO_ACIDS + "XBUZO"
@@ -35,7 +38,7 @@ _GAP, _UNKNOWN, _FOREIGN = (
 
 @dataclass(frozen=True)
 class Protein:
-    """One FASTA record: `id` is the first word of `header` (may be empty, repeated, or look like a path)."""
+    """One FASTA record: `id`, the first word of `header`, may be empty, repeated, or a path."""
 
     id: str
     header: str
@@ -45,8 +48,9 @@ class Protein:
 def read_fasta(path: str | Path) -> Iterator[Protein]:
     """Records of a FASTA file, plain or gzip, in file order and as written (nothing cleaned).
 
-    The file is checked as a whole before this returns (one streaming pass: a truncated gzip or a binary file raises
-    here, not after an hour of work); records are then streamed, and no index file is written. Raises InputError.
+    The file is checked as a whole before this returns (one streaming pass: a truncated gzip or a
+    binary file raises InputError here, not after an hour of work); records are then streamed, and
+    no index file is written.
     """
     _check(Path(path))
     return _records(Path(path))
@@ -65,7 +69,7 @@ def _records(path: Path) -> Iterator[Protein]:
 
 
 def _check(path: Path) -> None:
-    """One pass over the bytes: pyfastx itself ends silently at a truncated gzip and cuts a sequence at a NUL byte."""
+    """One pass over the bytes, because pyfastx ends silently at a truncated gzip or a NUL byte."""
     remedy = "give a FASTA file (lines `>id description`, then the sequence), plain or gzip"
     if not path.is_file():
         found = "a folder or special file" if path.exists() else "nothing there"
@@ -77,29 +81,24 @@ def _check(path: Path) -> None:
             start = b""
             while chunk := file.read(1 << 20):
                 start = start or chunk.lstrip()[:1]
-                if start not in (b"", b">"):
-                    raise InputError(
-                        f"required a FASTA file, but {path} does not begin with '>'; {remedy}"
-                    )
-                if b"\0" in chunk:
-                    raise InputError(
-                        f"required a FASTA text file, but {path} holds binary data; {remedy}"
-                    )
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                odd = "" if start in (b"", b">") else "does not begin with '>'"
+                odd = "holds binary data" if not odd and b"\0" in chunk else odd
+                if odd:
+                    raise InputError(f"required a FASTA text file, but {path} {odd}; {remedy}")
+    except (EOFError, OSError, zlib.error) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise InputError(
-            f"required a whole gzip file, got {path} ({error}); copy or compress it again"
-        ) from error
-    except OSError as error:
-        raise InputError(
-            f"required a readable FASTA file, got {path} ({error.strerror}); {remedy}"
+            f"required a whole and readable FASTA file, got {path} ({reason}); copy it again"
         ) from error
     if not start:
         raise InputError(f"required at least one protein, but {path} is empty; {remedy}")
 
 
 def clean_sequence(sequence: str) -> str:
-    """The residues a model sees, by the table above. May be empty. Raises InputError on letters that mean nothing."""
+    """The residues a model sees, by the table above; InputError where none are left."""
     clean, _, foreign = _clean(sequence)
+    if not (clean or foreign):
+        raise InputError("required at least one residue, got an empty sequence; remove it")
     if foreign:
         got = " ".join(sorted(foreign))
         raise InputError(
@@ -109,7 +108,7 @@ def clean_sequence(sequence: str) -> str:
 
 
 def _clean(sequence: str) -> tuple[str, Counter[str], set[str]]:
-    """Cleaned sequence, how often each reported change was made, and the letters that mean nothing."""
+    """Cleaned sequence, how often each reported change was made, and meaningless letters."""
     letters = "".join(sequence.split()).upper().removesuffix("*")
     changes: Counter[str] = Counter()
     letters, changes["gaps removed"] = _GAP.subn("", letters)
@@ -120,8 +119,9 @@ def _clean(sequence: str) -> tuple[str, Counter[str], set[str]]:
 def clean_proteins(proteins: Iterable[Protein], warn: Callable[[str], None]) -> Iterator[Protein]:
     """The proteins with cleaned sequences, streaming.
 
-    When all have passed, `warn` gets one line per kind of change with counts and ids, and empty sequences or
-    meaningless letters raise InputError naming the ids: run through a file once before the work starts.
+    When all have passed, `warn` gets one line per kind of change with counts and ids, and empty
+    sequences or meaningless letters raise InputError naming the ids: run through a file once before
+    the work starts.
     """
     changes: Counter[str] = Counter()
     changed: dict[str, _Names] = {}
@@ -167,24 +167,19 @@ class _Names:
 
 
 def write_fasta(path: str | Path, proteins: Iterable[Protein], width: int = 60) -> None:
-    """Write records as FASTA, gzip when the name ends in .gz (without a time stamp: equal records, equal bytes)."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as raw:
-        file = (
-            gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0)
-            if path.suffix == ".gz"
-            else raw
-        )
+    """Write FASTA, gzip where the name ends in .gz: equal records, equal bytes (no time stamp)."""
+    zipped = Path(path).suffix == ".gz"
+    with (
+        atomic(path) as temporary,
+        temporary.open("wb") as raw,
+        GzipFile("", "wb", fileobj=raw, mtime=0) if zipped else nullcontext(raw) as file,
+    ):
         for protein in proteins:
-            if "\n" in protein.header or not protein.sequence.isascii():
+            sequence = protein.sequence
+            if "\n" in protein.header or not sequence.isascii():
+                got = repr(protein.header[:60])
                 raise InputError(
-                    f"required a one-line header, ASCII residues, got {protein.header[:60]!r}; correct it"
+                    f"required a one-line header, ASCII residues, got {got}; correct it"
                 )
-            lines = [
-                protein.sequence[i : i + width] for i in range(0, len(protein.sequence), width)
-            ]
+            lines = [sequence[i : i + width] for i in range(0, len(sequence), width)]
             file.write("\n".join([f">{protein.header}", *lines, ""]).encode())
-        if file is not raw:
-            file.close()
-    temporary.replace(path)

@@ -15,29 +15,31 @@ from distil_rank.core.errors import InputError
 from distil_rank.core.records import Record
 from distil_rank.proteins.esm2 import MASK, PAD, TOKENS
 
-# what ESM-2 is: setting -> value; where it is absent, the second value is meant
-_ABSENT = object()
-_FIXED: dict[str, tuple[Any, Any]] = {
-    "model_type": ("esm", _ABSENT),
-    "position_embedding_type": ("rotary", _ABSENT),
-    "vocab_size": (len(TOKENS), _ABSENT),
-    "pad_token_id": (PAD, _ABSENT),
-    "mask_token_id": (MASK, _ABSENT),
-    "hidden_act": ("gelu", "gelu"),
-    "rope_theta": (10000.0, 10000.0),
-    "tie_word_embeddings": (True, True),
-    "emb_layer_norm_before": (False, False),
-    "is_decoder": (False, False),
-    "add_cross_attention": (False, False),
-    "is_folding_model": (False, False),
-    "vocab_list": (list(TOKENS), list(TOKENS)),
+# what ESM-2 is, and of that what transformers takes for granted where it is not said
+_GRANTED: dict[str, Any] = {
+    "hidden_act": "gelu",
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "emb_layer_norm_before": False,
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "is_folding_model": False,
+    "vocab_list": list(TOKENS),
+}
+_FIXED = _GRANTED | {
+    "model_type": "esm",
+    "position_embedding_type": "rotary",
+    "vocab_size": len(TOKENS),
+    "pad_token_id": PAD,
+    "mask_token_id": MASK,
 }
 _SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
 _OPTIONAL = ("token_dropout", "layer_norm_eps")
 # of training, of other tasks, of the library: no weight and no hidden state depends on them
 _HARMLESS = """_name_or_path architectures attention_probs_dropout_prob bos_token_id
-    chunk_size_feed_forward classifier_dropout cls_token_id dtype eos_token_id esmfold_config gradient_checkpointing
-    hidden_dropout_prob id2label initializer_range is_encoder_decoder label2id
+    chunk_size_feed_forward classifier_dropout cls_token_id dtype eos_token_id
+    esmfold_config gradient_checkpointing hidden_dropout_prob id2label initializer_range
+    is_encoder_decoder label2id
     max_position_embeddings output_attentions output_hidden_states problem_type return_dict
     torch_dtype transformers_version use_cache""".split()  # noqa: SIM905
 
@@ -62,15 +64,11 @@ def read_settings(folder: Path) -> Record:
     """The arguments of `ESM2` that config.json describes; InputError for what is not ESM-2."""
     path = folder / "config.json"
     config = read_json_file(path)
-    for key, (value, default) in _FIXED.items():
-        got = config.get(key, default)
-        if got is None and default is not _ABSENT:
-            got = default
+    for key, value in _FIXED.items():
+        got = _GRANTED.get(key) if config.get(key) is None else config[key]
         if got != value:
-            shown = "nothing" if got is _ABSENT else repr(got)[:60]
-            raise InputError(
-                f"an ESM-2 model required, with {key} {value!r}, got {shown} in {path}"
-            )
+            shown = f"got {str(got)[:60]!r} in {path}"
+            raise InputError(f"an ESM-2 model required, with {key} {value!r}, {shown}")
     unread = sorted(set(config) - set(_FIXED) - set(_SHAPE) - set(_OPTIONAL) - set(_HARMLESS))
     if unread:
         raise InputError(

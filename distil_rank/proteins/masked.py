@@ -38,7 +38,8 @@ def mask(
 
 def logits_at(model: ESM2, tokens: Tensor, chosen: Tensor) -> Tensor:
     """Logits (k, 33) at the k chosen places of tokens (n, l)."""
-    logits = model(tokens, (), chosen).logits
+    device = model.embed_tokens.weight.device
+    logits = model(tokens.to(device), (), chosen.to(device)).logits
     assert logits is not None
     return logits
 
@@ -67,7 +68,8 @@ def masked_losses(
     for number, group in enumerate(batches(items, budget=8192)):
         batch = tokenise([sequences[item.protein][: item.stop] for item in group])
         tokens, chosen = mask(batch, generator(seed, "perplexity", number), changed)
-        loss = F.cross_entropy(logits(tokens, chosen).float(), batch[chosen], reduction="none")
+        found = logits(tokens, chosen).float().cpu()
+        loss = F.cross_entropy(found, batch[chosen], reduction="none")
         owner = torch.tensor([item.protein for item in group])[chosen.nonzero()[:, 0]].numpy()
         np.add.at(sums, owner, loss.double().numpy())
         np.add.at(counts, owner, 1)

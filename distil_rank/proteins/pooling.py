@@ -20,7 +20,7 @@ def embed(
     max_length: int = 1022,
     batch_tokens: int = 4096,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield (index, vectors (layers, rows, d) float32 on the CPU) for cleaned sequences, the longest protein first.
+    """Yield (index, vectors (layers, rows, d) float32 on the CPU), the longest protein first.
 
     rows is 1 for pool="mean" and "bos", the number of residues for "residues". Sequences longer
     than `max_length` are embedded in windows that are blended (`batching.windows`).
@@ -47,7 +47,7 @@ def embed(
 def embed_batch(
     model: ESM2, sequences: Sequence[str], batch: list[Window], pool: str, layers: Sequence[int]
 ) -> list[Tensor]:
-    """Vectors (layers, rows, d) of each window. Pooling reads residues by their index: no special token, no padding."""
+    """Vectors (layers, rows, d) of each window: residues by their index, never padding."""
     tokens = tokenise([sequences[w.protein][w.start : w.stop] for w in batch])
     hidden = model(tokens.to(model.embed_tokens.weight.device), layers, logits=False).hidden
     if pool == "residues":
@@ -69,7 +69,7 @@ def embed_batch(
 def _blend(
     so_far: Tensor | None, vectors: Tensor, window: Window, pool: str, length: int
 ) -> Tensor:
-    """Add a window's share to what earlier windows of the protein gave: the shares of each residue add up to 1."""
+    """Add a window's share to that of the protein's earlier windows; they add up to 1."""
     assert window.blend is not None
     if pool == "residues":
         whole = (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distil_rank.core.randomness import generator
-from distil_rank.proteins.esm2 import CLS, EOS, ESM2, PAD, frequencies
+from distil_rank.proteins.esm2 import CLS, EOS, ESM2, PAD, Block, frequencies
 
 _POOL = 4096  # proteins among which batches of similar length are formed
 
@@ -46,6 +46,7 @@ def look_at_neighbours(model: ESM2) -> None:
     length = (2.5 / (1 - theta.cos()).sum() * head_width**0.5).sqrt()
     with torch.no_grad():
         for layer in model.layers:
+            assert isinstance(layer, Block)
             attention = layer.self_attn
             layer.fc2.weight.zero_()
             attention.out_proj.weight.zero_()

@@ -1,20 +1,21 @@
-"""Clusters of related sequences, and splits that never cut a cluster: no held-out protein has a near relative in training.
+"""Clusters of related sequences, and splits that never cut one: no relatives across the parts.
 
-Two proteins are *near relatives* if their best local alignment (Smith-Waterman, BLOSUM62, gaps 11/1)
+Two proteins are *near relatives* if their best local alignment (Smith-Waterman, BLOSUM62, 11/1)
 
 * has at least `identity` equal residues per alignment column,
 * spans at least half of the shorter sequence, and
-* scores at least 60 (28 bits), or half of what the shorter sequence scores against itself if that is less; below,
-  alignments arise by chance.
+* scores at least 60 (28 bits), or half of what the shorter sequence scores against itself if that
+  is less; below, alignments arise by chance.
 
-Clusters are the connected components of that relation (single linkage), so two related proteins *that were compared* are
-always together. Which pairs are compared:
+Clusters are the connected components of that relation (single linkage), so two related proteins
+*that were compared* are always together. Which pairs are compared:
 
 * MMseqs2's sensitive all-against-all search (`mmseqs search -s 7.5`) where `mmseqs` is installed;
-* otherwise pairs that share two similar words on one diagonal: words of 5 to 7 letters under four spaced patterns, in a
-  12-letter alphabet that merges L/M, I/V, K/R, E/Q, A/S/T, N/D and F/Y. The more residues, the longer the words, so that
-  time stays in minutes (50,000 proteins) and memory bounded, and the more distant relatives are missed: how many is
-  measured by `python -m benchmarks.split_recall`. Install MMseqs2 where that matters.
+* otherwise pairs that share two similar words on one diagonal: words of 5 to 7 letters under four
+  spaced patterns, in a 12-letter alphabet that merges L/M, I/V, K/R, E/Q, A/S/T, N/D and F/Y. The
+  more residues, the longer the words, so that time stays in minutes (50,000 proteins) and memory
+  bounded, and the more distant relatives are missed: how many is measured by
+  `python -m benchmarks.split_recall`. Install MMseqs2 where that matters.
 """
 
 import shutil
@@ -28,8 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distil_rank.core.errors import InputError
-from distil_rank.proteins.fasta import Protein, write_fasta
 from distil_rank.core.randomness import generator
+from distil_rank.proteins.fasta import Protein, write_fasta
 
 _CLASSES = ("LM", "IV", "KR", "EQ", "AST", "ND", "FY", "C", "G", "H", "P", "W")
 # which of the letters at these offsets make the word; shorter words are the beginnings of these
@@ -38,18 +39,20 @@ _LONGEST = {
     5: 300_000,
     6: 3_000_000,
 }  # residues up to which words of 5 and 6 letters are rare enough; beyond, 7
-_HIT_WINDOW = 8  # two words count as one diagonal if their diagonals differ by at most this many residues (small gaps)
-_BUCKET = 400  # a word is paired with at most this many later occurrences of itself (repeats, giant families)
-_RESIDUES_PER_HIT = 300  # chance alone gives long pairs more shared words, so they need one more per so many residues
+_HIT_WINDOW = 8  # residues by which the diagonals of two words may differ (small gaps)
+_BUCKET = 400  # later occurrences of itself with which a word is paired, at most (repeats)
+# chance alone gives long pairs more shared words, so they need one more per so many residues
+_RESIDUES_PER_HIT = 300
 _HITS_AT_ONCE = 40_000_000  # memory: 8 bytes each, a few times
 
 
 def cluster(
     sequences: Sequence[str], identity: float = 0.3, candidates: str = "auto"
 ) -> NDArray[np.int64]:
-    """Cluster label per sequence (n,): near relatives share a label; labels count from 0 in order of appearance.
+    """Cluster label per sequence (n,), shared by near relatives, from 0 in order of appearance.
 
-    candidates: "mmseqs", "words", or "auto" (MMseqs2 when installed). Equal sequences always share a label.
+    candidates: "mmseqs", "words", or "auto" (MMseqs2 when installed). Equal sequences always share
+    a label.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -85,7 +88,7 @@ def related(a: str, b: str, identity: float = 0.3) -> bool:
 
 
 def aligned_identity(a: str, b: str) -> float:
-    """Equal residues per column of the best local alignment; 0 where it scores too little or spans too little."""
+    """Equal residues per column of the best local alignment; 0 where it is too weak or short."""
     import parasail
 
     if not a or not b or a == b:
@@ -116,15 +119,16 @@ def _self_scores() -> dict[str, int]:
 def split(
     labels: NDArray[np.int64], fractions: Sequence[float], seed: int = 0
 ) -> list[NDArray[np.int64]]:
-    """Sorted index arrays, one per fraction and first the rest: split(labels, [0.1, 0.1]) gives train, val, test.
+    """Sorted index arrays: split(labels, [0.1, 0.1]) gives train, val, test.
 
-    Whole clusters are drawn in random order (the same for the same labels and seed) into the last part, then the one
-    before, each up to its share of the proteins; a cluster that does not fit goes on to the next, at last to the first.
-    So a part may be smaller than asked for when clusters are large; an empty one raises InputError.
+    Whole clusters are drawn in random order (the same for the same labels and seed) into the last
+    part, then the one before, each up to its share of the proteins; a cluster that does not fit
+    goes on to the next, at last to the first. So a part may be smaller than asked for when clusters
+    are large; an empty one raises InputError.
     """
     if not fractions or min(fractions) <= 0 or sum(fractions) >= 1:
         raise InputError(
-            f"required fractions above 0 with a sum below 1, got {list(fractions)}; 0.2 is a usual one"
+            f"required fractions above 0, with a sum below 1, got {list(fractions)}; 0.2 is usual"
         )
     import torch
 
@@ -140,14 +144,15 @@ def split(
     parts = [np.flatnonzero(part_of[labels] == part) for part in range(len(fractions) + 1)]
     if not all(map(len, parts)):
         raise InputError(
-            f"required a protein in every part, got parts of {[len(part) for part in parts]} from {len(sizes)} clusters "
-            f"of up to {sizes.max(initial=0)} proteins; give more, or more diverse, proteins"
+            f"required a protein in every part, got parts of {[len(part) for part in parts]}"
+            f" from {len(sizes)} clusters of up to {sizes.max(initial=0)} proteins;"
+            " give more, or more diverse, proteins"
         )
     return parts
 
 
 def _by_words(sequences: Sequence[str]) -> Iterator[NDArray[np.int64]]:
-    """Candidate pairs (m, 2) that share two words on one diagonal, those with most shared words first in each batch."""
+    """Candidate pairs (m, 2) with two words on one diagonal, those with most words first."""
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     owner = np.repeat(np.arange(len(sequences)), lengths)
@@ -189,7 +194,7 @@ def _patterns(residues: int) -> list[str]:
 def _word_table(
     letters: str, starts: NDArray[np.int64], pattern: str
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Sorted words and their positions, without words of other letters, of one or two classes, or across sequences."""
+    """Sorted words and positions, not of other letters, of one or two classes, across ends."""
     code = np.full(256, -1, dtype=np.int64)
     for number, members in enumerate(_CLASSES):
         code[[ord(letter) for letter in members]] = number
@@ -220,7 +225,7 @@ def _word_pairs(
     low: int,
     high: int,
 ) -> NDArray[np.int64]:
-    """(first sequence, second, diagonal) packed into integers, for each pair of equal words with the first in [low, high)."""
+    """(sequence, other, diagonal) in one integer per pair of equal words, first in [low, high)."""
     words, positions = table
     n = len(starts) - 1
     alive = np.flatnonzero((positions >= starts[low]) & (positions < starts[high]))
@@ -253,8 +258,7 @@ def _by_search(sequences: Sequence[str]) -> Iterator[NDArray[np.int64]]:
             check=False,
         )
         if done.returncode:
-            raise InputError(
-                f"required a working MMseqs2, got exit status {done.returncode}: {done.stderr[-300:]}"
-            )
+            got = f"exit status {done.returncode}: {done.stderr[-300:]}"
+            raise InputError(f"required a working MMseqs2, got {got}")
         pairs = np.loadtxt(hits, dtype=np.int64, ndmin=2)
     yield pairs[pairs[:, 0] < pairs[:, 1]]

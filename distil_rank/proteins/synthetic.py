@@ -1,7 +1,8 @@
-"""Synthetic embeddings with the published statistics of mean-pooled ESM-2 650M; for trying things, never for claims.
+"""Synthetic embeddings with the published statistics of mean-pooled ESM-2 650M; never for claims.
 
-Matched (PCA of standardised features over 3.08 million metagenomic proteins): the cumulated variance at 10, 20, 50 and 99
-components, a flat remainder, the share of the mean in the energy, and the two outlier features.
+Matched (PCA of standardised features over 3.08 million metagenomic proteins): the cumulated
+variance at 10, 20, 50 and 99 components, a flat remainder, the share of the mean in the energy, and
+the two outlier features.
 """
 
 import itertools
@@ -44,9 +45,10 @@ def synthetic_embeddings(n: int, seed: int, purpose: str) -> Tensor:
 
 
 def fourier_basis(population: torch.Generator) -> Tensor:
-    """Orthogonal (1280, 1280): sines and cosines in neighbouring columns, features permuted, signs drawn.
+    """Orthogonal (1280, 1280): sines and cosines side by side, features permuted, signs drawn.
 
-    Neighbouring eigenvalues are nearly equal and sin^2 + cos^2 = 1, so all features get the same variance at once.
+    Neighbouring eigenvalues are nearly equal and sin^2 + cos^2 = 1, so all features get the same
+    variance at once.
     """
     position = torch.arange(DIM, dtype=torch.float64) * (2 * torch.pi / DIM)
     angles = position[:, None] * torch.arange(1, DIM // 2)
@@ -59,8 +61,9 @@ def fourier_basis(population: torch.Generator) -> Tensor:
 def standardised_spectrum() -> Tensor:
     """Eigenvalues (1280,) of the correlation matrix, descending, summing to 1280.
 
-    Between two published points the spectrum falls geometrically, from the (geometric) middle of the neighbouring levels,
-    scaled so that the cumulated variance passes through the points; after the last one it is flat.
+    Between two published points the spectrum falls geometrically, from the (geometric) middle of
+    the neighbouring levels, scaled so that the cumulated variance passes through the points; after
+    the last one it is flat.
     """
     points = sorted(CUMULATED_VARIANCE.items())
     sizes = [stop - start for (start, _), (stop, _) in itertools.pairwise(points)]

@@ -17,6 +17,7 @@ from distil_rank.core.errors import InputError
 from distil_rank.core.randomness import generator
 from distil_rank.proteins.esm2 import ESM2, MASK, tokenise
 from distil_rank.proteins.fasta import AMINO_ACIDS, clean_sequence, read_fasta
+from distil_rank.proteins.masked import logits_at
 
 MUTATION = re.compile(rf"([A-Z])(\d+)([{AMINO_ACIDS}])")
 
@@ -114,7 +115,7 @@ def _score(text: str | None, where: str) -> float:
 
 
 def mutate(wild_type: str, mutant: str, where: str) -> tuple[str, list[int]]:
-    """Mutated sequence and changed positions (0-based); InputError where the mutant does not fit."""
+    """Mutated sequence and changed positions (0-based); InputError where it does not fit."""
     letters, changed = list(wild_type), []
     for part in mutant.split(":"):
         match = MUTATION.fullmatch(part)
@@ -141,16 +142,13 @@ def masked_marginals(model: ESM2, sequence: str, batch_tokens: int = 8192) -> Te
     Every position is masked on its own (masked marginals: Meier et al., NeurIPS 2021).
     """
     tokens = tokenise([sequence])
-    device = model.embed_tokens.weight.device
     step = max(1, batch_tokens // tokens.shape[1])
     rows = []
     for places in torch.arange(1, len(sequence) + 1).split(step):
         hidden = torch.zeros(len(places), tokens.shape[1], dtype=torch.bool)
         hidden[torch.arange(len(places)), places] = True
         batch = tokens.expand(len(places), -1).masked_fill(hidden, MASK)
-        logits = model(batch.to(device), (), hidden.to(device)).logits
-        assert logits is not None
-        rows.append(logits.float().log_softmax(-1).double().cpu())
+        rows.append(logits_at(model, batch, hidden).float().log_softmax(-1).double().cpu())
     found = torch.cat(rows)
     letters = tokenise([AMINO_ACIDS])[0, 1:-1]
     return found[:, letters] - found.gather(1, tokens[0, 1:-1, None])

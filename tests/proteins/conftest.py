@@ -1,9 +1,11 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
+from distil_rank.proteins.command_embed import Config, run
 from tests.proteins import reference
 
 settings.register_profile("shared machine", deadline=None)
@@ -31,20 +33,34 @@ def ours(checkpoint):
     return load_model(str(checkpoint), head=True).model
 
 
+@pytest.fixture(scope="session")
+def config(checkpoint, tmp_path_factory) -> Config:
+    """Sixty proteins in some ten shards, a few of them longer than the window."""
+    fasta = tmp_path_factory.mktemp("fasta") / "proteins.fasta.gz"
+    reference.random_fasta(fasta, 60)
+    sizes = {"max_length": 100, "shard_residues": 400, "batch_tokens": 300}
+    return Config(fasta, str(checkpoint), Path(), long="window", device="cpu", **sizes)
+
+
+@pytest.fixture(scope="session")
+def whole(config, tmp_path_factory) -> Path:
+    """The store of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole") / "store"
+    run(replace(config, out=out))
+    return out
+
+
 @pytest.fixture
 def untouched_global_state():
     """Nothing in the package draws from the global generator or changes threads or precision."""
-    before = (
-        torch.get_rng_state(),
-        torch.get_num_threads(),
-        torch.get_float32_matmul_precision(),
-        torch.is_grad_enabled(),
-    )
+
+    def state():
+        return (
+            torch.get_num_threads(),
+            torch.get_float32_matmul_precision(),
+            torch.is_grad_enabled(),
+        )
+
+    random, before = torch.get_rng_state(), state()
     yield
-    after = (
-        torch.get_rng_state(),
-        torch.get_num_threads(),
-        torch.get_float32_matmul_precision(),
-        torch.is_grad_enabled(),
-    )
-    assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
+    assert torch.equal(random, torch.get_rng_state()) and before == state()

@@ -1,4 +1,4 @@
-"""The slow, obvious versions: fair-esm itself, one protein at a time, and the classic loop over one .pt per protein."""
+"""The slow, obvious versions: fair-esm itself, one protein at a time."""
 
 import argparse
 import random
@@ -11,7 +11,7 @@ from distil_rank.proteins.fasta import Protein, write_fasta
 
 
 def fair_esm_model(layers: int, width: int, heads: int, seed: int = 0):
-    """A random model of fair-esm's class (biases and norms random too), leaving the global generator as it was."""
+    """A random model of fair-esm's class (biases and norms random too)."""
     from esm.model.esm2 import ESM2
 
     with torch.random.fork_rng():
@@ -69,7 +69,7 @@ def mean_pooled(model, sequence: str) -> Tensor:
 
 
 def blended(model, sequence: str, spans: list[tuple[int, int]], ramp: int) -> Tensor:
-    """Windows [start, stop) cross-faded (l, d): weights rise to `ramp` from ends inside the sequence."""
+    """Windows [start, stop) cross-faded (l, d): weights rise to `ramp` from inner ends."""
     total, weight = torch.zeros(len(sequence), model.embed_dim), torch.zeros(len(sequence))
     for start, stop in spans:
         rows = hidden(model, sequence[start:stop], model.num_layers)[1:-1]
@@ -95,3 +95,7 @@ def random_fasta(path: Path, count: int, longest: int = 120, seed: int = 0) -> l
     ]
     write_fasta(path, proteins)
     return proteins
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

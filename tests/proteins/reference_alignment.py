@@ -1,4 +1,4 @@
-"""The slow, obvious Smith-Waterman alignment (BLOSUM62, affine gaps 11/1) that the clustering is tested against."""
+"""The slow, obvious Smith-Waterman alignment (BLOSUM62, affine gaps 11/1)."""
 
 from dataclasses import dataclass
 

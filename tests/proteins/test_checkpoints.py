@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from distil_rank.core.errors import InputError
+from distil_rank.core.records import sha256
 from distil_rank.proteins import checkpoints
 from distil_rank.proteins.checkpoints import FAMILIES, load_model
 from distil_rank.proteins.esm2 import tokenise
-from distil_rank.core.records import sha256
 from tests.proteins import reference
 from tests.proteins.test_esm2 import distance
 
@@ -298,7 +298,7 @@ def test_missing_models_are_one_sentence(tmp_path, hugging_face, monkeypatch):
         "/no/such/folder",
         "",
     ):
-        with pytest.raises(InputError, match="a model name .* required"):
+        with pytest.raises(InputError, match=r"a model name .* required"):
             load_model(name)
     with pytest.raises(InputError, match="pickles are not read"):
         load_model(str(tmp_path))

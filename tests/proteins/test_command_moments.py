@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from distil_rank.core.errors import InputError
+from distil_rank.core.moments import Moments
 from distil_rank.proteins import command_embed
 from distil_rank.proteins.command_moments import Config, run
 from distil_rank.proteins.store import EmbeddingStore
-from distil_rank.core.moments import Moments
 from tests.proteins import reference
 
 
@@ -26,7 +26,9 @@ def test_moments_of_a_store_are_those_of_its_rows(store, tmp_path, layer):
     moments = Moments.load(tmp_path / "m.safetensors")
     assert moments.count == len(rows)
     torch.testing.assert_close(moments.mean, rows.mean(0), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(moments.covariance, torch.cov(rows.T, correction=0), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        moments.covariance, torch.cov(rows.T, correction=0), rtol=1e-10, atol=1e-12
+    )
 
 
 def test_moments_of_a_file_are_those_of_its_rows(tmp_path):

@@ -26,12 +26,7 @@ def test_tokens_are_the_alphabet_of_fair_esm(fair_esm):
     assert tuple(
         getattr(fair_esm.alphabet, name)
         for name in ("cls_idx", "padding_idx", "eos_idx", "mask_idx")
-    ) == (
-        CLS,
-        PAD,
-        EOS,
-        MASK,
-    )
+    ) == (CLS, PAD, EOS, MASK)
 
 
 @given(batch=st.lists(sequences, min_size=1, max_size=5))
@@ -42,13 +37,13 @@ def test_tokens_equal_those_of_fair_esms_batch_converter(fair_esm, batch):
 
 @pytest.mark.parametrize("letter", ["J", "*", "a", " ", "é", "7"])
 def test_letters_without_a_token_are_refused(letter):
-    with pytest.raises(InputError, match="letters of .* required"):
+    with pytest.raises(InputError, match=r"letters of .* required"):
         tokenise(["MK" + letter])
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_data_path_equals_the_reference_outputs_of_the_real_models(shared_data, size):
-    """Tokens, special tokens, mask and pooled rows, exactly, on what the published checkpoints received and gave."""
+    """Tokens, mask and pooled rows, exactly, on what the published checkpoints got and gave."""
     data = load_file(shared_data / "esm2_reference_outputs" / f"esm2_{size}.safetensors")
     ids, state, residues = (
         data["input__input_ids"],
@@ -130,9 +125,9 @@ def test_logits_may_be_asked_for_at_some_places_or_not_at_all(ours, checkpoint):
         headless(tokens, (), places)
 
 
-@pytest.mark.parametrize("wrong", ["MKT", [], ["MKT", ""]])
+@pytest.mark.parametrize("wrong", ["MKT", ["MKT", ""]])
 def test_a_bare_string_and_an_empty_sequence_are_refused(ours, wrong):
-    for function in (tokenise, lambda sequences: embed(ours, sequences)):
+    for function in (tokenise, lambda sequences: list(embed(ours, sequences))):
         with pytest.raises(InputError, match="a list of sequences"):
             function(wrong)
 
@@ -162,5 +157,5 @@ def test_bfloat16_keeps_the_residual_stream_in_float32(fair_esm, checkpoint):
 def test_layers_count_from_either_end(ours):
     assert ours.depths([-1, 0, 3, -4, 2]) == [3, 0, 3, 0, 2]
     for wrong in (4, -5):
-        with pytest.raises(InputError, match="layers between -4 and 3 .* required"):
+        with pytest.raises(InputError, match=r"layers between -4 and 3 .* required"):
             ours.depths([wrong])

@@ -5,7 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distil_rank.core.errors import InputError
-from distil_rank.proteins.fasta import ALPHABET, Protein, clean_proteins, clean_sequence, read_fasta, write_fasta
+from distil_rank.proteins.fasta import (
+    ALPHABET,
+    Protein,
+    clean_proteins,
+    clean_sequence,
+    read_fasta,
+    write_fasta,
+)
 
 ODD = [
     Protein("a", "a b  c", "ACDEF"),
@@ -36,7 +43,10 @@ def test_gzip_is_recognised_by_content_and_written_without_a_time_stamp(tmp_path
 
 def test_windows_lines_and_missing_final_newline(tmp_path):
     (tmp_path / "a.fasta").write_bytes(b"\r\n>a b\r\nAC\r\nDE\r\n>b\r\nWY")
-    assert list(read_fasta(tmp_path / "a.fasta")) == [Protein("a", "a b", "ACDE"), Protein("b", "b", "WY")]
+    assert list(read_fasta(tmp_path / "a.fasta")) == [
+        Protein("a", "a b", "ACDE"),
+        Protein("b", "b", "WY"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -49,8 +59,8 @@ def test_windows_lines_and_missing_final_newline(tmp_path):
         (b"@a\nACD\n+\nIII\n", "does not begin with '>'"),
         (b"\x89PNG\r\n\x1a\n" + bytes(50), "does not begin with '>'"),
         (b">a\nAC\0DE\n", "binary"),
-        (gzip.compress(b">a\n" + bytes(range(65, 91)) * 999)[:-20], "whole gzip"),
-        (gzip.compress(b">a\nACD\n")[:-8] + bytes(8), "whole gzip"),
+        (gzip.compress(b">a\n" + bytes(range(65, 91)) * 999)[:-20], "whole and readable"),
+        (gzip.compress(b">a\nACD\n")[:-8] + bytes(8), "whole and readable"),
     ],
 )
 def test_what_is_no_fasta_is_refused_at_once(tmp_path, content, says):
@@ -81,12 +91,16 @@ def test_header_in_another_encoding_is_refused(tmp_path):
         ("AC*D**", "ACXDX"),
         ("A-C.D", "ACD"),
         ("AJj", "AXX"),
-        ("", ""),
-        ("-*", ""),
     ],
 )
 def test_documented_letters(raw, clean):
     assert clean_sequence(raw) == clean
+
+
+@pytest.mark.parametrize("raw", ["", "-*", " \n"])
+def test_a_sequence_without_residues_is_an_error(raw):
+    with pytest.raises(InputError, match="at least one residue"):
+        clean_sequence(raw)
 
 
 @given(st.text())
@@ -110,9 +124,17 @@ def test_every_kept_letter_has_its_own_token():
 
 def test_changes_are_counted_and_named():
     said: list[str] = []
-    proteins = [Protein("p", "p", "A-C.D"), Protein("q", "q", "AJ"), Protein("r", "r", "A-"), Protein("s", "s", "acd*")]
+    proteins = [
+        Protein("p", "p", "A-C.D"),
+        Protein("q", "q", "AJ"),
+        Protein("r", "r", "A-"),
+        Protein("s", "s", "acd*"),
+    ]
     assert [p.sequence for p in clean_proteins(proteins, said.append)] == ["ACD", "AX", "A", "ACD"]
-    assert said == ["gaps removed: 3 in 2 proteins: p, r", "J or inner * read as X: 1 in 1 protein: q"]
+    assert said == [
+        "gaps removed: 3 in 2 proteins: p, r",
+        "J or inner * read as X: 1 in 1 protein: q",
+    ]
 
 
 @pytest.mark.parametrize(

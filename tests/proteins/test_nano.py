@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from benchmarks import nano, nano_additive
-from distil_rank.proteins.checkpoints import FAMILIES, load_model
-from distil_rank.proteins.esm2 import tokenise
-from distil_rank.proteins.masked import load_checkpoint, masked_losses, new_model, perplexity
-from distil_rank.proteins.pretrain import Config
-from distil_rank.proteins.splits import related
 from distil_rank.core.records import ROOT, read_json, sha256
+from distil_rank.proteins.checkpoints import FAMILIES, load_model
+from distil_rank.proteins.command_pretrain import Config
+from distil_rank.proteins.esm2 import tokenise
+from distil_rank.proteins.masked import masked_losses, perplexity
+from distil_rank.proteins.pretrain import new_model
+from distil_rank.proteins.splits import related
 
 NAMES = [member.name for member in FAMILIES["nano"].values()]
 MODELS = ROOT / "models"
@@ -27,10 +28,14 @@ def card() -> dict:
 @pytest.mark.parametrize("member", FAMILIES["nano"].values(), ids=NAMES)
 def test_weights_are_those_of_the_card_and_load_by_name(member, card):
     loaded = load_model(member.name)
-    assert loaded.sha256 == card["models"][member.name]["sha256"] == sha256(MODELS / f"{member.name}.pt")
+    assert (
+        loaded.sha256
+        == card["models"][member.name]["sha256"]
+        == sha256(MODELS / f"{member.name}.pt")
+    )
     assert (loaded.model.width, len(loaded.model.layers)) == (member.width, member.layers)
     config = card["models"][member.name]["config"]
-    assert (config["width"], config["layers"]) == (member.width, member.layers)
+    assert (config["n_embd"], config["n_layer"]) == (member.width, member.layers)
 
 
 def test_the_family_is_small():
@@ -62,8 +67,11 @@ def test_without_neighbours_the_additive_model_is_dirichlet_multinomial():
 
 def test_the_additive_model_finds_a_rule_between_neighbours():
     rng = random.Random(0)
-    proteins = ["KL" * rng.randint(5, 15) if rng.random() < 0.5 else "LK" * rng.randint(5, 15) for _ in range(300)]
-    config = Config(Path("x"), Path("y"), tokens=1e5, batch_tokens=300, crop=40)
+    proteins = [
+        "KL" * rng.randint(5, 15) if rng.random() < 0.5 else "LK" * rng.randint(5, 15)
+        for _ in range(300)
+    ]
+    config = Config(Path("x"), Path("y"), tokens=1e5, batch_tokens=300, max_length=40)
     model = nano_additive.train(proteins, config)
     sums, counts = masked_losses(model, proteins[:50])
     model.neighbours.data.zero_()
@@ -77,17 +85,20 @@ def test_the_card_says_whether_perplexity_falls_with_size(card):
 
 
 @pytest.mark.parametrize(
-    "low, high, word", [(0.98, 0.999, "falls"), (0.99, 1.01, "cannot be told apart"), (1.001, 1.02, "rises")]
+    "low, high, word",
+    [(0.98, 0.999, "falls"), (0.99, 1.01, "cannot be told apart"), (1.001, 1.02, "rises")],
 )
 def test_the_words_about_size_follow_the_interval(low, high, word):
     ratio = {"value": (low + high) / 2, "low": low, "high": high}
-    assert nano.size_verdict({"small": {}, "large": {"perplexity_over_next_smaller": ratio}}).startswith(
-        f"perplexity {word} from small to large ("
-    )
+    assert nano.size_verdict(
+        {"small": {}, "large": {"perplexity_over_next_smaller": ratio}}
+    ).startswith(f"perplexity {word} from small to large (")
 
 
 def test_embeddings_at_the_top_level_are_real_held_out_proteins(card):
-    train, val = (torch.load(ROOT / f"embeddings_{part}.pt", weights_only=True) for part in ("train", "val"))
+    train, val = (
+        torch.load(ROOT / f"embeddings_{part}.pt", weights_only=True) for part in ("train", "val")
+    )
     record = json.loads((ROOT / "embeddings.json").read_text())
     assert train.dtype == val.dtype == torch.float16
     assert train.shape[1] == val.shape[1] == 256
@@ -97,7 +108,10 @@ def test_embeddings_at_the_top_level_are_real_held_out_proteins(card):
     assert torch.isfinite(val).all()
     assert len(train.unique(dim=0)) == len(train)
     assert record["weights_sha256"] == card["models"]["nano-256"]["sha256"]
-    assert sum((ROOT / f"embeddings_{part}.pt").stat().st_size for part in ("train", "val")) <= 16 * 2**20
+    assert (
+        sum((ROOT / f"embeddings_{part}.pt").stat().st_size for part in ("train", "val"))
+        <= 16 * 2**20
+    )
 
 
 def test_location_is_read_better_from_the_largest_than_from_composition(card):
@@ -117,7 +131,10 @@ def parts():
 
 @pytest.mark.slow
 def test_the_split_is_rebuilt_and_cuts_no_relatives(parts, card):
-    assert (len(parts.train), len(parts.held_out)) == (card["data"]["train_proteins"], card["data"]["heldout_proteins"])
+    assert (len(parts.train), len(parts.held_out)) == (
+        card["data"]["train_proteins"],
+        card["data"]["heldout_proteins"],
+    )
     rng = random.Random(0)
     held_out, train = rng.sample(parts.held_out, 40), rng.sample(parts.train, 2000)
     straddling = {p.id for p in held_out for q in train if related(p.sequence, q.sequence)}
@@ -128,9 +145,9 @@ def test_the_split_is_rebuilt_and_cuts_no_relatives(parts, card):
 @pytest.mark.parametrize("name", NAMES)
 def test_perplexity_is_as_the_card_says(name, parts, card):
     sequences = [protein.sequence for protein in parts.held_out[::10]]
-    measured = perplexity(load_checkpoint(MODELS / f"{name}.pt"), sequences)
+    measured = perplexity(load_model(name, head=True).model, sequences)
     published = card["models"][name]["perplexity"]["value"]
     assert measured["low"] * 0.99 < published < measured["high"] * 1.01
     config = card["models"][name]["config"]
-    untrained = new_model(config["layers"], config["width"], config["heads"], seed=1).eval()
+    untrained = new_model(config["n_layer"], config["n_embd"], config["n_head"], seed=1).eval()
     assert measured["high"] < 0.7 * perplexity(untrained, sequences[:50])["value"]

@@ -27,14 +27,16 @@ from tests.proteins import reference
 def proteins(count: int, longest: int = 60, seed: int = 0) -> list[str]:
     """Proteins with a rule to learn: residues repeat with period three."""
     rng = random.Random(seed)
-    return ["".join(itertools.islice(itertools.cycle(rng.choices(AMINO_ACIDS, k=3)), rng.randint(1, longest)))
-            for _ in range(count)]  # fmt: skip
+    return [
+        ("".join(rng.choices(AMINO_ACIDS, k=3)) * longest)[: rng.randint(1, longest)]
+        for _ in range(count)
+    ]
 
 
 SMALL = Config(
     *(Path("x"), Path("y")),
     **{"n_layer": 2, "n_embd": 16, "n_head": 2, "tokens": 4000},
-    **{"batch_tokens": 200, "max_length": 40, "save_every": 3},
+    **{"batch_tokens": 200, "max_length": 40, "save_every": 3, "device": "cpu"},
 )
 OPTIONS = (SMALL.max_length, SMALL.batch_tokens, SMALL.seed)  # of `batches`
 
@@ -116,7 +118,7 @@ def test_fresh_models_come_from_their_seed_and_leave_the_global_generator_alone(
 
 @pytest.mark.parametrize("width, heads", [(64, 4), (128, 8), (256, 8)])
 def test_heads_start_at_one_neighbour_each(width, heads):
-    """The attention of fair-esm's own layers, in any place of any protein; the last head of each layer sees all."""
+    """In fair-esm's own layers, in any place; the last head of each layer sees all."""
     model, length = new_model(4, width, heads, seed=0), 70
     look_at_neighbours(model)
     offsets = itertools.cycle(sign * distance for distance in range(1, 13) for sign in (-1, 1))
@@ -124,7 +126,7 @@ def test_heads_start_at_one_neighbour_each(width, heads):
     with torch.no_grad():
         x = torch.zeros_like(model.embed_tokens(tokens)).transpose(0, 1)
         for layer in reference.as_fair_esm(model).layers:
-            # queries and keys of nothing: their biases, which say where a head looks whatever it reads
+            # queries and keys of nothing: their biases, where a head looks whatever it reads
             weights = layer.self_attn(x, x, x, need_weights=True, need_head_weights=True)[1][:, 0]
             for head in range(heads - 1):
                 offset = next(offsets)

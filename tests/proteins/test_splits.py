@@ -37,7 +37,11 @@ def test_related_agrees_with_the_slow_alignment(identity):
     rng = random.Random(f"related {identity}")
     for length in (15, 40, 60):
         a = draw(rng, length)
-        for b in (mutate(rng, a, identity, indels=1), draw(rng, 60), draw(rng, 30) + mutate(rng, a, identity)):
+        for b in (
+            mutate(rng, a, identity, indels=1),
+            draw(rng, 60),
+            draw(rng, 30) + mutate(rng, a, identity),
+        ):
             scores = local_alignment(a, b)
             short = min(a, b, key=len)
             least = min(60, local_alignment(short, short).score / 2)
@@ -51,15 +55,25 @@ def test_related_agrees_with_the_slow_alignment(identity):
 
 
 def test_equal_sequences_are_always_together_even_without_a_word():
-    assert cluster(["A", "", "C", "A", "", "XXXX", "XXXX"], candidates="words").tolist() == [0, 1, 2, 0, 1, 3, 3]
+    assert cluster(["A", "", "C", "A", "", "XXXX", "XXXX"], candidates="words").tolist() == [
+        0,
+        1,
+        2,
+        0,
+        1,
+        3,
+        3,
+    ]
 
 
 @pytest.mark.parametrize(("identity", "least"), [(0.4, 0.8), (0.5, 0.95), (0.7, 1.0), (0.9, 1.0)])
 def test_planted_relatives_are_found(identity, least):
-    """Uniform random substitutions, the hardest kind: real relatives keep their substitutions in loops."""
+    """Uniform random substitutions, the hardest kind: real ones are mostly in loops."""
     rng = random.Random(f"planted {identity}")
     parents = [draw(rng, 270) for _ in range(60)]
-    labels = cluster([*parents, *(mutate(rng, p, identity, indels=2) for p in parents)], candidates="words")
+    labels = cluster(
+        [*parents, *(mutate(rng, p, identity, indels=2) for p in parents)], candidates="words"
+    )
     assert (labels[:60] == labels[60:]).mean() >= least
     assert len(set(labels[:60])) == 60  # strangers stay apart
 
@@ -67,7 +81,9 @@ def test_planted_relatives_are_found(identity, least):
 def test_a_domain_is_found_inside_a_longer_protein():
     rng = random.Random(3)
     domain = draw(rng, 80)
-    labels = cluster([draw(rng, 200) + mutate(rng, domain, 0.6) + draw(rng, 300), domain], candidates="words")
+    labels = cluster(
+        [draw(rng, 200) + mutate(rng, domain, 0.6) + draw(rng, 300), domain], candidates="words"
+    )
     assert labels[0] == labels[1]
 
 
@@ -135,7 +151,9 @@ def test_impossible_identity_is_refused(identity):
 def test_mmseqs_finds_planted_relatives():
     rng = random.Random(5)
     parents = [draw(rng, 200) for _ in range(20)]
-    labels = cluster([*parents, *(mutate(rng, p, 0.5, indels=2) for p in parents)], candidates="mmseqs")
+    labels = cluster(
+        [*parents, *(mutate(rng, p, 0.5, indels=2) for p in parents)], candidates="mmseqs"
+    )
     assert (labels[:20] == labels[20:]).all()
     assert len(set(labels)) == 20
 

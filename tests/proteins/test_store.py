@@ -17,7 +17,10 @@ IDS = ["../../etc/passwd", "a/b", "twin", "twin", "", "ü{}'\";--", "sp|P1|X", "
 @pytest.fixture(scope="module")
 def proteins(tmp_path_factory):
     draw = random.Random(0)
-    records = [Protein(id, f"{id} words after", reference.random_sequence(draw, 5 + 9 * i)) for i, id in enumerate(IDS)]
+    records = [
+        Protein(id, f"{id} words after", reference.random_sequence(draw, 5 + 9 * i))
+        for i, id in enumerate(IDS)
+    ]
     path = tmp_path_factory.mktemp("odd") / "odd.fasta"
     write_fasta(path, records)
     return path, records
@@ -26,7 +29,8 @@ def proteins(tmp_path_factory):
 @pytest.fixture(scope="module", params=["mean", "bos", "residues"])
 def store(request, proteins, checkpoint, tmp_path_factory):
     out = tmp_path_factory.mktemp("store") / "s"
-    run(Config(proteins[0], str(checkpoint), out, pool=request.param, shard_residues=60, layers=(1, -1)))
+    options = {"pool": request.param, "shard_residues": 60, "layers": (1, -1), "device": "cpu"}
+    run(Config(proteins[0], str(checkpoint), out, **options))
     return EmbeddingStore(out)
 
 
@@ -38,13 +42,19 @@ def expected(fair_esm, sequence, pool, layer=3):
 def test_every_protein_by_position_equals_fair_esm_alone(store, proteins, fair_esm):
     assert len(store) == len(IDS) and store.provenance["shards"] > 2
     for i, protein in enumerate(proteins[1]):
-        torch.testing.assert_close(store[i], expected(fair_esm, protein.sequence, store.pool), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            store[i], expected(fair_esm, protein.sequence, store.pool), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_ids_are_data_in_the_order_of_the_file(store, proteins):
     assert store.ids == IDS
     assert sorted(path.name for path in store.path.iterdir()) == sorted(
-        ["store.json", "index.sqlite", *(shard_path(store.path, i).name for i in range(store.provenance["shards"]))]
+        [
+            "store.json",
+            "index.sqlite",
+            *(shard_path(store.path, i).name for i in range(store.provenance["shards"])),
+        ]
     )
     for i, protein in enumerate(proteins[1]):
         entry = store.describe(i)
@@ -86,7 +96,10 @@ def test_ranks_share_the_shards(store):
 def test_layers_are_kept_apart(store, proteins, fair_esm):
     first = EmbeddingStore(store.path, layer=1)
     torch.testing.assert_close(
-        first[4], expected(fair_esm, proteins[1][4].sequence, store.pool, layer=1), rtol=1e-5, atol=1e-5
+        first[4],
+        expected(fair_esm, proteins[1][4].sequence, store.pool, layer=1),
+        rtol=1e-5,
+        atol=1e-5,
     )
     with pytest.raises(InputError, match=r"a layer of \[1, 3\] required, got 2"):
         EmbeddingStore(store.path, layer=2)
@@ -109,7 +122,9 @@ def test_shards_are_safetensors_whatever_the_order_of_writing(tmp_path, dtype):
         assert not (tmp_path / "x.safetensors").exists()
     writer.close()
     read = load_file(tmp_path / "x.safetensors")
-    assert torch.equal(read["layer_0"], rows[0].to(dtype)) and torch.equal(read["layer_9"], rows[1].to(dtype))
+    assert torch.equal(read["layer_0"], rows[0].to(dtype)) and torch.equal(
+        read["layer_9"], rows[1].to(dtype)
+    )
 
 
 def test_values_that_the_dtype_cannot_hold_are_refused(tmp_path):

@@ -13,7 +13,9 @@ from distil_rank.proteins.synthetic import (
 def test_they_match_the_published_statistics_of_esm2_650m():
     x = synthetic_embeddings(12_000, 0, "train").double()
     mean = x.mean(0)
-    assert float(mean.square().sum() / x.square().sum(1).mean()) == pytest.approx(MEAN_ENERGY, rel=0.01)
+    assert float(mean.square().sum() / x.square().sum(1).mean()) == pytest.approx(
+        MEAN_ENERGY, rel=0.01
+    )
     for feature, value in OUTLIER_MEANS.items():
         assert float(mean[feature]) == pytest.approx(value, rel=0.02)
     others = [i for i in range(1280) if i not in OUTLIER_MEANS]
