@@ -193,16 +193,16 @@ class NestedChain:
         return nested, shift
 
     def _check(self, name: str, raws: Mapping[str, Tensor]) -> None:
-        if name not in raws:
-            required = f"embeddings of {', '.join(self.sizes)} required"
-            raise InputError(f"{required}, got none of {name}; embed with that model too")
-        x, width = raws[name], self.widths[name]
-        if not x.is_floating_point() or x.shape[-1] != width:
-            required = f"float embeddings of {width} features required for {name}"
-            raise InputError(f"{required}, got {x.dtype} {tuple(x.shape)}")
-        if not bool(x.isfinite().all()):
-            remedy = "embed again in float32"
-            raise InputError(f"finite embeddings required, got NaN or infinity in {name}; {remedy}")
+        x, width, got = raws.get(name), self.widths[name], None
+        if x is None:
+            got = f"none of {name}; embed with that model too"
+        elif not x.is_floating_point() or x.shape[-1] != width:
+            got = f"{x.dtype} {tuple(x.shape)}"
+        elif not bool(x.isfinite().all()):
+            got = f"NaN or infinity in {name}; embed again in float32"
+        if got:
+            required = f"finite float embeddings of {width} features required for {name}"
+            raise InputError(f"{required}, got {got}")
 
     def config(self) -> Record:
         """What the saved chain says of itself (also `config.json` beside the tensors)."""
@@ -266,20 +266,15 @@ def _added(
     """Number of new directions of every size but the first; InputError where it cannot be."""
     check_order(widths)
     total = sum(widths.values())
-    if moments.dim != total:
-        remedy = "gather them again"
-        raise InputError(f"moments of {total} features required, got {moments.dim}; {remedy}")
-    if moments.count < 2:
-        got = f"{moments.count:.0f}"
-        raise InputError(f"at least 2 rows to fit on required, got {got}; give more proteins")
+    if moments.dim != total or moments.count < 2:
+        got = f"{moments.count:.0f} of {moments.dim}; give more proteins or gather them again"
+        raise InputError(f"moments of at least 2 rows of {total} features required, got {got}")
     added = {b: widths[b] - widths[a] for a, b in itertools.pairwise(widths)}
-    if unknown := set(directions) - set(added):
-        known, got = ", ".join(added), ", ".join(sorted(unknown))
-        raise InputError(f"directions of {known} may be given, got {got}")
-    added |= directions
-    if bad := {name: m for name, m in added.items() if not 1 <= m <= widths[name]}:
-        raise InputError(f"between 1 and the width of directions required, got {bad}")
-    return added
+    possible = all(name in added and 1 <= m <= widths[name] for name, m in directions.items())
+    if not possible:
+        known = ", ".join(f"{name} (1 to {widths[name]})" for name in added)
+        raise InputError(f"directions of {known} required, got {dict(directions)}")
+    return {**added, **directions}
 
 
 def identity(width: int) -> tuple[Tensor, Tensor]:
