@@ -3,11 +3,14 @@
     python -m benchmarks.nested                  # everything; several minutes
     python -m benchmarks.nested --only ridge     # some of it; the other figures stay
 
-stream  one stage, 320 -> 480: joint moments and closed form, against scikit-learn's LinearRegression (one fit on all rows)
-        followed by IncrementalPCA of the residual (partial_fit, its default batch of 5 x 480 rows) on the same float32
-        arrays; both sides alternate on the CPU, with one and with two threads each.
-memory  peak resident memory of the same stage read from embedding stores on disk, by number of residues.
-ridge   nested cross-validation over 5 x 4 folds and 21 penalties, against a loop of scikit-learn's Ridge, same predictions.
+stream  one stage, 320 -> 480: joint moments and closed form, against scikit-learn's
+        LinearRegression (one fit on all rows) followed by IncrementalPCA of the residual
+        (partial_fit, its default batch of 5 x 480 rows) on the same float32 arrays; both sides
+        alternate on the CPU, with one and with two threads each.
+memory  peak resident memory of the same stage read from embedding stores on disk, by number of
+        residues.
+ridge   nested cross-validation over 5 x 4 folds and 21 penalties, against a loop of scikit-learn's
+        Ridge, same predictions.
 
 Writes benchmarks/results/nested.json and prints it.
 """
@@ -27,13 +30,19 @@ import numpy as np
 import torch
 import tyro
 
-from distil_rank.nested.chain import NestedChain
-from distil_rank.nested.ridge import RidgePath
-from distil_rank.nested.rows import TensorRows, joint_moments
-from distil_rank.proteins.store import INDEX, PROVENANCE, SCHEMA, IndexWriter, ShardWriter, shard_path
 from distil_rank.core.randomness import generator
 from distil_rank.core.records import ROOT, environment, read_json, write_json
-from tests.reference_nested import ridge_loop
+from distil_rank.nested.chain import NestedChain
+from distil_rank.nested.probe import RidgePath
+from distil_rank.nested.rows import TensorRows, joint_moments
+from distil_rank.proteins.store import (
+    INDEX,
+    PROVENANCE,
+    SCHEMA,
+    IndexWriter,
+    ShardWriter,
+    shard_path,
+)
 
 RECORD = "distil-rank/benchmark-nested/1"
 OUT = ROOT / "benchmarks" / "results" / "nested.json"
@@ -49,18 +58,27 @@ class Config:
 
 
 def arrays(rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Raw embeddings (rows, 320) and (rows, 480), float32, with a common part and falling spectra."""
+    """Raw embeddings (rows, 320) and (rows, 480), float32, with a common part."""
     draw = generator(0, "benchmark")
     latent = torch.randn(rows, 200, generator=draw) * torch.logspace(0, -1, 200)
-    small = latent @ torch.randn(200, SMALL, generator=draw) + 0.3 * torch.randn(rows, SMALL, generator=draw) + 1
-    large = latent @ torch.randn(200, LARGE, generator=draw) + 0.3 * torch.randn(rows, LARGE, generator=draw) + 1
+    small = (
+        latent @ torch.randn(200, SMALL, generator=draw)
+        + 0.3 * torch.randn(rows, SMALL, generator=draw)
+        + 1
+    )
+    large = (
+        latent @ torch.randn(200, LARGE, generator=draw)
+        + 0.3 * torch.randn(rows, LARGE, generator=draw)
+        + 1
+    )
     return small.numpy(), large.numpy()
 
 
 def ours(small: np.ndarray, large: np.ndarray) -> float:
     """Residual variance kept by 160 directions, from one pass."""
     rows = {
-        n: TensorRows(torch.from_numpy(x), [PROTEIN] * (len(x) // PROTEIN)) for n, x in (("s", small), ("l", large))
+        n: TensorRows(torch.from_numpy(x), [PROTEIN] * (len(x) // PROTEIN))
+        for n, x in (("s", small), ("l", large))
     }
     moments, _ = joint_moments(rows, 0)
     (stage,) = NestedChain.fit_moments(moments, {"s": SMALL, "l": LARGE}, "ols").stages
@@ -107,9 +125,26 @@ def write_store(folder: Path, width: int, residues: int) -> None:
     per_shard = 131_072 // PROTEIN
     proteins = residues // PROTEIN
     shards = -(-proteins // per_shard)
-    provenance = {"schema": SCHEMA, "model": f"noise-{width}", "weights_sha256": "", "pool": "residues", "layers": [1]}
-    provenance |= {"dim": width, "dtype": "float32", "compute": "float32", "long": "error", "max_length": 1022}
-    provenance |= {"proteins": proteins, "residues": proteins * PROTEIN, "rows": proteins * PROTEIN, "shards": shards}
+    provenance = {
+        "schema": SCHEMA,
+        "model": f"noise-{width}",
+        "weights_sha256": "",
+        "pool": "residues",
+        "layers": [1],
+    }
+    provenance |= {
+        "dim": width,
+        "dtype": "float32",
+        "compute": "float32",
+        "long": "error",
+        "max_length": 1022,
+    }
+    provenance |= {
+        "proteins": proteins,
+        "residues": proteins * PROTEIN,
+        "rows": proteins * PROTEIN,
+        "shards": shards,
+    }
     provenance |= {"proteins_sha256": ""}
     write_json(folder / PROVENANCE, provenance)
     draw = generator(width, "store")
@@ -131,17 +166,18 @@ def write_store(folder: Path, width: int, residues: int) -> None:
 PEAK = """
 import re, sys, torch
 from distil_rank.nested.chain import NestedChain
-from distil_rank.nested.stores import StoreRows
+from distil_rank.nested.rows import StoreRows
 torch.set_num_threads(1)
 if len(sys.argv) > 1:
-    chain = NestedChain.fit({"s": StoreRows(sys.argv[1]), "l": StoreRows(sys.argv[2])}, "ols", held_out=0)
+    stores = dict(zip("sl", map(StoreRows, sys.argv[1:])))
+    chain = NestedChain.fit(stores, "ols", held_out=0)
     assert chain.dims == {"s": 320, "l": 480}
 print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024)
 """
 
 
 def peak(*stores: Path) -> int:
-    """Bytes of the largest resident set of a process that fits a chain on these stores, or only imports."""
+    """Bytes of the largest resident set of a process that fits on these stores, or only imports."""
     command = [sys.executable, "-c", PEAK, *map(str, stores)]
     return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
@@ -155,6 +191,40 @@ def memory(config: Config) -> dict[str, Any]:
                 write_store(path, width, residues)
             peaks[str(residues)] = peak(*paths)
     return {"peak_bytes": peaks, "bytes_after_import": peak(), "bar": 500_000_000}
+
+
+def ridge_loop(
+    x: np.ndarray, y: np.ndarray, folds: np.ndarray, penalties: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Nested cross-validation by scikit-learn, one fit after the other.
+
+    Predictions and the penalty of each outer fold.
+    """
+    from sklearn.linear_model import Ridge
+
+    predictions, chosen = np.empty(len(y)), []
+    numbers = np.unique(folds)
+    for outer in numbers:
+        errors = [
+            sum(
+                np.sum(
+                    (
+                        Ridge(alpha=penalty)
+                        .fit(x[train := (folds != outer) & (folds != inner)], y[train])
+                        .predict(x[folds == inner])
+                        - y[folds == inner]
+                    )
+                    ** 2
+                )
+                for inner in numbers
+                if inner != outer
+            )
+            for penalty in penalties
+        ]
+        chosen.append(penalties[int(np.argmin(errors))])
+        model = Ridge(alpha=chosen[-1]).fit(x[folds != outer], y[folds != outer])
+        predictions[folds == outer] = model.predict(x[folds == outer])
+    return predictions, np.array(chosen)
 
 
 def ridge(config: Config) -> dict[str, Any]:
@@ -175,7 +245,9 @@ def ridge(config: Config) -> dict[str, Any]:
             fast, chosen = path.nested(y, fold)
             seconds["ours"].append(time.perf_counter() - start)
             start = time.perf_counter()
-            slow, slow_chosen = ridge_loop(x.numpy(), y.numpy(), fold.numpy(), path.penalties.numpy())
+            slow, slow_chosen = ridge_loop(
+                x.numpy(), y.numpy(), fold.numpy(), path.penalties.numpy()
+            )
             seconds["theirs"].append(time.perf_counter() - start)
         ratios = [b / a for a, b in zip(seconds["ours"], seconds["theirs"])]
         assert np.allclose(chosen.numpy(), slow_chosen)
@@ -184,23 +256,37 @@ def ridge(config: Config) -> dict[str, Any]:
                 "n": n,
                 "d": d,
                 "seconds": seconds,
-                "ratio": {"median": median(ratios), "low": min(ratios), "high": max(ratios), "bar": 10},
+                "ratio": {
+                    "median": median(ratios),
+                    "low": min(ratios),
+                    "high": max(ratios),
+                    "bar": 10,
+                },
                 "largest_difference": float(np.abs(fast.numpy() - slow).max() / np.abs(slow).max()),
             }
         )
     return {"threads": 1, "cases": rows}
 
 
-MEASUREMENTS: dict[str, Callable[[Config], dict[str, Any]]] = {"stream": stream, "memory": memory, "ridge": ridge}
+MEASUREMENTS: dict[str, Callable[[Config], dict[str, Any]]] = {
+    "stream": stream,
+    "memory": memory,
+    "ridge": ridge,
+}
 
 
 def run(config: Config) -> None:
-    record = read_json(OUT, RECORD) if OUT.exists() else {"schema": RECORD, "widths": [SMALL, LARGE]}
+    record = (
+        read_json(OUT, RECORD) if OUT.exists() else {"schema": RECORD, "widths": [SMALL, LARGE]}
+    )
     for name in config.only:
         record[name] = {**MEASUREMENTS[name](config), "environment": environment()}
         OUT.parent.mkdir(exist_ok=True)
         write_json(OUT, record)
-        print(name, json.dumps({k: v for k, v in record[name].items() if k != "environment"}, indent=1))
+        print(
+            name,
+            json.dumps({k: v for k, v in record[name].items() if k != "environment"}, indent=1),
+        )
 
 
 if __name__ == "__main__":

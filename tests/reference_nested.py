@@ -1,4 +1,4 @@
-"""Slow, obvious versions of what the nested wing computes in closed form: the data in full, float64, one step after the other."""
+"""Slow, obvious versions of what the nested wing computes in closed form, from all the data."""
 
 import numpy as np
 
@@ -36,7 +36,7 @@ def pcr(z, x, components):
 
 
 def stage(z, x, coefficients, added):
-    """Residual, its principal directions (k_x, added) and all its variances, by SVD of the residual itself."""
+    """Residual, its principal directions (k_x, added) and all its variances, by SVD."""
     residual = centred(x) - centred(z) @ coefficients
     _, singular, basis = np.linalg.svd(residual, full_matrices=False)
     basis = basis[:added].T
@@ -51,32 +51,3 @@ def chain(raws, fit, added):
         residual, basis, _ = stage(z, x, fit(z, x), count)
         z = np.hstack([z, residual @ basis])
     return z
-
-
-def ridge_loop(x, y, folds, penalties):
-    """Nested cross-validation by scikit-learn, one fit after the other: predictions and the penalty of each outer fold."""
-    from sklearn.linear_model import Ridge
-
-    predictions, chosen = np.empty(len(y)), []
-    numbers = np.unique(folds)
-    for outer in numbers:
-        errors = [
-            sum(
-                np.sum(
-                    (
-                        Ridge(alpha=penalty)
-                        .fit(x[train := (folds != outer) & (folds != inner)], y[train])
-                        .predict(x[folds == inner])
-                        - y[folds == inner]
-                    )
-                    ** 2
-                )
-                for inner in numbers
-                if inner != outer
-            )
-            for penalty in penalties
-        ]
-        chosen.append(penalties[int(np.argmin(errors))])
-        model = Ridge(alpha=chosen[-1]).fit(x[folds != outer], y[folds != outer])
-        predictions[folds == outer] = model.predict(x[folds == outer])
-    return predictions, np.array(chosen)

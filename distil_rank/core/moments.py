@@ -102,6 +102,22 @@ class Moments:
             self._upper += other._upper.to(self._upper)
         return self
 
+    def part(self, columns: slice) -> Moments:
+        """Moments of some of the features."""
+        scatter = self.scatter[columns, columns]
+        return self._of(self.mean[columns], scatter)
+
+    def mapped(self, matrix: Tensor, shift: Tensor | None = None) -> Moments:
+        """Moments of matrix @ x + shift (k,) from those of x (d,)."""
+        mean = matrix @ self.mean
+        scatter = symmetric_product(matrix @ self.scatter, matrix.T)
+        return self._of(mean if shift is None else mean + shift, scatter)
+
+    def _of(self, mean: Tensor, scatter: Tensor) -> Moments:
+        """Other moments of as many rows."""
+        count = torch.tensor(self.count, dtype=torch.float64)
+        return Moments.from_state({"count": count, "mean": mean, "scatter": scatter})
+
     def _shift(self, count: float, mean: Tensor) -> None:
         """Move count and mean, and add the between-group term of the scatter."""
         delta = mean - self.mean

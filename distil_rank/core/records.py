@@ -116,7 +116,7 @@ def save_tensors(
     """Write named tensors as safetensors, `schema` and metadata (as JSON) in the header."""
     from safetensors.torch import save_file
 
-    header = {"schema": schema} | {k: json.dumps(v, sort_keys=True) for k, v in metadata.items()}
+    header = {"schema": schema} | {k: json.dumps(v) for k, v in metadata.items()}
     with atomic(path) as temporary:
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(plain, temporary, metadata=header)

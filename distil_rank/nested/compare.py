@@ -1,99 +1,156 @@
-"""Paired comparison of representations over assays: Spearman, means with intervals, win rates, Wilcoxon with Holm."""
+"""Representations over assays: means, and paired comparisons by Wilcoxon with Holm.
+
+Scores of an assay are Spearman by pool, representation and scheme (`probe.score_assay`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
-import torch
-from scipy import stats
+from numpy.typing import ArrayLike, NDArray
 
+from distil_rank.core.intervals import mean_interval
 from distil_rank.core.randomness import generator
-from distil_rank.core.records import interval
-
-DRAWS = 10_000  # bootstrap resamples of the assays
-
-
-def spearman(prediction: Sequence[float] | np.ndarray, score: Sequence[float] | np.ndarray) -> float:
-    """Spearman correlation; 0 where a constant prediction ranks nothing."""
-    if np.ptp(prediction) == 0 or np.ptp(score) == 0:
-        return 0.0
-    return float(stats.spearmanr(prediction, score).statistic)
+from distil_rank.core.records import Metric, Record, interval
+from distil_rank.nested.chain import NestedChain
+from distil_rank.nested.features import POOLS, Representation, other_regression
+from distil_rank.nested.probe import SCHEMES
 
 
-def mean_interval(values: Sequence[float] | np.ndarray, seed: int, higher_is_better: bool = True) -> dict[str, Any]:
-    """Mean over assays with its 95 % bootstrap interval (assays resampled)."""
+def over_assays(values: ArrayLike, seed: int) -> Metric:
+    """Mean over assays with its 95 % bootstrap interval."""
     x = np.asarray(values, dtype=float)
-    draws = torch.randint(len(x), (DRAWS, len(x)), generator=generator(seed, "bootstrap", len(x))).numpy()
-    low, high = np.quantile(x[draws].mean(1), [0.025, 0.975])
-    return interval(float(x.mean()), float(low), float(high), higher_is_better, n=len(x))
+    return mean_interval(x, generator(seed, "bootstrap", len(x)), higher_is_better=True)
 
 
-def win_rate(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray) -> dict[str, Any]:
-    """Share of assays where ours is higher, ties half, with Wilson's 95 % interval."""
-    a, b = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
-    wins = float((a > b).sum() + 0.5 * (a == b).sum())
-    low, high = wilson(wins, len(a))
-    return interval(wins / len(a), low, high, True, n=len(a))
+def share(successes: float, n: int) -> Metric:
+    """A proportion with Wilson's (1927) 95 % interval."""
+    from statsmodels.stats.proportion import proportion_confint
+
+    low, high = proportion_confint(successes, n, method="wilson")
+    return interval(successes / n, max(0.0, float(low)), min(1.0, float(high)), True, n=n)
 
 
-def wilson(successes: float, n: int) -> tuple[float, float]:
-    """Wilson's (1927) 95 % interval of a proportion."""
-    z = float(stats.norm.ppf(0.975))
-    p = successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
+def wilcoxon(ours: ArrayLike, theirs: ArrayLike) -> float:
+    """Two-sided p of Wilcoxon's signed-rank test on paired assays; 1 where all are tied."""
+    from scipy import stats
 
-
-def wilcoxon(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray) -> float:
-    """Two-sided p value of Wilcoxon's signed-rank test on paired assays; 1 where all are tied."""
     difference = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
     return 1.0 if not difference.any() else float(stats.wilcoxon(difference).pvalue)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's (1979) step-down adjusted p values, in the order given."""
-    order = np.argsort(p_values, kind="stable")
-    stepped = np.maximum.accumulate([p_values[i] * (len(p_values) - rank) for rank, i in enumerate(order)])
-    adjusted = [0.0] * len(p_values)
-    for rank, i in enumerate(order):
-        adjusted[i] = min(1.0, float(stepped[rank]))
-    return adjusted
+def compare(
+    scores: Mapping[str, Sequence[float]], pairs: Sequence[tuple[str, str]], seed: int
+) -> list[Record]:
+    """One row per pair (ours, theirs), paired over assays; Holm's correction is over the pairs.
 
-
-def compare(scores: Mapping[str, Sequence[float]], pairs: Sequence[tuple[str, str]], seed: int) -> list[dict[str, Any]]:
-    """One row per pair (ours, theirs): mean difference, win rate, Wilcoxon p raw and Holm-corrected over the pairs.
-
-    `scores[name]` holds one value per assay, in one order of assays.
+    `scores[name]` holds one value per assay, in one order of assays. Ties are half a win.
     """
+    from statsmodels.stats.multitest import multipletests
+
     raw = [wilcoxon(scores[a], scores[b]) for a, b in pairs]
     rows = []
-    for (a, b), p, adjusted in zip(pairs, raw, holm(raw)):
+    for (a, b), p, adjusted in zip(pairs, raw, multipletests(raw, method="holm")[1]):
         difference = np.asarray(scores[a], dtype=float) - np.asarray(scores[b], dtype=float)
+        wins = float((difference > 0).sum() + 0.5 * (difference == 0).sum())
         rows.append(
             {
                 "ours": a,
                 "theirs": b,
-                "difference": mean_interval(difference, seed),
-                "win_rate": win_rate(scores[a], scores[b]),
+                "difference": over_assays(difference, seed),
+                "win_rate": share(wins, len(difference)),
                 "wilcoxon_p": p,
-                "holm_p": adjusted,
+                "holm_p": float(adjusted),
             }
         )
     return rows
 
 
-def monotonicity(chain: Sequence[Sequence[float]], seed: int) -> dict[str, Any]:
-    """How often more dimensions mean more: `chain[i]` holds the scores per assay at the i-th size, smallest first.
+def monotonicity(chain: Sequence[Sequence[float]], seed: int) -> Record:
+    """How often more dimensions mean more; `chain[i]`: scores per assay at the i-th size.
 
-    `monotone`: share of assays whose score never falls along the chain; `steps`: mean gain of every step.
+    `monotone`: share of assays whose score never falls along the chain, smallest first; `steps`:
+    mean gain of every step.
     """
-    x = np.asarray(chain, dtype=float)
-    rising = np.asarray((np.diff(x, axis=0) >= 0).all(0))
-    low, high = wilson(float(rising.sum()), len(rising))
+    steps = np.diff(np.asarray(chain, dtype=float), axis=0)
     return {
-        "monotone": interval(float(rising.mean()), low, high, True, n=len(rising)),
-        "steps": [mean_interval(step, seed) for step in np.diff(x, axis=0)],
+        "monotone": share(float((steps >= 0).all(0).sum()), steps.shape[1]),
+        "steps": [over_assays(step, seed) for step in steps],
     }
+
+
+def planned_pairs(chain: NestedChain, names: Sequence[str]) -> list[tuple[str, str]]:
+    """The comparisons asked beforehand: the chain against every control at its width; ablations."""
+    pairs, own, largest = [], chain.kind, chain.sizes[-1]
+    other = other_regression(chain.record["options"]["regression"])
+    for size in chain.sizes[1:]:
+        controls = [f"raw_{size}", f"random-completion_{size}", f"naive-pca_dim{chain.dims[size]}"]
+        controls.append(f"nested-{other}_{size}")
+        if size == largest:
+            controls += [f"raw_{chain.sizes[0]}", "concatenation", "one-hot"]
+        pairs += [(f"{own}_{size}", name) for name in controls if name in names]
+    if "single-pass" in names:
+        pairs += [("single-pass", f"{own}_{largest}"), ("single-pass", f"raw_{largest}")]
+    return pairs
+
+
+def summary(
+    chain: NestedChain,
+    compared: Sequence[Representation],
+    scores: Mapping[str, Record],
+    seed: int,
+) -> Record:
+    """Means over assays of the scores by assay, and every planned comparison.
+
+    Random completions count as one representation: the mean of the draws.
+    """
+    rows = {"one-hot": {"name": "one-hot", "kind": "one-hot", "dim": 0}}
+    for r in sorted(compared, key=lambda r: r.draw is not None):
+        name = r.name.partition("#")[0]
+        rows[name] = {"name": name, "kind": r.kind, "dim": r.dim}
+    cells = {pool: {name: _cells(scores, pool, name) for name in rows} for pool in POOLS}
+    by_assay = {
+        pool: {name: cell.mean(1).tolist() for name, cell in named.items()}
+        for pool, named in cells.items()
+    }
+    means = {
+        pool: {
+            name: {
+                "mean": over_assays(by_assay[pool][name], seed),
+                **{s: over_assays(column, seed) for s, column in zip(SCHEMES, cell.T)},
+            }
+            for name, cell in named.items()
+        }
+        for pool, named in cells.items()
+    }
+    pairs = planned_pairs(chain, list(rows))
+    flat = {f"{pool}/{name}": v for pool, named in by_assay.items() for name, v in named.items()}
+    families = {"nested": chain.kind, "raw": "raw"}
+    return {
+        "representations": list(rows.values()),
+        "assays": list(scores),
+        "schemes": list(SCHEMES),
+        "spearman": means,
+        "spearman_by_assay": by_assay,
+        "comparisons": compare(
+            flat, [(f"{p}/{a}", f"{p}/{b}") for p in POOLS for a, b in pairs], seed
+        ),
+        "monotonicity": {
+            pool: {
+                family: monotonicity([named[f"{kind}_{size}"] for size in chain.sizes], seed)
+                for family, kind in families.items()
+            }
+            for pool, named in by_assay.items()
+        },
+    }
+
+
+def _cells(scores: Mapping[str, Record], pool: str, name: str) -> NDArray[np.float64]:
+    """Spearman (assays, schemes) of a representation, or the mean over its random draws."""
+
+    def cell(found: Record, scheme: str) -> float:
+        draws = [n for n in found if n.startswith(f"{name}#")] or [name]
+        return float(np.mean([found[n][scheme] for n in draws]))
+
+    return np.array([[cell(by_pool[pool], s) for s in SCHEMES] for by_pool in scores.values()])

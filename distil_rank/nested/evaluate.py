@@ -3,60 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from distil_rank.core.intervals import bootstrap_counts, percentile_interval
+from distil_rank.core.moments import Moments
+from distil_rank.core.randomness import generator
+from distil_rank.core.records import Metric, interval
 from distil_rank.nested.chain import NestedChain
 from distil_rank.nested.rows import Rows, is_held_out
-from distil_rank.core.randomness import generator
-from distil_rank.core.records import interval
 
 DRAWS = 2000  # bootstrap resamples of the proteins
 
 
-def held_out_scores(chain: NestedChain, stores: Mapping[str, Rows], fraction: float, seed: int = 0) -> dict[str, Any]:
-    """For each size: R^2 of its raw embedding from the prefix (`regression`) and with the new block (`reconstruction`).
+def held_out_scores(
+    chain: NestedChain,
+    stores: Mapping[str, Rows],
+    fraction: float,
+    held_out: Moments,
+    seed: int = 0,
+) -> dict[str, dict[str, Metric]]:
+    """R^2 of each raw embedding from the prefix (`regression`) and with the new block.
 
-    Measured through `embed` and `reconstruct` on the held-out proteins, in the stage's units, proteins resampled.
+    The latter is `reconstruction`. Measured through `embed` and `reconstruct` on the held-out
+    proteins, whose moments are `held_out`, in the stage's units; proteins are resampled.
     """
-    base = next(iter(stores.values()))
-    proteins = [i for i, key in enumerate(base.keys) if is_held_out(key, fraction)]
-    means = _means(chain, stores, proteins)
+    keys = next(iter(stores.values())).keys
+    proteins = [i for i, key in enumerate(keys) if is_held_out(key, fraction)]
+    means = dict(zip(chain.sizes, held_out.mean.split(list(chain.widths.values()))))
     sums: dict[str, list[Tensor]] = {size: [] for size in chain.sizes[1:]}
     for i in proteins:
         raws = {size: stores[size].read(i, i + 1) for size in chain.sizes}
         z = chain.embed(raws).double()
-        start = chain.dims[chain.sizes[0]]
-        for size, stage in zip(chain.sizes[1:], chain.stages):
-            x, prefix, block = raws[size].double(), z[:, :start], z[:, start : start + stage.added]
-            without = stage.reconstruct(prefix, block[:, :0])
-            errors = [x - means[size], x - without, x - stage.reconstruct(prefix, block)]
+        for (start, stop), size, stage in zip(
+            pairwise(chain.dims.values()), chain.sizes[1:], chain.stages
+        ):
+            x, prefix, block = raws[size].double(), z[:, :start], z[:, start:stop]
+            rebuilt = (stage.reconstruct(prefix, b) for b in (block[:, :0], block))
+            errors = [x - other for other in (means[size], *rebuilt)]
             sums[size].append(torch.stack([(e / stage.scale).square().sum() for e in errors]))
-            start += stage.added
-    random = generator(seed, "held-out proteins")
-    draws = [torch.randint(len(proteins), (len(proteins),), generator=random) for _ in range(DRAWS)]
-    scores: dict[str, Any] = {}
+    counts = bootstrap_counts(len(proteins), DRAWS, generator(seed, "held-out proteins"))
+    scores = {}
     for size, parts in sums.items():
         by_protein = torch.stack(parts)  # (proteins, 3)
-        resampled = torch.stack([by_protein[draw].sum(0) for draw in draws])
-        whole = by_protein.sum(0)
-        scores[size] = {}
-        for k, name in ((1, "regression"), (2, "reconstruction")):
-            r2 = 1 - resampled[:, k] / resampled[:, 0]
-            low, high = torch.quantile(r2, torch.tensor([0.025, 0.975]).double()).tolist()
-            scores[size][name] = interval(float(1 - whole[k] / whole[0]), low, high, True, n=len(proteins))
+        whole, resampled = by_protein.sum(0), counts @ by_protein
+        scores[size] = {
+            kind: interval(
+                float(1 - whole[k] / whole[0]),
+                *percentile_interval(1 - resampled[:, k] / resampled[:, 0]),
+                higher_is_better=True,
+                n=len(proteins),
+            )
+            for k, kind in ((1, "regression"), (2, "reconstruction"))
+        }
     return scores
-
-
-def _means(chain: NestedChain, stores: Mapping[str, Rows], proteins: list[int]) -> dict[str, Tensor]:
-    means = {}
-    for size in chain.sizes[1:]:
-        total, count = torch.zeros(chain.widths[size], dtype=torch.float64), 0
-        for i in proteins:
-            x = stores[size].read(i, i + 1)
-            total += x.double().sum(0)
-            count += len(x)
-        means[size] = total / count
-    return means

@@ -1,49 +1,61 @@
-"""Raw embeddings that the probe needs, by model and protein, computed once and kept on disk so that a killed run goes on."""
+"""What the probe compares: raw embeddings, computed once, and representations made of them."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from operator import itemgetter
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distil_rank.nested.representations import hidden_names
-from distil_rank.nested.stores import Loader
+from distil_rank.core.errors import InputError
+from distil_rank.core.moments import Moments
+from distil_rank.core.resume import Cache
+from distil_rank.nested.chain import NestedChain
+from distil_rank.nested.single_pass import SinglePass, hidden_names
+from distil_rank.nested.sources import Loader
+from distil_rank.nested.stage import fixed_signs
 from distil_rank.proteins.pooling import embed
 
 POOLS = ("mean", "site")
+Features = Callable[[Mapping[str, Tensor]], Tensor]
+Positions = Sequence[Sequence[int]] | None
+
+
+@dataclass(frozen=True)
+class Representation:
+    """`features` maps raw embeddings (n, k) by size to (n, dim)."""
+
+    name: str
+    kind: str  # raw, concatenation, nested-*, naive-pca, random-completion, single-pass
+    dim: int
+    features: Features
+    draw: int | None = None  # number of the random completion
 
 
 def raw_features(
     name: str,
     sequences: Sequence[str],
-    positions: Sequence[Sequence[int]] | None,
+    positions: Positions,
     loaders: Sequence[Loader],
     layers: Sequence[int],
-    folder: Path,
+    cache: Cache,
     device: torch.device | str = "cpu",
 ) -> dict[str, dict[str, Tensor]]:
-    """By pool, raw embeddings (n, k) of every size, and the hidden `layers` of the largest as `SIZE@LAYER`.
+    """By pool, raw embeddings (n, k) of every size, and the largest's `layers` as `SIZE@LAYER`.
 
-    `mean` is over all residues, `site` over the given positions of each sequence (absent without positions).
+    `mean` is over all residues, `site` over the given positions of each sequence (absent without
+    positions).
     """
-    found: dict[str, dict[str, Tensor]] = {pool: {} for pool in (POOLS if positions is not None else POOLS[:1])}
+    found: dict[str, dict[str, Tensor]] = {pool: {} for pool in POOLS[: 2 if positions else 1]}
     for loader in loaders:
         chosen = tuple(layers) if loader is loaders[-1] and layers else (-1,)
-        inputs = [list(sequences), [list(p) for p in positions or ()], chosen, loader.weights()]
-        identity = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
-        path = folder / f"{name}.{loader.size}.{identity}.safetensors"
-        if not path.exists():
-            tensors = pooled(loader, sequences, positions, chosen, device)
-            temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-            save_file(tensors, temporary)
-            os.replace(temporary, path)
-        for pool, by_layer in load_file(path).items():
+        request = sequences, positions, chosen, loader.weights or loader.source
+        make = partial(pooled, loader, sequences, positions, chosen, device)
+        for pool, by_layer in cache.tensors(f"{name}.{loader.size}", request, make).items():
             found[pool][loader.size] = by_layer[-1]  # the last layer is always among them, last
             if len(chosen) > 1:
                 found[pool] |= dict(zip(hidden_names(loader.size, chosen), by_layer))
@@ -53,16 +65,99 @@ def raw_features(
 def pooled(
     loader: Loader,
     sequences: Sequence[str],
-    positions: Sequence[Sequence[int]] | None,
+    positions: Positions,
     layers: Sequence[int],
     device: torch.device | str,
 ) -> dict[str, Tensor]:
     """Vectors (layers, n, d) by pool."""
     model = loader.load(device).model
-    shape = (len(layers), len(sequences), model.width)
-    result = {pool: torch.empty(shape) for pool in (POOLS if positions is not None else POOLS[:1])}
+    shape = len(layers), len(sequences), model.width
+    result = {pool: torch.empty(shape) for pool in POOLS[: 2 if positions else 1]}
     for i, vectors in embed(model, sequences, "residues", layers):
         result["mean"][:, i] = vectors.mean(1)
-        if positions is not None:
+        if positions:
             result["site"][:, i] = vectors[:, list(positions[i])].mean(1)
     return result
+
+
+def curve_dims(chain: NestedChain) -> list[int]:
+    """The chain's dimensions and one half-way between each two."""
+    dims = list(chain.dims.values())
+    return sorted({*dims, *((a + b) // 2 for a, b in pairwise(dims))})
+
+
+def representations(
+    chain: NestedChain,
+    moments: Moments,
+    held_out: Moments | None = None,
+    single_pass: SinglePass | None = None,
+    draws: int = 3,
+    seed: int = 0,
+) -> list[Representation]:
+    """The chain and its baselines, all fitted on the same rows.
+
+    `moments` are of all sizes side by side (more may follow), `held_out` those of the proteins left
+    out, for a chain whose components were chosen on them. The chain's own regression, the other one
+    of PCR and OLS, raw sizes, concatenation, naive PCA of it at each scale, random orthogonal
+    completions, and the single pass when there is one.
+    """
+    widths, sizes, dims = chain.widths, chain.sizes, curve_dims(chain)
+    total = sum(widths.values())
+    if moments.dim < total:
+        required = f"moments of {total} features required for this chain"
+        raise InputError(f"{required}, got {moments.dim}; fit it again")
+    own = moments.part(slice(0, total))
+    found = [Representation(f"raw_{n}", "raw", w, itemgetter(n)) for n, w in widths.items()]
+    joined = lambda raws: torch.cat([raws[n] for n in sizes], -1)  # noqa: E731
+    found.append(Representation("concatenation", "concatenation", total, joined))
+    options = chain.record["options"]
+    added = {name: stage.added for name, stage in zip(sizes[1:], chain.stages)}
+
+    def refitted(seed: int | None = None, **changes: str) -> NestedChain:
+        other = None if held_out is None else held_out.part(slice(0, total))
+        chosen = {**options, **changes, "directions": added}
+        return NestedChain.fit_moments(own, widths, **chosen, held_out=other, random_seed=seed)
+
+    found += nested(chain.kind, chain, dims)
+    other = other_regression(options["regression"])
+    ablation = refitted(regression=other)
+    found += nested(ablation.kind, ablation, dims)
+    for draw in range(draws):  # as the chain in everything but the directions
+        random = refitted(seed + draw)
+        found += nested("random-completion", random, list(chain.dims.values())[1:], draw)
+    found += naive_pca(own, chain, dims)
+    if single_pass is not None:
+        names = hidden_names(sizes[-1], single_pass.layers)
+        features = lambda raws: single_pass.embed([raws[n] for n in names])  # noqa: E731
+        found.append(Representation("single-pass", "single-pass", dims[-1], features))
+    return found
+
+
+def other_regression(regression: str) -> str:
+    """The ablation of a chain's regression."""
+    return "ols" if regression != "ols" else "pcr"
+
+
+def nested(
+    kind: str, chain: NestedChain, dims: Sequence[int], draw: int | None = None
+) -> Iterator[Representation]:
+    """A chain cut at each of `dims`, called after the size that ends there."""
+    suffix, sizes = "" if draw is None else f"#{draw}", {d: n for n, d in chain.dims.items()}
+    for dim in dims:
+        name = f"{kind}_{sizes.get(dim, f'dim{dim}')}{suffix}"
+        features = lambda raws, dim=dim: chain.embed(raws, dim)  # noqa: E731 - a closure per dim
+        yield Representation(name, kind, dim, features, draw)
+
+
+def naive_pca(
+    moments: Moments, chain: NestedChain, dims: Sequence[int]
+) -> Iterator[Representation]:
+    """PCA side by side of the sizes that the chain needs at each of `dims`: no larger one."""
+    for dim in dims:
+        sizes = chain.sizes_for(dim)
+        own = moments.part(slice(0, sum(chain.widths[size] for size in sizes)))
+        V = fixed_signs(torch.linalg.eigh(own.covariance)[1].flip(1)[:, :dim])
+        features = lambda raws, sizes=sizes, mean=own.mean, V=V: (  # noqa: E731
+            (torch.cat([raws[size].double() for size in sizes], -1) - mean) @ V
+        )
+        yield Representation(f"naive-pca_dim{dim}", "naive-pca", dim, features)

@@ -1,83 +1,97 @@
-"""The figure of a probe, drawn from its JSON alone.
+"""The figure of a probe, drawn from its JSON alone, and what the commands print.
 
-distil-rank report      # results/nested_report.png from results/nested_summary.json, and every other figure
+distil-rank report      # results/nested_report.png from results/nested_summary.json, and the rest
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from distil_rank.nested.tables import POOL_WORDS, SCHEMA, stage_scores
-from distil_rank.core.records import read_json
+from distil_rank.core.figures import INK, PALE, PALETTE, QUIET, drawn
+from distil_rank.core.records import Record, read_json
+from distil_rank.core.tables import markdown, with_interval
+from distil_rank.nested.chain import NestedChain
 
-INK, PALE = "#22262b", "#9aa3ad"
-# one colour per kind in all panels
-COLOURS = {
-    "nested-pcr": "#0b6e99",
-    "nested-ols": "#5bb0d1",
-    "nested-ridge": "#0b6e99",
-    "raw": INK,
-    "naive-pca": "#d1793b",
-    "large-pca": "#8a6fb3",
-    "random-completion": "#8f9a3c",
-    "concatenation": "#b0413e",
-    "single-pass": "#2f9e6e",
-    "one-hot": PALE,
-    "composition": PALE,
+SCHEMA = "distil-rank/nested-summary/1"
+SUMMARY, FIGURE = "nested_summary.json", "nested_report.png"
+POOLS = {"site": "at the mutated position", "mean": "mean-pooled"}
+# words and color of a kind of embedding, in all panels
+BLUE, RED = PALETTE[:2]
+KINDS = {
+    "nested-pcr": ("nested (PCR)", BLUE),
+    "nested-ols": ("nested (OLS)", PALETTE[5]),
+    "nested-ridge": ("nested (ridge)", BLUE),
+    "raw": ("raw", INK),
+    "naive-pca": ("naive PCA of all", PALETTE[4]),
+    "random-completion": ("random completion", PALETTE[7]),
+    "concatenation": ("concatenation", RED),
+    "single-pass": ("single pass", PALETTE[2]),
+    "one-hot": ("one-hot", PALE),
 }
-WORDS = {
-    "nested-pcr": "nested (PCR)",
-    "nested-ols": "nested (OLS)",
-    "nested-ridge": "nested (ridge)",
-    "raw": "raw",
-    "naive-pca": "naive PCA of all",
-    "large-pca": "PCA of the largest",
-    "random-completion": "random completion",
-    "concatenation": "concatenation",
-    "single-pass": "single pass",
-    "one-hot": "one-hot",
-}
+MARKERS = {"concatenation": "D", "single-pass": "s", "one-hot": "x"}
+
+
+def fitted_text(chain: NestedChain, out: Path) -> str:
+    """What was fitted, stage by stage."""
+    lines = [f"{out}: " + " -> ".join(f"{name} ({dim})" for name, dim in chain.dims.items())]
+    for name, stage in zip(chain.sizes[1:], chain.stages):
+        r2 = chain.record["r2"][name]
+        shown, where = (r2["held_out"], "held-out") if r2["held_out"] else (r2["fit"], "fitted")
+        fit = ", ".join(f"{k} {v}" for k, v in asdict(stage.fit).items() if v is not None)
+        lines.append(
+            f"  {name}: {where} R^2 {shown['regression']:.4f} from the prefix,"
+            f" {shown['reconstruction']:.4f} with the {stage.added} new directions ({fit})"
+        )
+    return "\n".join(lines)
+
+
+def comparison_table(record: Record) -> str:
+    """The planned comparisons, paired over assays."""
+    rows = [["embedding", "ours − theirs", "difference", "win rate", "Wilcoxon p", "Holm p"]]
+    for row in record["comparisons"]:
+        pool, _, ours = row["ours"].partition("/")
+        rows.append(
+            [
+                POOLS[pool],
+                f"{ours} − {row['theirs'].partition('/')[2]}",
+                with_interval(row["difference"], "+.3f"),
+                with_interval(row["win_rate"], ".2f"),
+                f"{row['wilcoxon_p']:.3f}",
+                f"{row['holm_p']:.3f}",
+            ]
+        )
+    return markdown(rows)
+
+
+def decided(row: Record) -> bool:
+    """Whether a comparison may be called better or worse: Holm's p below .05, six assays."""
+    return row["holm_p"] < 0.05 and row["difference"]["n"] >= 6
+
+
+def stage_scores(chain: Record) -> Record:
+    """R^2 of every stage: on held-out proteins, or on the fitted rows where none were held out."""
+    if chain["held_out_r2"]:
+        return chain["held_out_r2"]
+    return {
+        size: {
+            kind: {"value": v, "low": v, "high": v}
+            for kind, v in (r2["held_out"] or r2["fit"]).items()
+        }
+        for size, r2 in chain["r2"].items()
+    }
 
 
 def draw(folder: Path) -> Path:
-    """Draw `nested_report.png` from `nested_summary.json`, both in `folder`."""
-    return draw_summary(folder / "nested_summary.json", folder / "nested_report.png")
-
-
-def draw_summary(summary: Path, out: Path) -> Path:
-    """Draw the report of a summary; the PNG appears whole or not at all."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    record = read_json(summary, SCHEMA)
-    style: Any = {
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": PALE,
-        "axes.labelcolor": INK,
-        "axes.titlesize": 11.5,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.titlepad": 10,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "axes.grid": True,
-        "grid.color": "#e7eaed",
-        "axes.axisbelow": True,
-        "legend.frameon": False,
-    }
-    with plt.rc_context(style):
-        figure = plt.figure(figsize=(15, 15.5), layout="constrained")
-        top, middle, bottom = figure.subfigures(  # type: ignore[misc]
-            3, 1, height_ratios=[1, 1.1, 1.55], hspace=0.03
-        )
+    """Draw the figure of the summary in `folder`, beside it."""
+    record = read_json(folder / SUMMARY, SCHEMA)
+    with drawn(folder / FIGURE, (15, 15.5), 130) as figure:
+        figure.set_layout_engine("constrained")
+        parts: Any = figure.subfigures(3, 1, height_ratios=[1, 1.1, 1.55], hspace=0.03)
+        top, middle, bottom = parts
         upper = top.subplots(1, 3)
         stages(upper[0], record)
         spectra(upper[1], record)
@@ -86,56 +100,56 @@ def draw_summary(summary: Path, out: Path) -> Path:
         else:
             schemes(upper[2], record, "site")
         axes = middle.subplots(1, 2)
-        limits = []
-        for axis, pool in zip(axes, ("site", "mean")):
-            curve(axis, record, pool)
-            limits.append(axis.get_ylim())
+        for axis, pool in zip(axes, POOLS):
+            cells = {name: cell["mean"] for name, cell in record["spearman"][pool].items()}
+            by_dimension(axis, record, cells)
+            axis.set_ylabel("Spearman, mean over schemes and assays")
+            axis.set_title(f"Mutational scans, embedding {POOLS[pool]}")
         axes[1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=1.6)
-        forest(bottom.subplots(1, 2, sharey=True), record)
-        figure.suptitle(title(record), x=0.012, ha="left", fontsize=15, fontweight="bold", color=INK)
-        figure.supxlabel(caption(record), x=0.012, ha="left", fontsize=9, color="#5b636c")
-        temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
-        try:
-            figure.savefig(temporary, dpi=130, format="png", facecolor="white", metadata={"Software": None})
-            os.replace(temporary, out)
-        finally:
-            temporary.unlink(missing_ok=True)
-            plt.close(figure)
-    return out
+        for axis, pool in zip(bottom.subplots(1, 2, sharey=True), POOLS):
+            forest(axis, record, pool)
+        figure.suptitle(title(record), x=0.012, ha="left", fontsize=15, fontweight="bold")
+        figure.supxlabel(caption(record), x=0.012, ha="left", fontsize=9, color=QUIET)
+    return folder / FIGURE
 
 
-def title(record: Mapping[str, Any]) -> str:
-    models = [m["model"] for m in record["data"]["models"].values()] or list(record["chain"]["dims"])
-    return f"Nested embeddings of {', '.join(models)}: what every dimension is worth"
+def title(record: Record) -> str:
+    models = [m["model"] for m in record["data"]["models"].values()]
+    names = ", ".join(models or record["chain"]["dims"])
+    return f"Nested embeddings of {names}: what every dimension is worth"
 
 
-def caption(record: Mapping[str, Any]) -> str:
+def caption(record: Record) -> str:
     data, chain, assays = record["data"]["chain"], record["chain"], record["data"]["assays"]
-    mutants = sum(a["used"] for a in assays)
-    lines = [
-        f"Chain: {chain['regression'].partition('-')[2].upper()}, fitted on {chain['rows']['fit']:,.0f} residues, scored on"
-        f" {chain['rows']['held_out']:,.0f} held-out residues ({data.get('proteins', 0):,} proteins in all)."
-        f" Probe: {len(assays)} assays, {mutants:,} single mutants (at most {record['config']['mutants'] or 'all'} each, seed"
-        f" {record['seeds'][0]}), ridge, penalty by nested cross-validation.",
-        "Spearman over all out-of-fold predictions, mean over random, modulo and contiguous folds, then over assays. Bars and"
-        " bands: 95 % intervals over assays (R²: over proteins; accuracy: over test proteins). Holm: over all comparisons.",
-    ]
-    return "\n".join(lines)
+    mutants, limit = sum(a["used"] for a in assays), record["config"]["mutants"] or "all"
+    regression, rows = chain["regression"].partition("-")[2].upper(), chain["rows"]
+    return (
+        f"Chain: {regression}, fitted on {rows['fit']:,.0f} residues, scored on"
+        f" {rows['held_out']:,.0f} held-out residues ({data.get('proteins', 0):,} proteins in all)."
+        f" Probe: {len(assays)} assays, {mutants:,} single mutants (at most {limit} each, seed"
+        f" {record['seeds'][0]}), ridge, penalty by nested cross-validation.\n"
+        "Spearman over all out-of-fold predictions, mean over random, modulo and contiguous folds,"
+        " then over assays. Bars and bands: 95 % intervals over assays (R²: over proteins;"
+        " accuracy: over test proteins). Holm: over all comparisons."
+    )
 
 
-def stages(axis: Any, record: Mapping[str, Any]) -> None:
-    """What is left unexplained of each size, 1 - R^2, from the prefix alone and with the new directions."""
-    found = stage_scores(record["chain"])
-    dims, colour = record["chain"]["dims"], COLOURS[record["chain"]["regression"]]
-    for i, values in enumerate(found.values()):
-        for kind, face, shift in (("regression", "white", -0.06), ("reconstruction", colour, 0.06)):
+def stages(axis: Any, record: Record) -> None:
+    """What is left unexplained of each size, 1 - R^2: by the prefix, and with new directions."""
+    found, dims = stage_scores(record["chain"]), record["chain"]["dims"]
+    color = KINDS[record["chain"]["regression"]][1]
+    labels = {"regression": "from the prefix alone", "reconstruction": "with the new directions"}
+    for kind, face, side in (("regression", "white", -1), ("reconstruction", color, 1)):
+        for i, values in enumerate(found.values()):
+            at = i + 0.06 * side
             v = {end: max(1 - values[kind][end], 1e-9) for end in ("value", "low", "high")}
-            axis.plot([i + shift] * 2, [v["low"], v["high"]], color=colour, lw=2, zorder=2)
-            axis.plot(i + shift, v["value"], "o", ms=9, mfc=face, mec=colour, mew=1.8, zorder=3)
-            side: Any = {"ha": "right", "xytext": (-9, 0)} if shift < 0 else {"ha": "left", "xytext": (9, 0)}
-            axis.annotate(f"{v['value']:.2g}", (i + shift, v["value"]), textcoords="offset points", va="center", **side)
-    names = list(dims)
-    ticks = [f"{a} → {b}\n({dims[a]} → {dims[b]} dims)" for a, b in pairwise(names)]
+            axis.plot([at] * 2, [v["low"], v["high"]], color=color, lw=2, zorder=2)
+            axis.plot(at, v["value"], "o", ms=9, mfc=face, mec=color, mew=1.8, zorder=3)
+            text: Any = {"textcoords": "offset points", "xytext": (9 * side, 0), "va": "center"}
+            text["ha"] = "right" if side < 0 else "left"
+            axis.annotate(f"{v['value']:.2g}", (at, v["value"]), **text)
+        axis.plot([], [], "o", ms=8, mfc=face, mec=color, mew=1.8, label=labels[kind])
+    ticks = [f"{a} → {b}\n({dims[a]} → {dims[b]} dims)" for a, b in pairwise(dims)]
     axis.set_xticks(range(len(found)), ticks)
     axis.set_xlim(-0.6, len(found) - 0.4)
     axis.set_yscale("log")
@@ -143,182 +157,115 @@ def stages(axis: Any, record: Mapping[str, Any]) -> None:
     where = "held-out proteins" if record["chain"]["held_out_r2"] else "fitted rows"
     axis.set_ylabel(f"1 − R² of the larger raw embedding, {where}")
     axis.grid(axis="x", visible=False)
-    axis.plot([], [], "o", ms=8, mfc="white", mec=colour, mew=1.8, label="from the prefix alone")
-    axis.plot([], [], "o", ms=8, color=colour, label="with the new directions")
     axis.legend(loc="center left")
     axis.set_title("The prefix predicts, the new block completes")
 
 
-def spectra(axis: Any, record: Mapping[str, Any]) -> None:
+def spectra(axis: Any, record: Record) -> None:
     """Residual variance that is left after the first directions of every stage."""
-    shades = ["#5bb0d1", "#0b6e99", "#083d56", "#22262b", "#d1793b"]
-    outermost = list(record["chain"]["residual_spectrum"])[-1]  # right of all other curves
-    for (size, tails), colour in zip(record["chain"]["residual_spectrum"].items(), shades):
-        added = record["chain"]["added"][size]
+    found, kept = record["chain"]["residual_spectrum"], []
+    for i, (size, tails) in enumerate(found.items()):
+        color, added = PALETTE[i % len(PALETTE)], record["chain"]["added"][size]
         shown = [k for k, t in enumerate(tails) if t > 1e-8]
-        axis.plot(shown, [tails[k] for k in shown], color=colour, lw=2, label=f"residual of {size}")
-        axis.plot(added, max(tails[added], 1e-8), "o", color=colour, ms=8, mec="white", zorder=3)
-        axis.annotate(
-            f"{added} kept,\n{tails[added]:.2g} left",
-            (added, max(tails[added], 1e-8)),
-            textcoords="offset points",
-            xytext=(8, 8) if size == outermost else (-8, -8),
-            ha="left" if size == outermost else "right",
-            va="bottom" if size == outermost else "top",
-            color=colour,
-            fontsize=9,
-        )
+        axis.plot(shown, [tails[k] for k in shown], color=color, lw=2, label=f"residual of {size}")
+        kept.append(max(tails[added], 1e-8))
+        axis.plot(added, kept[-1], "o", color=color, ms=8, mec="white", zorder=3)
+        text: Any = {"xytext": (-8, -8), "ha": "right", "va": "top"}
+        if i == len(found) - 1:  # right of all other curves
+            text = {"xytext": (8, 8), "ha": "left", "va": "bottom"}
+        label = f"{added} kept,\n{tails[added]:.2g} left"
+        where = (added, kept[-1])
+        axis.annotate(label, where, textcoords="offset points", color=color, fontsize=9, **text)
     axis.set_yscale("log")
-    kept = [tails[record["chain"]["added"][size]] for size, tails in record["chain"]["residual_spectrum"].items()]
-    axis.set_ylim(max(min(kept), 1e-8) / 5, 1.5)
+    axis.set_ylim(min(kept) / 5, 1.5)
     axis.set_xlabel("residual directions")
     axis.set_ylabel("share of residual variance left")
     axis.legend(loc="upper right")
     axis.set_title("Spectrum of the residuals")
 
 
-def curve(axis: Any, record: Mapping[str, Any], pool: str) -> None:
-    """Spearman against dimension for nested and baselines."""
-    values = record["spearman"][pool]
-    by_kind: dict[str, list[tuple[int, dict[str, float]]]] = {}
-    for row in record["representations"]:
-        by_kind.setdefault(row["kind"], []).append((row["dim"], values[row["name"]]["mean"]))
-    own = record["chain"]["regression"]
-    for kind, points in by_kind.items():
-        points.sort(key=lambda p: p[0])
-        dims, means = [d for d, _ in points], [v["value"] for _, v in points]
-        colour, label = COLOURS[kind], WORDS[kind]
-        if kind == "one-hot":
-            axis.axhline(means[0], color=colour, lw=1.5, ls=(0, (5, 3)), label=label)
-        elif len(points) == 1:
-            axis.plot(dims, means, "D" if kind == "concatenation" else "s", color=colour, ms=8, label=label, zorder=4)
-        else:
-            main = kind in (own, "raw")
-            style = {"lw": 2.6 if main else 1.6, "zorder": 5 if main else 3, "marker": "o", "ms": 6 if main else 4}
-            axis.plot(dims, means, color=colour, label=label, ls="--" if kind == "raw" else "-", **style)
-            if kind == own:
-                axis.fill_between(
-                    dims, [v["low"] for _, v in points], [v["high"] for _, v in points], color=colour, alpha=0.1, lw=0
-                )
-    dimensions(axis, record)
-    axis.set_ylabel("Spearman, mean over schemes and assays")
-    axis.set_title(f"Mutational scans, embedding {POOL_WORDS[pool]}")
-
-
-def dimensions(axis: Any, record: Mapping[str, Any]) -> None:
-    """A logarithmic axis of dimensions with the chain's own, and the concatenation's, as ticks."""
-    ticks = sorted({*record["chain"]["dims"].values(), max(row["dim"] for row in record["representations"])})
+def by_dimension(axis: Any, record: Record, cells: Mapping[str, Record]) -> None:
+    """A line a kind of embedding against dimension; the chain's own with its intervals."""
+    own, control = record["chain"]["regression"], cells.get("one-hot") or cells.get("composition")
+    for kind, (label, color) in KINDS.items():
+        rows = [r for r in record["representations"] if r["kind"] == kind and r["dim"]]
+        points = sorted((r["dim"], r["name"]) for r in rows if r["name"] in cells)
+        if not points:
+            continue
+        dims, found = [d for d, _ in points], [cells[name] for _, name in points]
+        main = kind in (own, "raw")
+        style: Any = {"marker": MARKERS.get(kind, "o"), "ms": 6 if main else 4, "label": label}
+        style |= {"lw": 2.5 if main else 1.5, "zorder": 5 if main else 3}
+        values = [cell["value"] for cell in found]
+        axis.plot(dims, values, color=color, ls="--" if kind == "raw" else "-", **style)
+        if kind == own:
+            low, high = ([cell[end] for cell in found] for end in ("low", "high"))
+            axis.fill_between(dims, low, high, color=color, alpha=0.1, lw=0)
+    if control:
+        name = "one-hot" if "one-hot" in cells else "amino-acid composition"
+        axis.axhline(control["value"], color=PALE, lw=1.5, ls=(0, (5, 3)))
+        where: Any = {"transform": axis.get_yaxis_transform(), "ha": "right", "va": "bottom"}
+        axis.text(1, control["value"], f"{name} ", fontsize=9, color=QUIET, **where)
+    widest = max(row["dim"] for row in record["representations"])
+    ticks = sorted({*record["chain"]["dims"].values(), widest})
     axis.set_xscale("log")
     axis.set_xticks(ticks, [str(t) for t in ticks])
     axis.xaxis.minorticks_off()
     axis.set_xlabel("dimensions")
 
 
-def schemes(axis: Any, record: Mapping[str, Any], pool: str) -> None:
+def located(axis: Any, record: Record) -> None:
+    """Accuracy of the location probe against dimension."""
+    found = record["locations"]
+    by_dimension(axis, record, {name: c["accuracy"] for name, c in found["results"].items()})
+    axis.set_ylabel("accuracy on test proteins")
+    axis.set_title(f"Subcellular location, {len(found['classes'])} classes")
+
+
+def schemes(axis: Any, record: Record, pool: str) -> None:
     """Spearman by cross-validation scheme for the widest representations."""
     own, last = record["chain"]["regression"], list(record["chain"]["dims"])[-1]
-    names = {"one-hot": "one-hot", f"raw_{last}": "raw", f"{own}_{last}": own, "concatenation": "concatenation"}
+    names = ["one-hot", f"raw_{last}", f"{own}_{last}", "concatenation"]
     width = 0.8 / len(names)
-    for i, (name, kind) in enumerate(names.items()):
+    for i, name in enumerate(names):
         cells = [record["spearman"][pool][name][s] for s in record["schemes"]]
         at = [j + (i - (len(names) - 1) / 2) * width for j in range(len(cells))]
-        axis.bar(at, [c["value"] for c in cells], width * 0.9, color=COLOURS[kind], label=WORDS[kind])
+        label, color = KINDS[name.partition("_")[0]]
+        axis.bar(at, [c["value"] for c in cells], width * 0.9, color=color, label=label)
     axis.axhline(0, color=INK, lw=0.8)
     axis.set_xticks(range(len(record["schemes"])), record["schemes"])
     axis.grid(axis="x", visible=False)
     axis.set_ylabel("Spearman")
     axis.legend(fontsize=9)
-    axis.set_title(f"By scheme, {POOL_WORDS[pool]}")
+    axis.set_title(f"By scheme, {POOLS[pool]}")
 
 
-def located(axis: Any, record: Mapping[str, Any]) -> None:
-    """Accuracy of the location probe against dimension."""
-    found = record["locations"]
-    by_kind: dict[str, list[tuple[int, dict[str, float]]]] = {}
-    for row in record["representations"]:
-        if row["name"] in found["results"]:
-            by_kind.setdefault(row["kind"], []).append((row["dim"], found["results"][row["name"]]["accuracy"]))
-    own = record["chain"]["regression"]
-    for kind, points in by_kind.items():
-        points.sort(key=lambda p: p[0])
-        dims, values = [d for d, _ in points], [v["value"] for _, v in points]
-        main = kind in (own, "raw")
-        marker = {"concatenation": "D", "single-pass": "s"}.get(kind, "o")
-        axis.plot(
-            dims,
-            values,
-            marker=marker,
-            ms=6 if main else 4,
-            lw=2.4 if main else 1.4,
-            color=COLOURS[kind],
-            ls="--" if kind == "raw" else "-",
-        )
-        if kind == own:
-            axis.fill_between(
-                dims,
-                [v["low"] for _, v in points],
-                [v["high"] for _, v in points],
-                color=COLOURS[kind],
-                alpha=0.1,
-                lw=0,
-            )
-    control = found["results"]["composition"]["accuracy"]["value"]
-    axis.axhline(control, color=PALE, lw=1.5, ls=(0, (5, 3)))
-    axis.text(
-        1,
-        control,
-        "amino-acid composition ",
-        transform=axis.get_yaxis_transform(),
-        ha="right",
-        va="bottom",
-        fontsize=9,
-        color="#5b636c",
-    )
-    dimensions(axis, record)
-    axis.set_ylabel("accuracy on test proteins")
-    axis.set_title(f"Subcellular location, {len(found['classes'])} classes")
-
-
-def forest(axes: Any, record: Mapping[str, Any]) -> None:
+def forest(axis: Any, record: Record, pool: str) -> None:
     """Every planned comparison: difference with interval, win rate and Holm-corrected p."""
-    for axis, pool in zip(axes, ("site", "mean")):
-        rows = [r for r in record["comparisons"] if r["ours"].startswith(f"{pool}/")][::-1]
-        for i, row in enumerate(rows):
-            d, w = row["difference"], row["win_rate"]
-            sure = row["holm_p"] < 0.05
-            colour = (COLOURS["nested-pcr"] if d["value"] > 0 else COLOURS["concatenation"]) if sure else "#6b7480"
-            axis.plot([d["low"], d["high"]], [i, i], color=colour, lw=2.2)
-            axis.plot(d["value"], i, "o", ms=8, mfc=colour if sure else "white", mec=colour, mew=1.8, zorder=3)
-            text = f"{d['value']:+.3f}   {w['value']:>4.0%} [{w['low']:.0%}, {w['high']:.0%}]   {_p(row['holm_p'])}"
-            axis.text(1.015, i, text, transform=axis.get_yaxis_transform(), va="center", fontsize=9, color=INK)
-        axis.axvline(0, color=INK, lw=1)
-        axis.set_yticks(range(len(rows)), [f"{_short(r['ours'])}  −  {_short(r['theirs'])}" for r in rows])
-        axis.set_ylim(-0.7, len(rows) - 0.3)
-        axis.tick_params(axis="y", length=0)
-        axis.grid(axis="y", visible=False)
-        axis.set_xlabel("difference in Spearman (filled: Holm p < 0.05)")
-        axis.set_title(f"Paired over assays, {POOL_WORDS[pool]}")
-        axis.text(
-            1.015,
-            len(rows) - 0.4,
-            "diff.      win rate [95 %]       Holm",
-            transform=axis.get_yaxis_transform(),
-            fontsize=9,
-            color="#5b636c",
-            va="bottom",
-        )
+    rows = [r for r in record["comparisons"] if r["ours"].startswith(f"{pool}/")][::-1]
+    beside: Any = {"transform": axis.get_yaxis_transform(), "fontsize": 9}
+    for i, row in enumerate(rows):
+        d, w, sure = row["difference"], row["win_rate"], decided(row)
+        color = (BLUE if d["value"] > 0 else RED) if sure else QUIET
+        axis.plot([d["low"], d["high"]], [i, i], color=color, lw=2.2)
+        face = color if sure else "white"
+        axis.plot(d["value"], i, "o", ms=8, mfc=face, mec=color, mew=1.8, zorder=3)
+        p = "p < .001" if row["holm_p"] < 0.001 else f"p = {row['holm_p']:.3f}".replace("0.", ".")
+        text = f"{d['value']:+.3f}   {w['value']:>4.0%} [{w['low']:.0%}, {w['high']:.0%}]   {p}"
+        axis.text(1.015, i, text, va="center", **beside)
+    axis.axvline(0, color=INK, lw=1)
+    labels = [f"{_short(r['ours'])}  −  {_short(r['theirs'])}" for r in rows]
+    axis.set_yticks(range(len(rows)), labels)
+    axis.set_ylim(-0.7, len(rows) - 0.3)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="y", visible=False)
+    axis.set_xlabel("difference in Spearman (filled: Holm p < .05, six assays or more)")
+    axis.set_title(f"Paired over assays, {POOLS[pool]}")
+    head = "diff.      win rate [95 %]       Holm"
+    axis.text(1.015, len(rows) - 0.4, head, va="bottom", color=QUIET, **beside)
 
 
 def _short(name: str) -> str:
-    name = name.partition("/")[2]
-    for kind, words in WORDS.items():
-        if name == kind:
-            return words
-        for separator in ("_dim", "_"):
-            if name.startswith(kind + separator):
-                return f"{words} {name[len(kind) + len(separator) :]}"
-    return name
-
-
-def _p(value: float) -> str:
-    return "p < .001" if value < 0.001 else f"p = {value:.3f}".replace("0.", ".")
+    kind, _, size = name.partition("/")[2].partition("_")
+    words = KINDS[kind][0] if kind in KINDS else kind
+    return f"{words} {size.removeprefix('dim')}".strip()

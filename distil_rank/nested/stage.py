@@ -1,15 +1,24 @@
-"""One step r -> p of Reverse Distillation: what the larger model adds to a nested prefix, from joint moments alone.
+"""One step r -> p of Reverse Distillation: what the larger model adds to a nested prefix.
 
-With z = nested_r (k_r,) and x = raw_p (k_p,):
+With z = nested_r (k_r,) and x = raw_p (k_p,), and nothing but their joint moments:
 
     f(z) = mean_x + W (z - mean_z)          regression of x on z
-    R    = (x - f(z)) / scale               residual, in units of `scale` (ones unless features are scaled)
+    R    = (x - f(z)) / scale               residual, in units of `scale` (ones unless scaled)
     V    = the m leading eigenvectors of Cov R
     nested_p = [z, V^T R]
 
-The mean of R is zero on the fitted rows, so V^T R is a plain PCA of the residual. The reconstruction of x is f(z) + scale
-V V^T R; its error is exactly the sum of Cov R's remaining eigenvalues. With OLS the new block is uncorrelated with z, and
-no representation of the same width that keeps z reconstructs x better; with PCR that holds towards the kept components.
+The mean of R is zero on the fitted rows, so V^T R is a plain PCA of the residual. The
+reconstruction of x is f(z) + scale V V^T R; its error is exactly the sum of Cov R's remaining
+eigenvalues. With OLS the new block is uncorrelated with z, and no representation of the same width
+that keeps z reconstructs x better; with PCR that holds towards the kept components.
+
+Every regression is one filter on one `eigh`. With Cov z = Q diag(L) Q^T (descending),
+C = Q^T Cov(z, x) and filter factors f in [0, 1]:
+
+    W^T = Q diag(f / L) C      ols: f = 1; pcr: f = 1 for the first q; ridge: f = L / (L + penalty)
+
+Directions of z whose variance is below eps * k * L_1 (numerically null: LayerNorm outputs have one)
+get f = 0.
 """
 
 from __future__ import annotations
@@ -20,8 +29,23 @@ import torch
 from torch import Tensor
 
 from distil_rank.core.errors import InputError
-from distil_rank.nested.regression import Fit, regress
 from distil_rank.core.moments import Moments
+
+REGRESSIONS = ("ols", "ridge", "pcr")
+COMPONENTS = ("mp", "held-out")
+PENALTIES = torch.logspace(-10, 3, 66, dtype=torch.float64)  # of the mean eigenvalue of Cov z
+EPS = torch.finfo(torch.float64).eps
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How the regression was chosen."""
+
+    regression: str
+    rank: int  # numerical rank of the prefix
+    components: int | None = None  # kept by pcr
+    rule: str | None = None  # of pcr: mp, held-out or given
+    penalty: float | None = None  # of ridge, in the units of Cov z
 
 
 @dataclass(frozen=True)
@@ -43,18 +67,26 @@ class Stage:
 
     def block(self, z: Tensor, x: Tensor, count: int | None = None) -> Tensor:
         """The first `count` new coordinates V^T R (..., count), float64."""
-        V = self.directions[:, :count].to(z.device)
-        A = (V / self.scale.to(z.device)[:, None]).T  # (count, k_p); A W is small: no k_p-wide residual is formed
-        centred_z = z.double() - self.mean_prefix.to(z.device)
-        centred_x = x.double() - self.mean_large.to(z.device)
-        return centred_x @ A.T - centred_z @ (A @ self.weight.to(z.device)).T
+        V, W = self.directions[:, :count].to(z.device), self.weight.to(z.device)
+        A = (V / self.scale.to(z.device)[:, None]).T  # (count, k_p); no k_p-wide residual is formed
+        centered_z = z.double() - self.mean_prefix.to(z.device)
+        centered_x = x.double() - self.mean_large.to(z.device)
+        return centered_x @ A.T - centered_z @ (A @ W).T
 
     def reconstruct(self, z: Tensor, block: Tensor) -> Tensor:
         """raw_p (..., k_p) from the prefix and the first new coordinates (..., <= m), float64."""
         z, block = z.double(), block.double()
-        V = self.directions[:, : block.shape[-1]].to(z.device)
-        W, scale = self.weight.to(z.device), self.scale.to(z.device)
-        return self.mean_large.to(z.device) + (z - self.mean_prefix.to(z.device)) @ W.T + (block @ V.T) * scale
+        V, W = self.directions[:, : block.shape[-1]].to(z.device), self.weight.to(z.device)
+        predicted = self.mean_large.to(z.device) + (z - self.mean_prefix.to(z.device)) @ W.T
+        return predicted + (block @ V.T) * self.scale.to(z.device)
+
+    def extended(self, nested: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """The affine map from raw embeddings side by side to nested_p, from that to nested_r."""
+        A = (self.directions / self.scale[:, None]).T
+        B = A @ self.weight
+        old = torch.cat([nested, nested.new_zeros(len(nested), A.shape[1])], 1)
+        matrix = torch.cat([old, torch.cat([-B @ nested, A], 1)])
+        return matrix, torch.cat([shift, B @ (self.mean_prefix - shift) - A @ self.mean_large])
 
     def scores(self, joint: Moments) -> dict[str, float]:
         """R^2 of raw_p on the rows behind the joint moments of [z, x], in the stage's units.
@@ -80,46 +112,56 @@ def fit_stage(
 ) -> Stage:
     """Fit a step from the joint moments of [nested_r, raw_p].
 
-    `prefix` = k_r, `added` = m. `regression` is ols, ridge or pcr; `components` (of pcr) is mp, held-out or a number.
-    `scale_features` works in units of standard deviations, so that outlier features do not rule. `held_out` are the
-    joint moments of other proteins. With `random`, V is a random orthonormal completion instead of the residual's PCA
-    (a baseline). Raises InputError where the rows do not determine m directions.
+    `prefix` = k_r, `added` = m. `components` (of pcr) is mp, held-out or a number; `held_out` are
+    the joint moments of other proteins. `scale_features` works in units of standard deviations, so
+    that outlier features do not rule. With `random`, V is a random orthonormal completion instead
+    of the residual's PCA (a baseline). InputError where the rows do not determine m directions.
     """
     large = joint.dim - prefix
     if not (1 <= prefix < joint.dim and 1 <= added <= large):
-        raise ValueError(f"1 <= prefix < {joint.dim} and 1 <= added <= {large} required, got {prefix} and {added}")
-    covariance = joint.covariance
-    deviation = covariance.diagonal().sqrt() if scale_features else torch.ones_like(joint.mean)
-    deviation = torch.where(deviation > 0, deviation, 1.0)  # a constant feature has no unit of its own
-    scaled, scaled_held_out = (None if m is None else rescaled(m, deviation) for m in (joint, held_out))
-    assert scaled is not None
+        required = f"1 <= prefix < {joint.dim} and 1 <= added <= {large}"
+        raise ValueError(f"{required} required, got {prefix} and {added}")
+    scale, scaled, scaled_held_out = torch.ones_like(joint.mean), joint, held_out
+    if scale_features:
+        deviation = joint.covariance.diagonal().sqrt()
+        scale = torch.where(deviation > 0, deviation, 1.0)  # a constant feature has no unit
+        unit = scale.reciprocal().diag()
+        scaled = joint.mapped(unit)
+        scaled_held_out = None if held_out is None else held_out.mapped(unit)
     scaled_weight, fit = regress(scaled, prefix, regression, components, scaled_held_out)
     regressors = {"ols": prefix, "ridge": 0}.get(regression, fit.components or 0)
     needed = regressors + added + 1
     if joint.count < needed:
         raise InputError(
-            f"{name}: at least {needed} rows required ({regressors} regressors, {added} directions and a mean), got"
-            f" {joint.count:.0f}; give more proteins, or ask for fewer components or directions"
+            f"{name}: at least {needed} rows required ({regressors} regressors, {added} directions"
+            f" and a mean), got {joint.count:.0f}; give more proteins, or ask for fewer components"
+            " or directions"
         )
-    weight = deviation[prefix:, None] * scaled_weight / deviation[:prefix]
+    weight = scale[prefix:, None] * scaled_weight / scale[:prefix]
     none = joint.mean.new_zeros(large, 0)
-    stage = Stage(joint.mean[:prefix], joint.mean[prefix:], weight, deviation[prefix:], none, joint.mean, fit)
+    means = joint.mean[:prefix], joint.mean[prefix:]
+    stage = Stage(*means, weight, scale[prefix:], none, joint.mean, fit)
     residual, variance = residual_covariance(joint, stage)
     eigenvalues, basis = (t.flip(-1) for t in torch.linalg.eigh(residual))
-    floor = torch.finfo(torch.float64).eps * joint.dim * variance
-    if random is None and float(eigenvalues[added - 1]) <= floor:
+    carrying = int((eigenvalues > EPS * joint.dim * variance).sum())
+    if random is None and carrying < added:
         raise InputError(
-            f"{name}: a residual of {added} directions required, got {int((eigenvalues > floor).sum())} that carry"
-            " variance; the larger embedding is (almost) a linear function of the prefix: ask for fewer directions"
+            f"{name}: a residual of {added} directions required, got {carrying} that carry"
+            " variance; the larger embedding is (almost) a linear function of the prefix: ask for"
+            " fewer"
         )
     if random is not None:
-        basis = torch.linalg.qr(torch.randn(large, large, generator=random, dtype=torch.float64))[0]
+        normal = torch.randn(large, large, generator=random, dtype=torch.float64)
+        basis = torch.linalg.qr(normal)[0]
     V = fixed_signs(basis[:, :added]).contiguous()
     return replace(stage, directions=V, eigenvalues=eigenvalues.clamp_min(0))
 
 
 def residual_covariance(joint: Moments, stage: Stage) -> tuple[Tensor, float]:
-    """Second moment of R about zero (k_p, k_p) on the rows behind `joint`, and the variance of raw_p in those units."""
+    """Second moment of R about zero (k_p, k_p) on the rows behind `joint`, and raw_p's variance.
+
+    Both in the stage's units.
+    """
     k_r, W = stage.weight.shape[1], stage.weight
     covariance = joint.covariance
     among, across, own = covariance[:k_r, :k_r], covariance[:k_r, k_r:], covariance[k_r:, k_r:]
@@ -129,15 +171,102 @@ def residual_covariance(joint: Moments, stage: Stage) -> tuple[Tensor, float]:
     return error, float((own.diagonal() / stage.scale.square()).sum())
 
 
-def rescaled(moments: Moments, unit: Tensor) -> Moments:
-    """Moments of x / unit, feature by feature."""
-    scatter = moments.scatter / unit[:, None] / unit
-    return Moments.from_state(
-        {"count": torch.tensor(moments.count, dtype=torch.float64), "mean": moments.mean / unit, "scatter": scatter}
-    )
-
-
 def fixed_signs(basis: Tensor) -> Tensor:
     """Each column (d,) turned so that its entry of largest magnitude is positive."""
     pivots = basis.gather(0, basis.abs().argmax(0, keepdim=True))
     return basis * torch.where(pivots < 0, -1.0, 1.0)
+
+
+def regress(
+    joint: Moments,
+    prefix: int,
+    regression: str,
+    components: str | int = "mp",
+    held_out: Moments | None = None,
+) -> tuple[Tensor, Fit]:
+    """W (k_x, k_z) of x on z from the joint moments of [z, x], z the first `prefix` features."""
+    check_regression(regression, components)
+    covariance = joint.covariance
+    L, Q = (t.flip(-1) for t in torch.linalg.eigh(covariance[:prefix, :prefix]))
+    rank = int(L.gt(EPS * prefix * float(L[0])).sum())
+    if rank == 0:
+        raise InputError("a prefix that varies required, got constant features: another embedding")
+    C = Q.T @ covariance[:prefix, prefix:]
+    kept, fit = rank, Fit(regression, rank)
+    if regression == "pcr":
+        if components == "mp":
+            kept = int(L.gt(marchenko_pastur_edge(L, joint.count)).sum())
+        elif components == "held-out":
+            kept = held_out_components(joint, prefix, Q, L, C, rank, held_out)
+        else:
+            kept = int(components)
+        kept = min(max(kept, 1), rank)
+        rule = components if isinstance(components, str) else "given"
+        fit = Fit(regression, rank, components=kept, rule=rule)
+    filters = (torch.arange(prefix) < kept).double()
+    if regression == "ridge":
+        variance = float(covariance.diagonal()[prefix:].sum())
+        penalty = gcv_penalty(L.clamp_min(0), C, variance, joint.count)
+        filters, fit = L / (L + penalty), Fit(regression, rank, penalty=penalty)
+    ratio = torch.where(filters > 0, filters / torch.where(L > 0, L, 1.0), 0.0)
+    return (Q * ratio @ C).T.contiguous(), fit
+
+
+def check_regression(regression: str, components: str | int) -> None:
+    if regression not in REGRESSIONS:
+        raise InputError(f"regression must be one of {', '.join(REGRESSIONS)}, got {regression!r}")
+    if isinstance(components, str) and components not in COMPONENTS:
+        known = ", ".join(COMPONENTS)
+        raise InputError(f"components must be {known} or a number, got {components!r}")
+    if isinstance(components, int) and components < 1:
+        raise InputError(f"components must be at least 1, got {components}")
+
+
+def marchenko_pastur_edge(eigenvalues: Tensor, rows: float) -> float:
+    """sigma^2 (1 + sqrt(k / n))^2 with sigma^2 the median eigenvalue.
+
+    The upper edge of the spectrum of pure noise (Marchenko and Pastur, 1967). Taking the median for
+    the noise level keeps about half of all components whatever the spectrum once n >> k.
+    """
+    return float(eigenvalues.median()) * (1 + (len(eigenvalues) / rows) ** 0.5) ** 2
+
+
+def gcv_penalty(L: Tensor, C: Tensor, variance: float, rows: float) -> float:
+    """Penalty of ridge with the least generalized cross-validation score n RSS / (n - df)^2.
+
+    Golub, Heath, Wahba 1979. L (k,) eigenvalues of Cov z, C (k, k_x) = Q^T Cov(z, x), `variance` =
+    trace Cov x; the mean counts as one degree.
+    """
+    penalties = PENALTIES * L.mean()
+    strength = C.square().sum(1)
+    shrunk = L + penalties[:, None]  # (penalties, k)
+    rss = variance - (2 * strength / shrunk - L * strength / shrunk.square()).sum(1)
+    degrees = 1 + (L / shrunk).sum(1)
+    score = rss.clamp_min(0) / (1 - degrees / rows).square()
+    score = torch.where(degrees < rows, score, torch.inf)
+    return float(penalties[score.argmin()])
+
+
+def held_out_components(
+    joint: Moments,
+    prefix: int,
+    Q: Tensor,
+    L: Tensor,
+    C: Tensor,
+    rank: int,
+    held_out: Moments | None,
+) -> int:
+    """Components with the least squared error on the held-out rows; the curve in closed form."""
+    if held_out is None or held_out.count < 2:
+        raise InputError(
+            "held-out proteins required to choose the components, got none; leave some out"
+            " (--held-out above 0), or use mp"
+        )
+    shift = held_out.mean - joint.mean
+    second = held_out.covariance + torch.outer(shift, shift)  # about the fitted mean
+    Q, T = Q[:, :rank], C[:rank] / L[:rank, None]  # T (rank, k_x): coefficients on the components
+    gram = (Q.T @ second[:prefix, :prefix] @ Q) * (T @ T.T)
+    gain = ((Q.T @ second[:prefix, prefix:]) * T).sum(1)
+    # error(q) - error(0) = sum_{i,j<=q} gram_ij - 2 sum_{i<=q} gain_i
+    error = gram.cumsum(0).cumsum(1).diagonal() - 2 * gain.cumsum(0)
+    return int(error.argmin()) + 1

@@ -139,3 +139,11 @@ def test_memory_does_not_grow_with_the_number_of_rows():
         for n in ("4", "60")
     )
     assert many < few + 40_000  # kilobytes; 56 more batches hold 230,000
+
+
+def test_moments_of_an_affine_image_and_of_a_part():
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 6, generator=draw, dtype=torch.float64)
+    matrix, shift = torch.randn(4, 6, generator=draw).double(), torch.arange(4.0).double()
+    assert_moments(Moments.of(x).mapped(matrix, shift), x @ matrix.T + shift)
+    assert_moments(Moments.of(x).part(slice(1, 4)), x[:, 1:4])

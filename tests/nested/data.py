@@ -1,18 +1,45 @@
-"""Embeddings that look like a model family's."""
+"""Embeddings that look like a model family's, and small proteins."""
+
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from distil_rank.core.randomness import generator
+from distil_rank.nested import command_fit
+from distil_rank.proteins.fasta import AMINO_ACIDS, Protein
 
 
-def family(rows: int = 600, widths=(6, 10, 17), seed: int = 0, dtype=torch.float64, noise: float = 0.3):
-    """Row-aligned embeddings that share latent causes, with a large mean and one outlier feature, as real ones have."""
-    draw = generator(seed, "family")
-    latent = torch.randn(rows, max(widths), generator=draw, dtype=torch.float64) * torch.logspace(0, -1, max(widths))
+def family(rows=600, widths=(6, 10, 17), seed=0, dtype=torch.float64, noise=0.3):
+    """Row-aligned embeddings with common causes, a large mean and one outlier feature."""
+    draw, most = generator(seed, "family"), max(widths)
+    latent = torch.randn(rows, most, generator=draw, dtype=torch.float64)
+    latent *= torch.logspace(0, -1, most)
     raws = {}
     for i, k in enumerate(widths):
-        mixing = torch.randn(max(widths), k, generator=draw, dtype=torch.float64)
-        x = latent @ mixing + noise * torch.randn(rows, k, generator=draw, dtype=torch.float64) + 3
+        mixing = torch.randn(most, k, generator=draw, dtype=torch.float64)
+        own = torch.randn(rows, k, generator=draw, dtype=torch.float64)
+        x = latent @ mixing + noise * own + 3
         x[:, 0] = x[:, 0] * 8 - 20
         raws["abcdefg"[i]] = x.to(dtype)
     return raws
+
+
+def proteins(count=40, seed=0) -> list[Protein]:
+    draw = generator(seed, "proteins")
+    lengths = torch.randint(8, 40, (count,), generator=draw).tolist()
+    letters = [torch.randint(20, (n,), generator=draw).tolist() for n in lengths]
+    sequences = ["".join(AMINO_ACIDS[a] for a in row) for row in letters]
+    return [Protein(f"p{i}", f"p{i}", sequence) for i, sequence in enumerate(sequences)]
+
+
+def fit_config(folder: Path, **changes) -> command_fit.Config:
+    """How the chain of the fixture `folder` was fitted."""
+    base = command_fit.Config(
+        out=folder / "chain",
+        fasta=folder / "proteins.fasta",
+        models=tuple(str(folder / f"{n}.pt") for n in "abc"),
+        single_pass=True,
+        held_out=0.2,
+    )
+    return replace(base, **changes)

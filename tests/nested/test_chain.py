@@ -1,17 +1,19 @@
-"""A chain: exact prefixes, fitted on what it is applied to, saved whole, and clear about what it cannot do."""
+"""A chain: exact prefixes, fitted on what it is applied to, saved whole, clear about its limits."""
 
 import itertools
+import json
 import os
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from distil_rank.core.errors import InputError
-from distil_rank.nested.chain import NestedChain
-from distil_rank.nested.rows import TensorRows, joint_moments
 from distil_rank.core.moments import Moments
+from distil_rank.core.resume import Checkpoint
+from distil_rank.nested.chain import NestedChain
+from distil_rank.nested.rows import TensorRows, is_held_out, joint_moments
 from tests import reference_nested as reference
 from tests.nested.data import family
 
@@ -31,9 +33,13 @@ def test_every_prefix_is_the_smaller_embedding_bit_for_bit(dtype, regression, tm
         assert torch.equal(whole[:, :6], raws["a"])
         for (name, dim), upto in zip(chain.dims.items(), range(1, 5)):
             some = {k: raws[k] for k in list(raws)[:upto]}
-            assert name == chain.sizes[upto - 1] and torch.equal(chain.embed(some, dim), whole[:, :dim])
+            assert name == chain.sizes[upto - 1] and torch.equal(
+                chain.embed(some, dim), whole[:, :dim]
+            )
             if upto > 1:
-                smaller = NestedChain(dict(itertools.islice(chain.widths.items(), upto)), chain.stages[: upto - 1])
+                smaller = NestedChain(
+                    dict(itertools.islice(chain.widths.items(), upto)), chain.stages[: upto - 1]
+                )
                 assert torch.equal(smaller.embed(some), whole[:, :dim])
         for dim in range(6, 21):
             torch.testing.assert_close(chain.embed(raws, dim), whole[:, :dim], rtol=2e-3, atol=2e-3)
@@ -72,7 +78,9 @@ def test_reconstruction_error_is_the_tail():
     z = chain.embed(raws)
     for stage, size in zip(chain.stages, "bc"):
         error = (raws[size] - chain.reconstruct(z, size)).square().sum(1).mean()
-        torch.testing.assert_close(error, stage.eigenvalues[stage.added :].sum(), rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(
+            error, stage.eigenvalues[stage.added :].sum(), rtol=1e-8, atol=1e-8
+        )
     assert torch.equal(chain.reconstruct(z, "a"), raws["a"])
 
 
@@ -90,7 +98,9 @@ def test_normalised_after_the_cut():
     chain = NestedChain.fit(raws)
     short = chain.embed(raws, 10, normalize=True)
     torch.testing.assert_close(short.norm(dim=1), torch.ones(600).double())
-    torch.testing.assert_close(short, torch.nn.functional.normalize(chain.embed(raws)[:, :10], dim=1))
+    torch.testing.assert_close(
+        short, torch.nn.functional.normalize(chain.embed(raws)[:, :10], dim=1)
+    )
 
 
 def test_held_out_r2_is_that_of_the_rows_left_out():
@@ -98,15 +108,19 @@ def test_held_out_r2_is_that_of_the_rows_left_out():
     rows = {k: TensorRows(v, [3] * 200) for k, v in raws.items()}
     chain = NestedChain.fit(rows, "ols", held_out=0.3)
     fitted, held_out = joint_moments(rows, 0.3)
-    assert fitted.count + held_out.count == 600 and 100 < held_out.count < 260 and held_out.count % 3 == 0
-    from distil_rank.nested.rows import is_held_out
-
+    assert (
+        fitted.count + held_out.count == 600
+        and 100 < held_out.count < 260
+        and held_out.count % 3 == 0
+    )
     out = torch.tensor([is_held_out(str(i), 0.3) for i in range(200)]).repeat_interleave(3)
     other = {k: v[out] for k, v in raws.items()}
     z = chain.embed(other)
     rest = (other["c"] - chain.reconstruct(z[:, :10], "c")).square().sum()  # from the prefix alone
     total = (other["c"] - other["c"].mean(0)).square().sum()
-    assert chain.record["r2"]["c"]["held_out"]["regression"] == pytest.approx(float(1 - rest / total), abs=1e-9)
+    assert chain.record["r2"]["c"]["held_out"]["regression"] == pytest.approx(
+        float(1 - rest / total), abs=1e-9
+    )
 
 
 def test_directions_may_be_fewer():
@@ -121,8 +135,13 @@ def test_random_completion_is_seeded_and_keeps_the_prefix():
     raws = family()
     moments, _ = joint_moments(raws, 0)
     widths = {k: v.shape[1] for k, v in raws.items()}
-    one, two, three = (NestedChain.fit_moments(moments, widths, "ols", random_seed=s).embed(raws) for s in (1, 1, 2))
-    assert torch.equal(one, two) and not torch.equal(one, three) and torch.equal(one[:, :6], raws["a"])
+    one, two, three = (
+        NestedChain.fit_moments(moments, widths, "ols", random_seed=s).embed(raws)
+        for s in (1, 1, 2)
+    )
+    assert (
+        torch.equal(one, two) and not torch.equal(one, three) and torch.equal(one[:, :6], raws["a"])
+    )
 
 
 def test_merged_shards_are_one_pass():
@@ -141,9 +160,9 @@ def test_kill_and_resume_is_equal(tmp_path, monkeypatch):
     monkeypatch.setattr("distil_rank.nested.rows.BATCH", 16)
     monkeypatch.setattr("distil_rank.nested.rows.SAVE_EVERY", 3)
     raws = family()
-    whole = joint_moments(raws, 0.2, tmp_path / "never-killed")
+    whole = joint_moments(raws, 0.2, Checkpoint(tmp_path / "never-killed"))
     for stop_after in (1, 40, 130, 400, 599):
-        checkpoint = tmp_path / f"{stop_after}"
+        checkpoint = Checkpoint(tmp_path / f"{stop_after}", 0.2)
         seen = 0
 
         def killed(rows, stop_after=stop_after):
@@ -156,9 +175,13 @@ def test_kill_and_resume_is_equal(tmp_path, monkeypatch):
             joint_moments(raws, 0.2, checkpoint, progress=killed)
         again = joint_moments(raws, 0.2, checkpoint)
         for a, b in zip(whole, again):
-            assert a.count == b.count and torch.equal(a.mean, b.mean) and torch.equal(a.scatter, b.scatter)
-    with pytest.raises(InputError, match="the same stores and options"):
-        joint_moments(raws, 0.3, checkpoint)
+            assert (
+                a.count == b.count
+                and torch.equal(a.mean, b.mean)
+                and torch.equal(a.scatter, b.scatter)
+            )
+    with pytest.raises(InputError, match="of this very request"):
+        joint_moments(raws, 0.3, Checkpoint(checkpoint.path, 0.3))
 
 
 def test_two_fits_agree_bit_for_bit(tmp_path):
@@ -169,8 +192,21 @@ def test_two_fits_agree_bit_for_bit(tmp_path):
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
+def test_sizes_keep_their_order_and_files_of_the_first_release_load(tmp_path):
+    raws = dict(zip(("8M", "35M", "150M"), family().values()))
+    chain = NestedChain.fit(raws)
+    chain.save(tmp_path)
+    file = tmp_path / "chain.safetensors"
+    again = NestedChain.load(tmp_path)
+    save_file(load_file(file), file, metadata={"config": json.dumps(chain.config())})
+    for found in (again, NestedChain.load(tmp_path)):
+        assert found.sizes == list(raws) and list(found.record["r2"]) == ["35M", "150M"]
+        assert found.config() == chain.config()
+        assert torch.equal(found.embed(raws), chain.embed(raws))
+
+
 def test_esm2_reference_outputs(shared_data):
-    """103 real residues determine 102 directions: too few for any native stage (160 at least), enough for 20 per stage."""
+    """103 residues determine 102 directions: too few for native stages, enough for 20 a stage."""
     raws = {}
     for name in ("8m", "35m", "150m", "650m", "3b"):
         file = load_file(shared_data / "esm2_reference_outputs" / f"esm2_{name}.safetensors")
@@ -178,7 +214,9 @@ def test_esm2_reference_outputs(shared_data):
     assert raws["8m"].shape == (103, 320) and raws["3b"].shape == (103, 2560)
     with pytest.raises(InputError, match=r"8m -> 35m: at least \d+ rows required .*, got 103"):
         NestedChain.fit(raws, "pcr", 20, held_out=0)
-    chain = NestedChain.fit(raws, "pcr", 20, directions=dict.fromkeys(list(raws)[1:], 20), held_out=0)
+    chain = NestedChain.fit(
+        raws, "pcr", 20, directions=dict.fromkeys(list(raws)[1:], 20), held_out=0
+    )
     assert list(chain.dims.values()) == [320, 340, 360, 380, 400]
     z = chain.embed(raws)
     assert torch.equal(z[:, :320], raws["8m"])
@@ -186,24 +224,37 @@ def test_esm2_reference_outputs(shared_data):
         assert torch.equal(chain.embed({k: raws[k] for k in list(raws)[:upto]}, dim), z[:, :dim])
     for size, stage in zip(list(raws)[1:], chain.stages):
         error = (raws[size].double() - chain.reconstruct(z.double(), size)).square().sum(1).mean()
-        assert float(error) == pytest.approx(float(stage.eigenvalues[20:].sum()), rel=1e-5)  # float32 rows
+        assert float(error) == pytest.approx(
+            float(stage.eigenvalues[20:].sum()), rel=1e-5
+        )  # float32 rows
 
 
 BAD_FITS = {
-    "unaligned rows": (lambda r: {**r, "b": TensorRows(r["b"].values[:-1])}, "599 proteins"),
+    "unaligned rows": (
+        lambda r: {**r, "b": TensorRows(r["b"].values[:-1])},
+        "others from number 600 on",
+    ),
     "other sequences": (
         lambda r: {**r, "b": TensorRows(r["b"].values, keys=["x", *map(str, range(1, 600))])},
-        "position 1",
+        "others from number 1 on",
     ),
     "tokenisation": (
-        lambda r: {k: TensorRows(v.values, [2, 4] * 100 if k == "b" else [3] * 200) for k, v in r.items()},
+        lambda r: {
+            k: TensorRows(v.values, [2, 4] * 100 if k == "b" else [3] * 200) for k, v in r.items()
+        },
         "3 rows in a and 2 in b",
     ),
     "NaN": (
-        lambda r: {**r, "c": TensorRows(r["c"].values.masked_fill(torch.eye(600, 17) > 0, torch.nan))},
-        "17 rows of c",
+        lambda r: {
+            **r,
+            "c": TensorRows(r["c"].values.masked_fill(torch.eye(600, 17) > 0, torch.nan)),
+        },
+        "infinity in c",
     ),
-    "order": (lambda r: {"b": r["b"], "a": r["a"], "c": r["c"]}, r"growing width required, got b \(10\)"),
+    "order": (
+        lambda r: {"b": r["b"], "a": r["a"], "c": r["c"]},
+        r"growing width required, got b \(10\)",
+    ),
     "one size": (lambda r: {"a": r["a"]}, "at least two sizes"),
     "few rows": (lambda r: {k: TensorRows(v.values[:12]) for k, v in r.items()}, "rows required"),
 }
@@ -245,7 +296,7 @@ def test_bad_dims_and_folders(tmp_path):
         chain.reconstruct(chain.embed(raws), "z")
     with pytest.raises(InputError, match="at least 10 dims"):
         chain.reconstruct(raws["a"], "c")
-    with pytest.raises(InputError, match="directions of b, c"):
+    with pytest.raises(InputError, match=r"directions of b \(1 to 10\), c"):
         NestedChain.fit(raws, directions={"a": 3})
     with pytest.raises(InputError, match="chain folder required"):
         NestedChain.load(tmp_path)

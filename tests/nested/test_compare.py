@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
-from distil_rank.nested.compare import compare, holm, mean_interval, monotonicity, spearman, wilcoxon, wilson, win_rate
+from benchmarks.tables_nested import outcome
+from distil_rank.nested.compare import compare, monotonicity, over_assays, share, wilcoxon
+from distil_rank.nested.probe import spearman
+from distil_rank.nested.report import decided
 
 OURS = [0.50, 0.40, 0.30, 0.60, 0.20]
 THEIRS = [0.45, 0.42, 0.30, 0.50, 0.12]
@@ -13,28 +16,34 @@ def test_hand_computed_fixture():
     (row,) = compare({"a": OURS, "b": THEIRS}, [("a", "b")], seed=0)
     assert row["difference"]["value"] == pytest.approx((0.05 - 0.02 + 0 + 0.10 + 0.08) / 5)
     assert row["win_rate"]["value"] == pytest.approx(3.5 / 5)  # three wins, one tie, one loss
-    # signed ranks of .05 -.02 .10 .08 (the zero is dropped): 2, -1, 4, 3; W- = 1; P(W- <= 1) = 2 / 16, two-sided 4 / 16
+    # signed ranks of .05 -.02 .10 .08 (the zero is dropped): 2, -1, 4, 3; W- = 1;
+    # P(W- <= 1) = 2 / 16, two-sided 4 / 16
     assert row["wilcoxon_p"] == pytest.approx(4 / 16)
     assert row["holm_p"] == row["wilcoxon_p"]
     assert row["difference"]["low"] <= row["difference"]["value"] <= row["difference"]["high"]
 
 
-def test_holm_by_hand():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, 0.6]) == pytest.approx([1.0, 1.0])
-    assert holm([0.02]) == pytest.approx([0.02])
+def test_holm_is_over_the_pairs():
+    rng = np.random.default_rng(0)
+    scores = {name: (rng.standard_normal(12) + i / 2).tolist() for i, name in enumerate("abc")}
+    rows = compare(scores, [("a", "b"), ("a", "c"), ("b", "c")], seed=0)
+    raw = sorted(row["wilcoxon_p"] for row in rows)
+    stepped = np.maximum.accumulate([p * k for p, k in zip(raw, (3, 2, 1))])
+    assert sorted(row["holm_p"] for row in rows) == pytest.approx(np.minimum(stepped, 1).tolist())
 
 
 def test_wilson_by_hand():
-    # n = 10, 8 wins, z = 1.96: centre (.8 + .19207) / 1.38415, half 1.96 / 1.38415 sqrt(.016 + .0096)
-    low, high = wilson(8, 10)
-    assert (low, high) == pytest.approx((0.4902, 0.9433), abs=2e-4)
-    assert wilson(0, 12)[0] == pytest.approx(0) and wilson(12, 12)[1] == pytest.approx(1)
+    # n = 10, 8 wins, z = 1.96: center (.8 + .19207) / 1.38415,
+    # half 1.96 / 1.38415 sqrt(.016 + .0096)
+    found = share(8, 10)
+    assert (found["low"], found["high"]) == pytest.approx((0.4902, 0.9433), abs=2e-4)
+    assert share(0, 12)["low"] == 0 and share(12, 12)["high"] == pytest.approx(1)
 
 
 def test_ties_and_constants():
     assert wilcoxon(OURS, OURS) == 1.0
-    assert win_rate(OURS, OURS)["value"] == 0.5
+    (tied,) = compare({"a": OURS}, [("a", "a")], seed=0)
+    assert tied["win_rate"]["value"] == 0.5 and tied["wilcoxon_p"] == 1
     assert spearman(np.ones(5), OURS) == 0.0
     assert spearman(OURS, [2 * x for x in OURS]) == pytest.approx(1)
     # ranks 1 2 3 4 against 2 1 4 3: 1 - 6 * 4 / (4 * 15)
@@ -49,14 +58,49 @@ def test_monotonicity_by_hand():
 
 def test_bootstrap_covers():
     rng = np.random.default_rng(0)
-    covered = [r["low"] <= 0 <= r["high"] for r in (mean_interval(rng.standard_normal(12), 0) for _ in range(200))]
-    assert 0.86 <= np.mean(covered) <= 0.99  # a percentile bootstrap of 12 values is a little narrow
+    covered = [
+        r["low"] <= 0 <= r["high"]
+        for r in (over_assays(rng.standard_normal(12), 0) for _ in range(200))
+    ]
+    assert (
+        0.86 <= np.mean(covered) <= 0.99
+    )  # a percentile bootstrap of 12 values is a little narrow
 
 
 def test_an_effect_and_no_effect():
     rng = np.random.default_rng(1)
     base = rng.uniform(0.2, 0.6, 12)
-    shifted, noisy = base + 0.05 + 0.01 * rng.standard_normal(12), base + 0.02 * rng.standard_normal(12)
+    shifted, noisy = (
+        base + 0.05 + 0.01 * rng.standard_normal(12),
+        base + 0.02 * rng.standard_normal(12),
+    )
     yes, no = compare({"s": shifted, "n": noisy, "b": base}, [("s", "b"), ("n", "b")], seed=0)
     assert yes["holm_p"] < 0.01 and yes["win_rate"]["low"] > 0.5
     assert no["holm_p"] > 0.05 and no["difference"]["low"] < 0 < no["difference"]["high"]
+
+
+def test_a_verdict_needs_holms_p_and_six_assays():
+    interval = {"value": 0.1, "low": 0.05, "high": 0.15}
+
+    def row(value, n, p):
+        return {"holm_p": p, "difference": {**interval, "value": value, "n": n}}
+
+    assert outcome(row(0.1, 12, 0.01)) == "is better than"
+    assert outcome(row(-0.1, 6, 0.049)) == "is worse than"
+    for undecided in (row(0.1, 12, 0.05), row(0.1, 12, 1.0), row(0.1, 5, 0.01), row(0.1, 1, 0.0)):
+        assert outcome(undecided) == "cannot be told apart from" and not decided(undecided)
+
+
+def test_false_verdicts_are_rare_and_one_assay_gets_none(monkeypatch):
+    # intervals take long, and no verdict looks at them; multipletests collects garbage
+    monkeypatch.setattr("gc.collect", lambda *_: 0)
+    monkeypatch.setattr("distil_rank.nested.compare.over_assays", lambda x, seed: {"n": len(x)})
+    rng = np.random.default_rng(2)
+    names, false = "abcdefg", 0
+    pairs = [("a", other) for other in names[1:]]
+    for _ in range(100):
+        scores = {name: rng.standard_normal(12).tolist() for name in names}
+        false += any(map(decided, compare(scores, pairs, seed=0)))
+    assert false <= 9  # 5 % of 100, and two standard errors
+    (row,) = compare({"a": [0.5], "b": [0.1]}, [("a", "b")], seed=0)
+    assert not decided(row)

@@ -1,173 +1,134 @@
-"""`nested probe`, end to end on synthetic assays; its record is complete, its figure is a function of it."""
+"""Folds hide what they should; the ridge path predicts what refitting without the rows would."""
 
-import json
-from dataclasses import replace
-
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from benchmarks.nested import ridge_loop
 from distil_rank.core.errors import InputError
-from distil_rank.nested import embed, fit, probe  # noqa: F401
-from distil_rank.nested.chain import NestedChain
-from distil_rank.nested.report import draw_summary
-from distil_rank.nested.representations import representations
-from distil_rank.nested.rows import joint_moments
-from distil_rank.nested.tables import documentation
-from distil_rank.proteins.fasta import Protein, write_fasta
 from distil_rank.core.randomness import generator
-from tests.nested.data import family
-from tests.nested.test_assays import WILD_TYPE, synthetic, write_assay
-from tests.nested.test_commands import config as fit_config
-from tests.nested.test_commands import folder, proteins  # noqa: F401
+from distil_rank.nested.probe import FOLDS, PENALTIES, RidgePath, folds, one_hot, spearman
+from distil_rank.proteins.variants import read_assay
+from tests.proteins.test_variants import synthetic, write_assay
 
 
-@pytest.fixture(scope="module")
-def probed(folder, tmp_path_factory):  # noqa: F811
-    """A probe of three synthetic assays and a location task that the composition decides."""
-    out = tmp_path_factory.mktemp("probe")
-    for i in range(3):
-        write_assay(out / "dms", f"TOY{i}", synthetic(i, 4))
-    draw_letters = generator(0, "locations")
-    for name in ("train", "test"):
-        records = []
-        for i in range(40):
-            letters = "KRLA" if i % 2 else "DELA"
-            drawn = torch.randint(4, (30,), generator=draw_letters).tolist()
-            records.append(
-                Protein(
-                    f"{name}{i}",
-                    f"{name}{i} {'Nucleus' if i % 2 else 'Cell.membrane'}-U",
-                    "".join(letters[j] for j in drawn),
-                )
-            )
-        write_fasta(out / f"{name}.fasta", records)
-    run = probe.Config(
-        out / "dms",
-        folder / "chain",
-        out / "results" / "nested",
-        mutants=60,
-        locations=(out / "train.fasta", out / "test.fasta"),
+def problem(n, d, outputs=1, seed=0):
+    draw = generator(seed, "ridge")
+    x = torch.randn(n, d, generator=draw, dtype=torch.float64) * torch.logspace(0, -2, d) + 5
+    y = x @ torch.randn(d, outputs, generator=draw, dtype=torch.float64)
+    return x, y + 0.3 * torch.randn(n, outputs, generator=draw, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("n", "d"), [(60, 8), (60, 59), (60, 60), (60, 61), (40, 200)])
+def test_nested_equals_a_loop_of_fits(n, d):
+    x, y = problem(n, d)
+    fold = torch.arange(n) % 5
+    path = RidgePath(x)
+    predictions, chosen = path.nested(y[:, 0], fold)
+    slow, slow_chosen = ridge_loop(x.numpy(), y[:, 0].numpy(), fold.numpy(), path.penalties.numpy())
+    np.testing.assert_allclose(chosen.numpy(), slow_chosen)
+    np.testing.assert_allclose(predictions.numpy(), slow, atol=1e-7 * float(y.abs().max()))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(6, 40), st.integers(1, 60), st.integers(1, 3), st.integers(0, 10**6), st.data())
+def test_leaving_out_equals_refitting(n, d, outputs, seed, data):
+    x, y = problem(n, d, outputs, seed)
+    size = data.draw(st.integers(1, n - 3))
+    rows = torch.randperm(n, generator=generator(seed, "rows"))[:size]
+    rest = torch.ones(n, dtype=torch.bool)
+    rest[rows] = False
+    path = RidgePath(x)
+    for i in (4, 10, 20):  # the smallest penalties are compared in the test above
+        centred = x[rest] - x[rest].mean(0)
+        gram = centred.T @ centred + path.penalties[i] * torch.eye(d).double()
+        weights = torch.linalg.solve(gram, centred.T @ (y[rest] - y[rest].mean(0)))
+        slow = (x[rows] - x[rest].mean(0)) @ weights + y[rest].mean(0)
+        torch.testing.assert_close(path.leave_out(y, rows)[i], slow, rtol=1e-6, atol=1e-6)
+
+
+def test_prediction_of_new_rows_and_choice():
+    x, y = problem(80, 30, 2)
+    path = RidgePath(x[:60])
+    penalty = path.choose(y[:60], torch.arange(60) % 4)
+    assert penalty in path.penalties
+    centred = x[:60] - x[:60].mean(0)
+    weights = torch.linalg.solve(
+        centred.T @ centred + penalty * torch.eye(30).double(), centred.T @ y[:60]
     )
-    probe.run(run)
-    return run
+    expected = (x[60:] - x[:60].mean(0)) @ weights + y[:60].mean(0)
+    torch.testing.assert_close(path.predict(y[:60], penalty, x[60:]), expected)
 
 
-def summary(run):
-    return json.loads((run.out.parent / "nested_summary.json").read_text())
-
-
-def test_record(probed):
-    record = summary(probed)
-    names = {r["name"] for r in record["representations"]}
-    expected = {"one-hot", "raw_a", "raw_b", "raw_c", "concatenation", "nested-pcr_a", "nested-pcr_c", "nested-ols_c"}
-    assert expected | {"naive-pca_dim32", "large-pca_dim24", "random-completion_c", "single-pass"} <= names
-    assert record["assays"] == ["TOY0", "TOY1", "TOY2"] and [a["used"] for a in record["data"]["assays"]] == [60] * 3
-    for pool in ("mean", "site"):
-        assert set(record["spearman"][pool]) == names
-        for name in names:
-            cell, values = record["spearman"][pool][name], record["spearman_by_assay"][pool][name]
-            assert cell["mean"]["value"] == pytest.approx(sum(values) / 3)
-            assert cell["mean"]["value"] == pytest.approx(sum(cell[s]["value"] for s in record["schemes"]) / 3)
-        # the first prefix is the small model
-        assert record["spearman_by_assay"][pool]["nested-pcr_a"] == record["spearman_by_assay"][pool]["raw_a"]
-    assert record["spearman"]["site"]["one-hot"]["contiguous"]["value"] < 0.15
-    assert {r["theirs"] for r in record["comparisons"]} >= {"site/raw_c", "mean/naive-pca_dim32", "site/nested-ols_c"}
-    assert set(record["monotonicity"]["site"]) == {"nested", "raw"}
-    assert len(record["monotonicity"]["site"]["nested"]["steps"]) == 2
-    assert set(record["chain"]["residual_spectrum"]) == {"b", "c"} and set(
-        record["single_pass"]["r2"]["held_out"]
-    ) == set("abc")
-    located = record["locations"]
-    assert located["classes"] == ["Cell.membrane", "Nucleus"]
-    assert located["results"]["composition"]["accuracy"]["value"] > 0.9
-    assert record["environment"]["torch"] == torch.__version__ and "environment" in record["machine_dependent"]
-
-
-def test_second_run_reads_what_was_kept_and_agrees(probed, monkeypatch):
-    first, picture = summary(probed), (probed.out.parent / "nested_report.png").read_bytes()
-    monkeypatch.setattr(probe, "score_assay", None)  # nothing is scored again
-    monkeypatch.setattr("distil_rank.nested.features.pooled", None)  # nothing is embedded again
-    probe.run(probed)
-    assert summary(probed) == first
-    assert (probed.out.parent / "nested_report.png").read_bytes() == picture
-
-
-def test_figure_is_drawn_without_locations_too(probed, tmp_path):
-    record = summary(probed)
-    del record["locations"]
-    record["chain"]["held_out_r2"] = {}  # as after --held-out 0
-    del record["single_pass"]["r2"]["held_out"]
-    assert documentation(record).count("\n| ") > 50
-    (tmp_path / "s.json").write_text(json.dumps(record))
-    draw_summary(tmp_path / "s.json", tmp_path / "r.png")
-    assert (tmp_path / "r.png").stat().st_size > 50_000 and sorted(p.name for p in tmp_path.iterdir()) == [
-        "r.png",
-        "s.json",
-    ]
-
-
-def test_tables_show_the_record(probed):
-    record = summary(probed)
-    text = documentation(record)
-    assert f"{record['spearman']['site']['concatenation']['mean']['value']:.3f}" in text
-    for row in record["comparisons"]:
-        assert f"{row['difference']['value']:+.3f}" in text and row["theirs"].partition("/")[2] in text
-    assert text.count("cannot be told apart from") + text.count("is better than") + text.count("is worse than") == 8
-
-
-def test_features_stand_at_the_mutated_position(folder, probed):  # noqa: F811
-    from distil_rank.nested.assays import read_assays
-    from distil_rank.nested.features import raw_features
-    from distil_rank.nested.stores import chain_models
-    from distil_rank.proteins.checkpoints import load_model
-    from distil_rank.proteins.esm2 import tokenise
-
-    assay = read_assays(probed.dms, 20)[0]
-    loaders = list(chain_models(NestedChain.load(folder / "chain")).values())
-    raws = raw_features("x", assay.sequences, assay.positions, loaders, (1, 2), probed.out.parent)
-    assert set(raws["mean"]) == {"a", "b", "c", "c@1", "c@2"}
-    with torch.no_grad():
-        (alone,) = load_model(str(folder / "b.pt")).model(tokenise([assay.sequences[3]]))
-    torch.testing.assert_close(raws["mean"]["b"][3], alone[0, 1:-1].mean(0), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(raws["site"]["b"][3], alone[0, 1 + assay.positions[3][0]], rtol=1e-4, atol=1e-5)
-    assert torch.equal(raws["site"]["c"], raws["site"]["c@2"])
-
-
-def test_baselines_are_what_they_are_called():
-    raws = family(400, (6, 10, 17))
-    moments, _ = joint_moments(raws, 0)
-    chain = NestedChain.fit(raws, "pcr", held_out=0)
-    found = {r.name: r for r in representations(chain, moments)}
-    everything = torch.cat(list(raws.values()), 1)
-    for r in found.values():
-        assert r.features(raws).shape == (400, r.dim), r.name
-    assert torch.equal(found["concatenation"].features(raws), everything)
-    assert torch.equal(found["nested-pcr_b"].features(raws), chain.embed(raws, 10))
-    assert torch.equal(found["nested-ols_c"].features(raws), NestedChain.fit(raws, "ols", held_out=0).embed(raws))
-    centred = everything - everything.mean(0)
-    basis = torch.linalg.svd(centred, full_matrices=False)[2][:10]
-    torch.testing.assert_close(
-        found["naive-pca_dim10"].features(raws).abs(), (centred @ basis.T).abs(), rtol=1e-6, atol=1e-6
+def test_the_outer_fold_is_never_seen():
+    """Whatever the labels of the outer fold, its predictions stay."""
+    x, y = problem(50, 20)
+    fold = torch.arange(50) % 5
+    path = RidgePath(x)
+    one, _ = path.nested(y[:, 0], fold)
+    spoiled = y[:, 0].clone()
+    spoiled[fold == 2] += 100 * torch.randn(
+        10, generator=generator(1, "labels"), dtype=torch.float64
     )
-    large = raws["c"] - raws["c"].mean(0)
-    basis = torch.linalg.svd(large, full_matrices=False)[2][:10]
-    torch.testing.assert_close(
-        found["large-pca_dim10"].features(raws).abs(), (large @ basis.T).abs(), rtol=1e-6, atol=1e-6
+    two, _ = path.nested(spoiled, fold)
+    torch.testing.assert_close(one[fold == 2], two[fold == 2], rtol=1e-6, atol=1e-6)
+
+
+def test_rotation_changes_nothing_and_constant_features_predict_the_mean():
+    x, y = problem(50, 20)
+    turn = torch.linalg.qr(
+        torch.randn(20, 20, generator=generator(2, "turn"), dtype=torch.float64)
+    )[0]
+    fold = torch.arange(50) % 5
+    one, two = (RidgePath(z).nested(y[:, 0], fold)[0] for z in (x, x @ turn))
+    torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
+    constant, _ = RidgePath(torch.ones(50, 4)).nested(y[:, 0], fold)
+    for f in range(5):
+        torch.testing.assert_close(constant[fold == f], y[fold != f].mean().expand(10))
+
+
+def test_bad_input():
+    with pytest.raises(InputError, match="finite features"):
+        RidgePath(torch.full((5, 2), torch.nan))
+    with pytest.raises(InputError, match="at least 3 folds"):
+        RidgePath(torch.eye(6)).nested(torch.arange(6.0), torch.arange(6) % 2)
+    assert len(PENALTIES) == 21
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_hot_collapses_on_contiguous_folds_but_not_on_random_ones(tmp_path, seed):
+    assay = read_assay(write_assay(tmp_path / "dms", lines=synthetic(seed)))
+    path = RidgePath(one_hot(assay))
+
+    def score(scheme):
+        return spearman(
+            path.nested(assay.scores, folds(assay.positions, scheme))[0].numpy(),
+            assay.scores.numpy(),
+        )
+
+    assert score("random") > 0.4
+    assert score("contiguous") < 0.15
+    assert score("modulo") < 0.15
+
+
+def test_schemes(tmp_path):
+    assay = read_assay(write_assay(tmp_path / "dms"))
+    position = torch.tensor([p[0] for p in assay.positions])
+    random, modulo, contiguous = (
+        folds(assay.positions, s) for s in ("random", "modulo", "contiguous")
     )
-    random = [found[f"random-completion_c#{i}"].features(raws) for i in range(3)]
-    assert all(torch.equal(x[:, :6], raws["a"]) for x in random) and not torch.equal(random[0], random[1])
-
-
-def test_bad_input(probed, folder, tmp_path):  # noqa: F811
-    run = replace(probed, out=tmp_path / "results" / "nested")
-    (tmp_path / "nowhere.fasta").write_text(f">a\n{WILD_TYPE}\n")
-    for changes, message in [
-        ({"dms": tmp_path / "absent"}, "at least one assay"),
-        ({"chain": tmp_path}, "chain folder required"),
-        ({"locations": probed.locations[:1]}, "two FASTA files"),
-        ({"locations": (tmp_path / "nowhere.fasta",) * 2}, "a location as second word"),
-    ]:
-        with pytest.raises(InputError, match=message):
-            probe.run(replace(run, **changes))
-    assert not (tmp_path / "results").exists()
-    assert fit_config(folder).models and proteins(1)
+    for fold in (random, modulo, contiguous):
+        assert fold.unique().tolist() == list(range(FOLDS))
+    assert random.bincount().max() - random.bincount().min() <= 1
+    assert torch.equal(random, folds(assay.positions, "random")) and not torch.equal(
+        random, folds(assay.positions, "random", 1)
+    )
+    assert torch.equal(modulo, position % 5)
+    order = position.argsort(stable=True)
+    assert (contiguous[order].diff() >= 0).all()  # stretches
+    for fold in (modulo, contiguous):  # no position on two sides
+        assert all(len(fold[position == p].unique()) == 1 for p in position.unique())
+    with pytest.raises(InputError, match="one of the schemes"):
+        folds(assay.positions, "leave-one-out")

@@ -1,4 +1,4 @@
-"""A stage: equal to the slow version, orthogonal, optimal, and its error is the tail of the residual's spectrum."""
+"""A stage: equal to the slow version, orthogonal, optimal; its error is the residual's tail."""
 
 import numpy as np
 import pytest
@@ -7,10 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distil_rank.core.errors import InputError
-from distil_rank.nested.regression import PENALTIES, marchenko_pastur_edge
-from distil_rank.nested.stage import fit_stage, residual_covariance
-from distil_rank.core.randomness import generator
 from distil_rank.core.moments import Moments
+from distil_rank.core.randomness import generator
+from distil_rank.nested.stage import (
+    PENALTIES,
+    fit_stage,
+    marchenko_pastur_edge,
+    residual_covariance,
+)
 from tests import reference_nested as reference
 from tests.nested.data import family
 
@@ -61,7 +65,10 @@ def test_error_is_the_tail_of_the_residual_spectrum(regression, added, scale, se
     stage = fit_stage(joint, K, added, regression, scale_features=scale)
     error = ((x - stage.reconstruct(z, stage.block(z, x))) / stage.scale).square().sum(1).mean()
     torch.testing.assert_close(
-        error, stage.eigenvalues[added:].sum(), rtol=1e-8, atol=1e-8 * float(stage.eigenvalues.sum())
+        error,
+        stage.eigenvalues[added:].sum(),
+        rtol=1e-8,
+        atol=1e-8 * float(stage.eigenvalues.sum()),
     )
 
 
@@ -83,7 +90,9 @@ def test_ols_block_is_uncorrelated_with_the_prefix():
     assert max_correlation(z, block) < 1e-10
     kept = fit_stage(joint, K, P - K, "pcr", 3)
     basis = torch.linalg.eigh(joint.covariance[:K, :K])[1].flip(1)
-    assert max_correlation(z @ basis[:, :3], kept.block(z, x)) < 1e-10  # orthogonal to the kept components
+    assert (
+        max_correlation(z @ basis[:, :3], kept.block(z, x)) < 1e-10
+    )  # orthogonal to the kept components
     assert max_correlation(z, kept.block(z, x)) > 0.01  # and only to those
 
 
@@ -96,7 +105,9 @@ def test_all_components_are_ols_and_scaling_does_not_change_ols_predictions():
     _, _, joint = pair()
     ols = fit_stage(joint, K, 4, "ols")
     torch.testing.assert_close(fit_stage(joint, K, 4, "pcr", K).weight, ols.weight)
-    torch.testing.assert_close(fit_stage(joint, K, 4, "ols", scale_features=True).weight, ols.weight)
+    torch.testing.assert_close(
+        fit_stage(joint, K, 4, "ols", scale_features=True).weight, ols.weight
+    )
 
 
 def test_scaling_keeps_an_outlier_feature_from_ruling():
@@ -110,7 +121,7 @@ def test_scaling_keeps_an_outlier_feature_from_ruling():
 def test_marchenko_pastur_edge():
     eigenvalues = torch.tensor([9.0, 4.0, 2.0, 1.0, 1.0])
     assert marchenko_pastur_edge(eigenvalues, 20) == pytest.approx(2 * (1 + 0.5) ** 2)
-    # few rows: spikes stand out of noise; many rows: about half of any spectrum is kept, whatever it means
+    # few rows: spikes stand out of noise; many rows: about half of any spectrum is kept
     noise = torch.randn(800, 200, generator=generator(0, "noise"), dtype=torch.float64)
     noise[:, :5] *= 10
     few = torch.linalg.eigvalsh(Moments.of(noise).covariance).flip(0)

@@ -1,0 +1,166 @@
+"""Tables of docs/nested.md: a probe's record, or a benchmark's, as Markdown."""
+
+from distil_rank.core.records import Record
+from distil_rank.core.tables import markdown, with_interval
+from distil_rank.nested.report import POOLS, SCHEMA, comparison_table, decided, stage_scores
+
+__all__ = ["BENCHMARK", "SCHEMA", "benchmark", "documentation"]
+BENCHMARK = "distil-rank/benchmark-nested/1"
+
+
+def documentation(record: Record) -> str:
+    """Every table of a probe."""
+    parts = [fitted(record), stage_table(record), spearman_table(record)]
+    parts += [comparison_table(record), verdicts(record)]
+    if record.get("single_pass"):
+        parts.append(single_pass_table(record))
+    if record.get("locations"):
+        parts.append(location_table(record))
+    return "\n\n".join(parts)
+
+
+def fitted(record: Record) -> str:
+    chain, data = record["chain"], record["data"]
+    models = ", ".join(m["model"] for m in data["models"].values())
+    assays = data["assays"]
+    limit = record["config"]["mutants"]
+    used, measured = sum(a["used"] for a in assays), sum(a["measured"] for a in assays)
+    drawn = "all"
+    if limit:
+        drawn = f"at most {limit} drawn at random from each, seed {record['seeds'][0]}"
+    return (
+        f"Chain of {models} ({chain['regression']}): {chain['rows']['fit']:,.0f} residues to fit"
+        f" on, {chain['rows']['held_out']:,.0f} held out. Probe: {len(assays)} assays, {used:,} of"
+        f" {measured:,} mutants ({drawn})."
+    )
+
+
+def stage_table(record: Record) -> str:
+    """R^2 of every stage."""
+    chain = record["chain"]
+    names = list(chain["dims"])
+    where = "held-out" if chain["held_out_r2"] else "fitted"
+    head = ["stage", "dims", "regression", f"{where} R² from the prefix"]
+    rows = [[*head, "with the new directions", "residual left"]]
+    for before, size, fit in zip(names, names[1:], chain["fits"]):
+        r2 = stage_scores(chain)[size]
+        how = fit["regression"]
+        if fit["components"]:
+            how += f", {fit['components']} of {fit['rank']} components"
+        left = chain["residual_spectrum"][size][chain["added"][size]]
+        dims = f"{chain['dims'][before]} → {chain['dims'][size]}"
+        shown = [with_interval(r2[kind], ".3f") for kind in ("regression", "reconstruction")]
+        rows.append([f"{before} → {size}", dims, how, *shown, f"{left:.1%}"])
+    return markdown(rows)
+
+
+def spearman_table(record: Record) -> str:
+    """Spearman of every representation: mean over assays, by scheme."""
+    columns = ["mean", *record["schemes"]]
+    rows = [["embedding", "dims", *(f"{words}: {s}" for words in POOLS.values() for s in columns)]]
+    for row in sorted(record["representations"], key=lambda r: (r["kind"], r["dim"])):
+        cells = [record["spearman"][pool][row["name"]] for pool in POOLS]
+        values = [f"{cell[s]['value']:.3f}" for cell in cells for s in columns]
+        rows.append([row["name"], str(row["dim"] or ""), *values])
+    return markdown(rows)
+
+
+def verdicts(record: Record) -> str:
+    """The questions of the method, answered where Holm's p and the number of assays allow it."""
+    own, sizes = record["chain"]["regression"], list(record["chain"]["dims"])
+    last, dim = sizes[-1], record["chain"]["dims"][sizes[-1]]
+    other = "nested-ols" if own != "nested-ols" else "nested-pcr"
+    questions = {
+        f"raw_{last}": f"the raw {last}",
+        f"naive-pca_dim{dim}": "naive PCA of the concatenation",
+        f"random-completion_{last}": "a random completion of the prefix",
+        f"{other}_{last}": f"its ablation {other}",
+    }
+    by_pair = {(row["ours"], row["theirs"]): row for row in record["comparisons"]}
+    lines = [power(record)]
+    for pool, words in POOLS.items():
+        for theirs, question in questions.items():
+            row = by_pair.get((f"{pool}/{own}_{last}", f"{pool}/{theirs}"))
+            if row:
+                shown = with_interval(row["difference"], "+.3f")
+                lines.append(f"* {words}: {own}_{last} {outcome(row)} {question} ({shown}).")
+        for kind, chain in record["monotonicity"][pool].items():
+            shown = with_interval(chain["monotone"], ".2f")
+            lines.append(
+                f"* {words}: {kind} never falls along the family in {shown} of the assays."
+            )
+    return "\n".join(lines)
+
+
+def power(record: Record) -> str:
+    """Whether the probe finds any signal: without it, no difference means anything."""
+    cells = [
+        (pool, name, cell["mean"])
+        for pool, named in record["spearman"].items()
+        for name, cell in named.items()
+    ]
+    found = [cell for cell in cells if cell[2]["low"] > 0]
+    if found:
+        return (
+            f"* {len(found)} of {len(cells)} embeddings predict the assays better than chance"
+            " (interval above 0)."
+        )
+    pool, name, best = max(cells, key=lambda cell: cell[2]["value"])
+    used = sum(a["used"] for a in record["data"]["assays"]) / len(record["assays"])
+    return (
+        f"* **Underpowered**: with {used:.0f} mutants an assay, no embedding predicts them better"
+        f" than chance (best: {name}, {POOLS[pool]}, {with_interval(best, '.3f')}), so the"
+        " comparisons below decide nothing."
+    )
+
+
+def outcome(row: Record) -> str:
+    if not decided(row):
+        return "cannot be told apart from"
+    return "is better than" if row["difference"]["value"] > 0 else "is worse than"
+
+
+def single_pass_table(record: Record) -> str:
+    single = record["single_pass"]
+    rows = [["block", "R² fitted", "R² held out"]]
+    for size, value in single["r2"]["fit"].items():
+        held_out = single["r2"].get("held_out")
+        rows.append([size, f"{value:.3f}", f"{held_out[size]:.3f}" if held_out else ""])
+    layers = ", ".join(map(str, single["layers"]))
+    intro = f"Single pass from layers {layers} of the largest model, rank {single['rank']}:"
+    return f"{intro}\n\n{markdown(rows)}"
+
+
+def location_table(record: Record) -> str:
+    found = record["locations"]
+    rows = [["embedding", "accuracy", f"difference to {found['reference']}"]]
+    for name, cell in found["results"].items():
+        accuracy = with_interval(cell["accuracy"], ".3f")
+        rows.append([name, accuracy, with_interval(cell["difference"], "+.3f")])
+    intro = (
+        f"Subcellular location, {len(found['classes'])} classes, {found['n_train']:,} proteins to"
+        f" train on and {found['n_test']:,} to test on; the largest class alone scores"
+        f" {found['majority_accuracy']:.3f}:"
+    )
+    return f"{intro}\n\n{markdown(rows)}"
+
+
+def benchmark(record: Record) -> str:
+    """The measured bars."""
+    rows = [["what", "measured", "bar"]]
+
+    def ratio_row(what: str, ratio: Record) -> None:
+        shown = f"{ratio['median']:.1f} x ({ratio['low']:.1f} to {ratio['high']:.1f})"
+        rows.append([f"{what}, against scikit-learn", shown, f"{ratio['bar']} x"])
+
+    for case in record.get("stream", {}).get("cases", []):
+        what = f"one stage 320 → 480 of {record['stream']['rows']:,} residues"
+        ratio_row(f"{what}, {case['threads']} thread(s)", case["ratio"])
+    if found := record.get("memory"):
+        imports = f"{found['bytes_after_import'] / 1e6:.0f} MB"
+        for residues, peak in found["peak_bytes"].items():
+            what = f"peak memory over {int(residues):,} residues (of which imports {imports})"
+            rows.append([what, f"{peak / 1e6:.0f} MB", f"{found['bar'] / 1e6:.0f} MB"])
+    for case in record.get("ridge", {}).get("cases", []):
+        ratio_row(f"ridge path, {case['n']:,} mutants x {case['d']:,}", case["ratio"])
+    return markdown(rows)

@@ -1,0 +1,169 @@
+"""Embed proteins with a nested chain, cut at any dimension: only the models it needs are run.
+
+    distil-rank nested embed proteins.fasta --chain chain/ --dim 640 --out store/
+    distil-rank nested embed proteins.fasta --chain chain/ --pool residues --out store/
+    torchrun --nproc-per-node 4 -m distil_rank nested embed proteins.fasta --chain chain/ --out s/
+
+The result is an embedding store like any other: `EmbeddingStore("store/")["P69905"]`. Its first
+columns are the embedding of the smaller models, bit for bit, unless --normalize divides by the L2
+norm after the cut. The nested embedding of a mean is the mean of the nested embeddings, so --pool
+mean needs no residues. Interrupted? Run the same command again.
+"""
+
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from distil_rank.core.devices import Group, process_group
+from distil_rank.core.errors import InputError
+from distil_rank.core.records import (
+    Record,
+    atomic,
+    read_json,
+    require_writable,
+    sha256,
+    write_json,
+)
+from distil_rank.nested.chain import FILE, NestedChain
+from distil_rank.nested.rows import StoreRows
+from distil_rank.nested.sources import chain_models, raw_store
+from distil_rank.proteins.sharding import Shards
+from distil_rank.proteins.store import (
+    INDEX,
+    PROVENANCE,
+    SCHEMA,
+    EmbeddingStore,
+    ShardWriter,
+    shard_path,
+)
+
+ROWS = 4096  # rows mapped at a time
+
+
+@dataclass(frozen=True)
+class Config:
+    fasta: Annotated[Path, tyro.conf.Positional]  # FASTA of proteins to work on
+    chain: Path  # folder written by `nested fit`
+    out: Path  # where to write
+    dim: int | None = None  # cut the embedding here (default: all of matryoshka_dims)
+    normalize: bool = False  # divide by the L2 norm, after the cut
+    pool: Literal["mean", "bos", "residues"] = "mean"  # one vector a protein or one a residue
+    store_dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of stored embeddings
+    long: Literal["error", "truncate", "window"] = "error"  # what proteins over max_length become
+    max_length: int = 1022  # longest protein in residues
+    models: tuple[str, ...] = ()  # models by name, file or folder, smallest first
+    device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
+
+
+def run(config: Config) -> None:
+    """Write or complete the store `config.out`. InputError before anything is written."""
+    chain = NestedChain.load(config.chain)
+    needed = chain.sizes_for(config.dim)
+    fitted = {known["pool"] for known in chain.record.get("models", {}).values()}
+    if (config.pool == "bos") != (fitted == {"bos"}):  # another space, and a map that is not its
+        got = f"--pool {config.pool} for one of {', '.join(fitted)}; fit one with --rows bos"
+        raise InputError(
+            f"<cls> by a chain of <cls>, residues by one of residues required, got {got}"
+        )
+    loaders = chain_models(chain, config.models)
+    if missing := [size for size in needed if size not in loaders]:
+        required = f"models for {', '.join(needed)} required"
+        raise InputError(f"{required}, got none for {', '.join(missing)}; add to --models")
+    for size in needed:
+        loaders[size].load()  # that each is the model the chain was fitted on, before any work
+    identity = _identity(config, chain)
+    if (config.out / PROVENANCE).exists():
+        _same(config, identity)
+    require_writable(config.out)
+    finished = (config.out / INDEX).exists()
+    with process_group(config.device) as group:
+        stores = {
+            size: raw_store(
+                config.fasta,
+                loaders[size].source,
+                config.out / "raw" / size,
+                pool=config.pool,
+                store_dtype=config.store_dtype,
+                long=config.long,
+                max_length=config.max_length,
+                device=config.device,
+            )
+            for size in needed
+            if not finished
+        }
+        if stores:
+            _fill(config, chain, stores, identity, group)
+        if group.rank == 0:
+            store = EmbeddingStore(config.out)
+            what = f"{len(store)} proteins, {store.rows} x {store.dim} from {', '.join(needed)}"
+            print(f"{config.out}: {what}")
+
+
+def _identity(config: Config, chain: NestedChain) -> Record:
+    """What a store must agree on to be completed."""
+    return {
+        "chain_sha256": sha256(config.chain / FILE),
+        "dim": config.dim or chain.dims[chain.sizes[-1]],
+        "normalized": config.normalize,
+        "pool": config.pool,
+        "dtype": config.store_dtype,
+        "long": config.long,
+        "max_length": config.max_length,
+    }
+
+
+def _same(config: Config, identity: Record) -> None:
+    found, remedy = read_json(config.out / PROVENANCE, SCHEMA), "choose another folder"
+    shards = Shards(config.fasta, config.pool, config.long, config.max_length, sys.maxsize)
+    if found.get("proteins_sha256") != shards.survey(lambda _: None).sha256:
+        required = f"the proteins of the store in {config.out} required"
+        raise InputError(f"{required}, got others; {remedy}")
+    if differing := [key for key, value in identity.items() if found.get(key) != value]:
+        required = f"the same {', '.join(differing)} as in {config.out} required"
+        raise InputError(f"{required}, got others; {remedy}")
+
+
+def _fill(
+    config: Config,
+    chain: NestedChain,
+    stores: Mapping[str, StoreRows],
+    identity: Record,
+    group: Group,
+) -> None:
+    """Map the raw shards to nested ones, each rank every n-th; then provenance and index."""
+    first, *_ = stores.values()
+    (layer,) = first.store.provenance["layers"]
+    weights = {size: rows.store.provenance["weights_sha256"] for size, rows in stores.items()}
+    provenance = {
+        **first.store.provenance,
+        **identity,
+        "model": f"nested {' + '.join(stores)}",
+        "weights_sha256": weights,
+        "matryoshka_dims": [d for d in chain.dims.values() if d <= identity["dim"]],
+        "truncate_dim": identity["dim"],
+    }
+    if group.rank == 0:
+        write_json(config.out / PROVENANCE, provenance)
+    sizes, dtype = first.shard_sizes(), getattr(torch, config.store_dtype)
+    for shard in range(group.rank, len(sizes), group.world):
+        path = shard_path(config.out, shard)
+        if path.exists():
+            continue
+        writer = ShardWriter(path, [layer], sizes[shard], identity["dim"], dtype)
+        for start in range(0, sizes[shard], ROWS):
+            count = min(ROWS, sizes[shard] - start)
+            raws = {size: rows.read_shard(shard, start, count) for size, rows in stores.items()}
+            writer.write(start, chain.embed(raws, config.dim, config.normalize)[None])
+        writer.close()
+    group.barrier()
+    if group.rank == 0:
+        with atomic(config.out / INDEX) as temporary:  # the same proteins in the same shards
+            shutil.copyfile(first.store.path / INDEX, temporary)
+        shutil.rmtree(config.out / "raw")
+    group.barrier()

@@ -1,0 +1,218 @@
+"""Fit a nested embedding of a model family: each prefix is the smaller models' embedding.
+
+    distil-rank nested fit proteins.fasta --family esm2 --upto 650M --out chain/
+    distil-rank nested fit proteins.fasta --family nano --single-pass --out chain/
+    distil-rank nested fit proteins.fasta --models small.pt medium.pt large.pt --out chain/
+    distil-rank nested fit --stores small/ medium/ large/ --out chain/
+    torchrun --nproc-per-node 4 -m distil_rank nested fit proteins.fasta --family esm2 --out chain/
+
+Every model embeds the proteins in turn (one in memory at a time) into OUT/stores/; one streaming
+pass gathers the moments of all sizes side by side, and every stage follows from those. Interrupted,
+even killed? Run the same command again. OUT then holds the chain (chain.safetensors, config.json),
+the moments behind it, for refits and baselines, and OUT/stores/, which may be deleted. <cls>, <eos>
+and padding are never among the residues.
+
+R^2 on held-out proteins is told for each stage, twice: of the large embedding predicted from the
+prefix alone (regression), and reconstructed from the prefix and the new directions.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from distil_rank.core.devices import Group, process_group
+from distil_rank.core.errors import InputError, at_least
+from distil_rank.core.moments import Moments
+from distil_rank.core.records import require_writable
+from distil_rank.core.resume import Checkpoint
+from distil_rank.nested.chain import NestedChain
+from distil_rank.nested.evaluate import held_out_scores
+from distil_rank.nested.report import fitted_text
+from distil_rank.nested.rows import StoreRows, as_rows, check_order, joint_moments
+from distil_rank.nested.single_pass import SinglePass, default_layers, hidden_names
+from distil_rank.nested.sources import (
+    family_sources,
+    named_sources,
+    raw_store,
+    sample,
+    store_provenance,
+)
+from distil_rank.nested.stage import COMPONENTS, check_regression
+from distil_rank.proteins.checkpoints import load_model
+
+MOMENTS, HELD_OUT = "moments.safetensors", "held_out.safetensors"
+
+
+@dataclass(frozen=True)
+class Config:
+    out: Path  # where to write
+    fasta: Annotated[Path | None, tyro.conf.Positional] = None  # FASTA of proteins to work on
+    family: str | None = None  # a family of the model table: esm2 or nano
+    upto: str | None = None  # the largest size of the family, e.g. 650M (default: all)
+    models: tuple[str, ...] = ()  # models by name, file or folder, smallest first
+    stores: tuple[Path, ...] = ()  # embedding stores of the same proteins, smallest first
+    regression: Literal["ols", "ridge", "pcr"] = "pcr"  # of the large embedding on the prefix
+    components: str = "mp"  # of pcr: mp (Marchenko-Pastur edge), held-out, or a number
+    scale_features: bool = False  # work in standard deviations: outlier features do not rule
+    held_out: float = 0.1  # share of the proteins kept aside
+    single_pass: bool = False  # also fit the map from the largest model's layers to the embedding
+    rows: Literal["residues", "mean", "bos"] = "residues"  # what the chain is fitted on
+    max_proteins: int | None = None  # at most this many proteins, drawn at random
+    seed: int = 0  # of everything random
+    store_dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of stored embeddings
+    long: Literal["error", "truncate", "window"] = "error"  # what proteins over max_length become
+    max_length: int = 1022  # longest protein in residues
+    device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
+
+
+def run(config: Config) -> None:
+    """Fit and write a chain. InputError before anything is written where that can be known."""
+    sources, components = _check(config)
+    given = _open(config)
+    require_writable(config.out)
+    with process_group(config.device) as group:
+        stores = given or _embed(config, sources, group)
+        hidden = _hidden(stores, config)
+        fitted, held_out = _gather(config, {**stores, **hidden}, group)
+        if group.rank == 0:
+            chain = _fit(config, stores, sources, components, fitted, held_out)
+            if hidden:
+                layers = list(stores.values())[-1].store.provenance["layers"]
+                SinglePass.fit(chain, fitted, layers, held_out=held_out).save(config.out)
+            columns = {"sizes": list(stores), "hidden": list(hidden)}
+            fitted.save(config.out / MOMENTS, rows="fitted", **columns)
+            held_out.save(config.out / HELD_OUT, rows="held out", **columns)
+            chain.save(config.out)
+            print(fitted_text(chain, config.out))
+        group.barrier()
+        _partial(config, group).unlink(missing_ok=True)
+
+
+def _check(config: Config) -> tuple[dict[str, str], str | int]:
+    """The models by size, and the components; InputError where the flags do not fit together."""
+    given = [name for name in ("family", "models", "stores") if getattr(config, name)]
+    if len(given) != 1:
+        got = ", ".join(given) or "none"
+        raise InputError(f"one of --family, --models and --stores required, got {got}")
+    if (config.fasta is None) != bool(config.stores):
+        wanted = "no FASTA" if config.stores else "a FASTA file"
+        raise InputError(f"{wanted} required with --{given[0]}, got {config.fasta}")
+    at_least(1, max_proteins=config.max_proteins)
+    components: str | int = config.components
+    if config.components.isdigit():
+        components = int(config.components)
+    check_regression(config.regression, components)
+    if not 0 <= config.held_out < 1:
+        raise InputError(f"a held-out fraction in [0, 1) required, got {config.held_out}")
+    if components == COMPONENTS[1] and config.held_out == 0:
+        raise InputError(
+            "held-out proteins required to choose the components, got --held-out 0; leave some out"
+        )
+    if config.family is not None:
+        return family_sources(config.family, config.upto), components
+    return named_sources(config.models), components
+
+
+def _open(config: Config) -> dict[str, StoreRows]:
+    """The stores of --stores, checked before anything is written."""
+    stores: dict[str, StoreRows] = {}
+    for path in config.stores:
+        rows = StoreRows(path)
+        name = rows.store.provenance["model"]
+        if name in stores:
+            remedy = "embed with each size once"
+            raise InputError(f"stores of different models required, got {name} twice; {remedy}")
+        stores[name] = rows
+    if stores:
+        as_rows(stores)
+        check_order({name: rows.dim for name, rows in stores.items()})
+    return stores
+
+
+def _embed(config: Config, sources: Mapping[str, str], group: Group) -> dict[str, StoreRows]:
+    """A store of every size, one model after the other."""
+    assert config.fasta is not None
+    fasta = config.fasta
+    if config.max_proteins is not None:
+        fasta = config.out / "proteins.fasta.gz"
+        if group.rank == 0:
+            sample(config.fasta, fasta, config.max_proteins, config.seed)
+        group.barrier()
+    stores = {}
+    for size, model in sources.items():
+        layers: tuple[int, ...] = (-1,)
+        if config.single_pass and size == list(sources)[-1]:
+            layers = default_layers(load_model(model).model.depth)
+        stores[size] = raw_store(
+            fasta,
+            model,
+            config.out / "stores" / size,
+            layers=layers,
+            pool=config.rows,
+            store_dtype=config.store_dtype,
+            long=config.long,
+            max_length=config.max_length,
+            device=config.device,
+        )
+    return stores
+
+
+def _hidden(stores: Mapping[str, StoreRows], config: Config) -> dict[str, StoreRows]:
+    """The hidden layers of the largest model that its store holds."""
+    if not config.single_pass:
+        return {}
+    size, rows = list(stores.items())[-1]
+    layers = rows.store.provenance["layers"]
+    if len(layers) < 2:
+        required = "hidden layers in the last store required"
+        raise InputError(f"{required}, got layer {layers} alone; embed with several --layers")
+    path = rows.store.path
+    return {n: StoreRows(path, layer) for n, layer in zip(hidden_names(size, layers), layers)}
+
+
+def _partial(config: Config, group: Group) -> Path:
+    return config.out / f"partial-{group.rank}-of-{group.world}.pt"
+
+
+def _gather(config: Config, rows: Mapping[str, StoreRows], group: Group) -> tuple[Moments, Moments]:
+    from tqdm import tqdm
+
+    total = sum(next(iter(rows.values())).lengths) // group.world
+    quiet = not sys.stderr.isatty() or group.rank > 0
+    request = config.held_out, {name: part.store.provenance for name, part in rows.items()}
+    state = Checkpoint(_partial(config, group), *request)
+    with tqdm(total=total, unit=" rows", desc="moments", disable=quiet) as bar:
+        shard = group.rank, group.world
+        fitted, held_out = joint_moments(rows, config.held_out, state, shard, bar.update)
+    return group.merge(fitted), group.merge(held_out)
+
+
+def _fit(
+    config: Config,
+    stores: Mapping[str, StoreRows],
+    sources: Mapping[str, str],
+    components: str | int,
+    fitted: Moments,
+    held_out: Moments,
+) -> NestedChain:
+    """The chain, with all that it remembers of its origin."""
+    widths = {name: rows.dim for name, rows in stores.items()}
+    own = slice(0, sum(widths.values()))
+    fitted, held_out = fitted.part(own), held_out.part(own)
+    options = config.regression, components, config.scale_features
+    chain = NestedChain.fit_moments(fitted, widths, *options, held_out=held_out)
+    first = next(iter(stores.values())).store.provenance
+    data = {key: first[key] for key in ("proteins", "residues", "proteins_sha256")}
+    if config.fasta is not None:
+        drawn = {"drawn": config.max_proteins, "seed": config.seed}
+        data |= {"fasta": config.fasta.name, **drawn}
+    models = store_provenance(stores, sources)
+    record = {**chain.record, "models": models, "data": data, "held_out": config.held_out}
+    if held_out.count >= 2:
+        scores = held_out_scores(chain, stores, config.held_out, held_out, config.seed)
+        record["held_out_r2"] = scores
+    return replace(chain, record=record)

@@ -1,0 +1,183 @@
+"""What a nested chain is worth on mutational scans, as ProteinGym's supervised protocol asks.
+
+    distil-rank nested probe dms/ --chain chain/ --out results/
+    distil-rank nested probe dms/ --chain chain/ --mutants 200 --locations a.fasta b.fasta --out r/
+    torchrun --nproc-per-node 4 -m distil_rank nested probe dms/ --chain chain/ --out results/
+
+dms/ holds NAME.csv (mutant,score) beside NAME.fasta (the wild type). Every mutant is embedded with
+every size; ridge on mean-pooled and on mutated-position embeddings, three cross-validation schemes
+(random, modulo, contiguous), penalty by nested cross-validation, Spearman over all out-of-fold
+predictions of an assay. The unit of every interval and test is the assay. Writes
+OUT/nested_summary.json and draws OUT/nested_report.png from it. Interrupted? Run the same command
+again: what has been embedded and scored is kept in CHAIN/probe/, which may be deleted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from torch import Tensor
+
+from distil_rank.core.devices import process_group
+from distil_rank.core.moments import Moments
+from distil_rank.core.records import (
+    Record,
+    config_record,
+    environment,
+    require_writable,
+    sha256,
+    write_json,
+)
+from distil_rank.core.resume import Cache
+from distil_rank.nested.chain import FILE, NestedChain
+from distil_rank.nested.command_fit import HELD_OUT, MOMENTS
+from distil_rank.nested.compare import summary
+from distil_rank.nested.features import Representation, raw_features, representations
+from distil_rank.nested.locations import Located, accuracies, composition, hits, read_locations
+from distil_rank.nested.probe import score_assay
+from distil_rank.nested.report import SCHEMA, SUMMARY, comparison_table, draw
+from distil_rank.nested.single_pass import FILE as SINGLE_PASS
+from distil_rank.nested.single_pass import SinglePass
+from distil_rank.nested.sources import chain_models
+from distil_rank.proteins.variants import Assay, read_assays
+
+
+@dataclass(frozen=True)
+class Config:
+    dms: Annotated[Path, tyro.conf.Positional]  # folder of NAME.csv (mutant,score) and NAME.fasta
+    chain: Path  # folder written by `nested fit`
+    out: Path  # where to write
+    mutants: int | None = None  # at most this many mutants an assay, drawn at random
+    locations: tuple[Path, ...] = ()  # two FASTA files with locations in the headers: train, test
+    max_proteins: int | None = None  # at most this many proteins, drawn at random
+    models: tuple[str, ...] = ()  # models by name, file or folder, smallest first
+    seed: int = 0  # of everything random
+    device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
+
+
+def run(config: Config) -> None:
+    """Score every representation and write summary and report. InputError before work starts."""
+    chain = NestedChain.load(config.chain)
+    loaders = list(chain_models(chain, config.models).values())
+    assays = read_assays(config.dms, config.mutants, config.seed)
+    located = read_locations(config.locations, config.max_proteins, config.seed)
+    single = SinglePass.load(config.chain) if (config.chain / SINGLE_PASS).exists() else None
+    moments, held_out = (Moments.load(config.chain / name) for name in (MOMENTS, HELD_OUT))
+    require_writable(config.out)
+    cache = Cache(require_writable(config.chain / "probe"))
+    with process_group(config.device) as group:
+        compared = representations(chain, moments, held_out, single, seed=config.seed)
+        layers = single.layers if single else ()
+        embedded = partial(
+            raw_features, loaders=loaders, layers=layers, cache=cache, device=group.device
+        )
+
+        def scored(assay: Assay) -> Record:
+            names = [r.name for r in compared]
+            request = sha256(config.chain / FILE), assay, names, config.seed
+
+            def make() -> Record:
+                raws = embedded(assay.name, assay.sequences, assay.positions)
+                return score_assay(assay, raws, compared, config.seed)
+
+            return cache.json(assay.name, request, make)
+
+        for assay in assays[group.rank :: group.world]:
+            scored(assay)
+        group.barrier()
+        if group.rank == 0:
+            scores = {assay.name: scored(assay) for assay in assays}
+            record = {
+                "schema": SCHEMA,
+                "config": {
+                    **config_record(config),
+                    "models": [Path(m).name for m in config.models],
+                },
+                "seeds": [config.seed],
+                "data": _data(config, chain, assays),
+                "chain": _described(chain),
+                **summary(chain, compared, scores, config.seed),
+                "single_pass": single and {"layers": single.layers, **single.record},
+                "environment": environment(group.device),
+                "machine_dependent": ["environment"],
+            }
+            if located:
+                record["locations"] = _locations(config, chain, compared, located, embedded)
+            write_json(config.out / SUMMARY, record)
+            print(f"{comparison_table(record)}\n\n{draw(config.out)}")
+        group.barrier()
+
+
+def _described(chain: NestedChain) -> Record:
+    """What the report shows of a chain."""
+    stages = dict(zip(chain.sizes[1:], chain.stages))
+    return {
+        "regression": chain.kind,
+        "dims": chain.dims,
+        "options": chain.record["options"],
+        "fits": [asdict(stage.fit) for stage in chain.stages],
+        "rows": chain.record["rows"],
+        "r2": chain.record["r2"],
+        "held_out_r2": chain.record.get("held_out_r2", {}),
+        "residual_spectrum": {n: _spectrum(stage.eigenvalues) for n, stage in stages.items()},
+        "added": {n: stage.added for n, stage in stages.items()},
+    }
+
+
+def _spectrum(eigenvalues: Tensor) -> list[float]:
+    """Share of the residual's variance beyond the first i directions, i = 0 ... k, rounded."""
+    tails = eigenvalues.flip(0).cumsum(0).flip(0) / eigenvalues.sum()
+    return [float(f"{v:.5g}") for v in [*tails.tolist(), 0.0]]
+
+
+def _data(config: Config, chain: NestedChain, assays: Sequence[Assay]) -> Record:
+    models = chain.record.get("models", {})
+    return {
+        "chain": chain.record.get("data", {}),
+        "models": {n: {k: v for k, v in m.items() if k != "source"} for n, m in models.items()},
+        "assays": [
+            {
+                "name": assay.name,
+                "sha256": sha256(config.dms / f"{assay.name}.csv"),
+                "measured": assay.measured,
+                "used": len(assay.mutants),
+                "length": len(assay.wild_type),
+            }
+            for assay in assays
+        ],
+    }
+
+
+def _locations(
+    config: Config,
+    chain: NestedChain,
+    compared: Sequence[Representation],
+    located: tuple[Located, Located],
+    embedded: partial[dict[str, dict[str, Tensor]]],
+) -> Record:
+    train, test = located
+    raws = [
+        embedded(f"locations-{side}", part.sequences, None)["mean"]
+        for side, part in zip(("train", "test"), located)
+    ]
+    features = {
+        r.name.partition("#")[0]: (r.features(raws[0]), r.features(raws[1]))
+        for r in compared
+        if r.draw in (None, 0)
+    }
+    features["composition"] = composition(train), composition(test)
+    correct = {name: hits(a, b, located, config.seed) for name, (a, b) in features.items()}
+    own = f"{chain.kind}_{chain.sizes[-1]}"
+    most = int(train.labels.bincount().argmax())
+    return {
+        "classes": train.classes,
+        "n_train": len(train.labels),
+        "n_test": len(test.labels),
+        "sha256": [sha256(path) for path in config.locations],
+        "majority_accuracy": float((test.labels == most).double().mean()),
+        "reference": own,
+        "results": accuracies(correct, own, config.seed),
+    }

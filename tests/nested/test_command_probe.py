@@ -1,0 +1,199 @@
+"""`nested probe`, end to end on synthetic assays; its figure is a function of its record."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.tables_nested import documentation
+from distil_rank.core.errors import InputError
+from distil_rank.core.randomness import generator
+from distil_rank.core.resume import Cache
+from distil_rank.nested import command_probe as probe
+from distil_rank.nested.chain import NestedChain
+from distil_rank.nested.features import raw_features, representations
+from distil_rank.nested.report import draw
+from distil_rank.nested.rows import joint_moments
+from distil_rank.nested.sources import chain_models
+from distil_rank.proteins.checkpoints import load_model
+from distil_rank.proteins.esm2 import tokenise
+from distil_rank.proteins.fasta import Protein, write_fasta
+from distil_rank.proteins.variants import read_assays
+from tests.nested.data import family
+from tests.proteins.test_variants import WILD_TYPE, synthetic, write_assay
+
+
+@pytest.fixture(scope="module")
+def probed(folder, tmp_path_factory):
+    """A probe of three synthetic assays and a location task that the composition decides."""
+    out = tmp_path_factory.mktemp("probe")
+    for i in range(3):
+        write_assay(out / "dms", f"TOY{i}", synthetic(i, 4))
+    draw_letters = generator(0, "locations")
+    for name in ("train", "test"):
+        records = []
+        for i in range(40):
+            letters = "KRLA" if i % 2 else "DELA"
+            drawn = torch.randint(4, (30,), generator=draw_letters).tolist()
+            records.append(
+                Protein(
+                    f"{name}{i}",
+                    f"{name}{i} {'Nucleus' if i % 2 else 'Cell.membrane'}-U",
+                    "".join(letters[j] for j in drawn),
+                )
+            )
+        write_fasta(out / f"{name}.fasta", records)
+    run = probe.Config(
+        out / "dms",
+        folder / "chain",
+        out / "results",
+        mutants=60,
+        locations=(out / "train.fasta", out / "test.fasta"),
+    )
+    probe.run(run)
+    return run
+
+
+def summary(run):
+    return json.loads((run.out / "nested_summary.json").read_text())
+
+
+def test_record(probed):
+    record = summary(probed)
+    names = {r["name"] for r in record["representations"]}
+    expected = {
+        "one-hot",
+        "raw_a",
+        "raw_b",
+        "raw_c",
+        "concatenation",
+        "nested-pcr_a",
+        "nested-pcr_c",
+        "nested-ols_c",
+    }
+    assert expected | {"naive-pca_dim32", "random-completion_c", "single-pass"} <= names
+    assert (
+        record["assays"] == ["TOY0", "TOY1", "TOY2"]
+        and [a["used"] for a in record["data"]["assays"]] == [60] * 3
+    )
+    for pool in ("mean", "site"):
+        assert set(record["spearman"][pool]) == names
+        for name in names:
+            cell, values = record["spearman"][pool][name], record["spearman_by_assay"][pool][name]
+            assert cell["mean"]["value"] == pytest.approx(sum(values) / 3)
+            assert cell["mean"]["value"] == pytest.approx(
+                sum(cell[s]["value"] for s in record["schemes"]) / 3
+            )
+        # the first prefix is the small model
+        assert (
+            record["spearman_by_assay"][pool]["nested-pcr_a"]
+            == record["spearman_by_assay"][pool]["raw_a"]
+        )
+    assert record["spearman"]["site"]["one-hot"]["contiguous"]["value"] < 0.15
+    assert {r["theirs"] for r in record["comparisons"]} >= {
+        "site/raw_c",
+        "mean/naive-pca_dim32",
+        "site/nested-ols_c",
+    }
+    assert set(record["monotonicity"]["site"]) == {"nested", "raw"}
+    assert len(record["monotonicity"]["site"]["nested"]["steps"]) == 2
+    assert set(record["chain"]["residual_spectrum"]) == {"b", "c"} and set(
+        record["single_pass"]["r2"]["held_out"]
+    ) == set("abc")
+    located = record["locations"]
+    assert located["classes"] == ["Cell.membrane", "Nucleus"]
+    assert located["results"]["composition"]["accuracy"]["value"] > 0.9
+    assert (
+        record["environment"]["torch"] == torch.__version__
+        and "environment" in record["machine_dependent"]
+    )
+
+
+def test_second_run_reads_what_was_kept_and_agrees(probed, monkeypatch):
+    first, picture = summary(probed), (probed.out / "nested_report.png").read_bytes()
+    for name in ("command_probe.score_assay", "features.pooled"):  # nothing is done again
+        monkeypatch.setattr(f"distil_rank.nested.{name}", lambda *_: pytest.fail("again"))
+    probe.run(probed)
+    assert summary(probed) == first
+    assert (probed.out / "nested_report.png").read_bytes() == picture
+
+
+def test_figure_is_drawn_without_locations_too(probed, tmp_path):
+    record = summary(probed)
+    del record["locations"]
+    record["chain"]["held_out_r2"] = {}  # as after --held-out 0
+    del record["single_pass"]["r2"]["held_out"]
+    assert documentation(record).count("\n| ") > 50
+    (tmp_path / "nested_summary.json").write_text(json.dumps(record))
+    assert draw(tmp_path).stat().st_size > 50_000 and len(list(tmp_path.iterdir())) == 2
+
+
+def test_tables_show_the_record(probed):
+    record = summary(probed)
+    text = documentation(record)
+    assert f"{record['spearman']['site']['concatenation']['mean']['value']:.3f}" in text
+    for row in record["comparisons"]:
+        assert (
+            f"{row['difference']['value']:+.3f}" in text and row["theirs"].partition("/")[2] in text
+        )
+    assert (
+        text.count("cannot be told apart from")
+        + text.count("is better than")
+        + text.count("is worse than")
+        == 8
+    )
+
+
+def test_features_stand_at_the_mutated_position(folder, probed, tmp_path):
+    assay = read_assays(probed.dms, 20)[0]
+    loaders = list(chain_models(NestedChain.load(folder / "chain")).values())
+    raws = raw_features("x", assay.sequences, assay.positions, loaders, (1, 2), Cache(tmp_path))
+    assert set(raws["mean"]) == {"a", "b", "c", "c@1", "c@2"}
+    with torch.no_grad():
+        (alone,) = load_model(str(folder / "b.pt")).model(tokenise([assay.sequences[3]])).hidden
+    torch.testing.assert_close(raws["mean"]["b"][3], alone[0, 1:-1].mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        raws["site"]["b"][3], alone[0, 1 + assay.positions[3][0]], rtol=1e-4, atol=1e-5
+    )
+    assert torch.equal(raws["site"]["c"], raws["site"]["c@2"])
+
+
+def test_baselines_are_what_they_are_called():
+    raws = family(400, (6, 10, 17))
+    moments, _ = joint_moments(raws, 0)
+    chain = NestedChain.fit(raws, "pcr", held_out=0)
+    found = {r.name: r for r in representations(chain, moments)}
+    everything = torch.cat(list(raws.values()), 1)
+    for r in found.values():
+        assert r.features(raws).shape == (400, r.dim), r.name
+    assert torch.equal(found["concatenation"].features(raws), everything)
+    assert torch.equal(found["nested-pcr_b"].features(raws), chain.embed(raws, 10))
+    assert torch.equal(
+        found["nested-ols_c"].features(raws), NestedChain.fit(raws, "ols", held_out=0).embed(raws)
+    )
+    for upto, dim in enumerate((6, 8, 10, 13, 17)):  # no model beyond those that the chain needs
+        some = torch.cat(list(raws.values())[: 1 + (upto + 1) // 2], 1)
+        assert some.shape[1] == sum(chain.widths[size] for size in chain.sizes_for(dim))
+        centered = some - some.mean(0)
+        expected = centered @ torch.linalg.svd(centered, full_matrices=False)[2][:dim].T
+        features = found[f"naive-pca_dim{dim}"].features(raws)
+        torch.testing.assert_close(features.abs(), expected.abs(), rtol=1e-6, atol=1e-6)
+    random = [found[f"random-completion_c#{i}"].features(raws) for i in range(3)]
+    assert all(torch.equal(x[:, :6], raws["a"]) for x in random) and not torch.equal(
+        random[0], random[1]
+    )
+
+
+def test_bad_input(probed, folder, tmp_path):
+    run = replace(probed, out=tmp_path / "results")
+    (tmp_path / "nowhere.fasta").write_text(f">a\n{WILD_TYPE}\n")
+    for changes, message in [
+        ({"dms": tmp_path / "absent"}, "at least one assay"),
+        ({"chain": tmp_path}, "chain folder required"),
+        ({"locations": probed.locations[:1]}, "two FASTA files"),
+        ({"locations": (tmp_path / "nowhere.fasta",) * 2}, "a location as second word"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            probe.run(replace(run, **changes))
+    assert not (tmp_path / "results").exists()
