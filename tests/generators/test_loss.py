@@ -1,5 +1,4 @@
-"""The distillation objective: equal to hand-written references, blind to padding and to the split into
-micro-batches."""
+"""The distillation objective: equal to references by hand, blind to padding and to micro-batches."""
 
 import itertools
 
@@ -48,13 +47,30 @@ def test_value_and_gradient_equal_the_formula_written_out(variant, tau, alpha):
     student, teacher, tokens, mask = batch()
     objective = Objective(tau, alpha, smoothing=0.3, **variant)
     loss = mean_loss(student, teacher, tokens, mask, objective)
-    hand = (tau, alpha, variant["uncertainty"], variant["calibration"], 0.3, variant["normalise_weights"])
-    assert loss.item() == pytest.approx(objective_by_hand(student, teacher, tokens, mask, *hand), rel=1e-10)
+    hand = (
+        tau,
+        alpha,
+        variant["uncertainty"],
+        variant["calibration"],
+        0.3,
+        variant["normalise_weights"],
+    )
+    assert loss.item() == pytest.approx(
+        objective_by_hand(student, teacher, tokens, mask, *hand), rel=1e-10
+    )
     loss.backward()
-    for place in [(0, 0, 3), (1, 5, 7), (2, 2, 0), (0, 8, 1), (3, 6, 2)]:  # central differences; the last two are zero
+    for place in [
+        (0, 0, 3),
+        (1, 5, 7),
+        (2, 2, 0),
+        (0, 8, 1),
+        (3, 6, 2),
+    ]:  # central differences; the last two are zero
         shift = torch.zeros_like(student)
         shift[place] = 1e-5
-        up, down = (objective_by_hand(student + s, teacher, tokens, mask, *hand) for s in (shift, -shift))
+        up, down = (
+            objective_by_hand(student + s, teacher, tokens, mask, *hand) for s in (shift, -shift)
+        )
         assert float(student.grad[place]) == pytest.approx((up - down) / 2e-5, abs=1e-8)
 
 
@@ -70,17 +86,20 @@ def test_the_plain_case_equals_torch_kl_div():
 
 
 def test_the_plain_case_equals_forward_kl_as_trl_defines_it():
-    """TRL's generalized_jsd_loss with beta = 0: forward KL of softened distributions, summed over tokens over the
-    mask."""
+    """TRL's generalized_jsd_loss, beta = 0: forward KL of softened distributions over the mask."""
     student, teacher, tokens, mask = batch()
     counted = predictions(mask)
     log_p, log_q = (F.log_softmax(z[:, :-1] / 3, dim=-1) for z in (teacher, student))
-    expected = F.kl_div(log_q, log_p, reduction="none", log_target=True)[counted].sum() / counted.sum()
-    torch.testing.assert_close(mean_loss(student, teacher, tokens, mask, Objective(3.0, 0.0)), 9 * expected)
+    expected = (
+        F.kl_div(log_q, log_p, reduction="none", log_target=True)[counted].sum() / counted.sum()
+    )
+    torch.testing.assert_close(
+        mean_loss(student, teacher, tokens, mask, Objective(3.0, 0.0)), 9 * expected
+    )
 
 
 def test_the_plain_case_equals_trl_s_own_function():
-    """TRL 1.16 keeps it in its trainer of generalised knowledge distillation; labels are those of the predictions."""
+    """TRL 1.16 keeps it in the trainer of GKD; labels are those of the predictions."""
     place = "trl.experimental.gkd.gkd_trainer"
     gkd = pytest.importorskip(place, reason="needs TRL: pip install trl", exc_type=ImportError)
     student, teacher, tokens, mask = batch()
@@ -108,7 +127,9 @@ def test_eight_by_one_equals_two_by_four(variant):
     for size in (8, 2, 1):
         student.grad = None
         for part in torch.arange(8).split(size):
-            sums = distillation_sums(student[part], teacher[part], tokens[part], mask[part], objective)
+            sums = distillation_sums(
+                student[part], teacher[part], tokens[part], mask[part], objective
+            )
             (sums.loss / total).backward()
         gradients.append(student.grad.clone())
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-12)
@@ -123,9 +144,17 @@ def test_padding_changes_nothing(variant, left, right):
     plain = mean_loss(student, teacher, tokens, mask, objective)
     wanted = torch.autograd.grad(plain, student)[0]
     wide, wide_teacher = (F.pad(x, (0, 0, left, right), value=7.0) for x in (student, teacher))
-    padded = mean_loss(wide, wide_teacher, F.pad(tokens, (left, right), value=5), F.pad(mask, (left, right)), objective)
+    padded = mean_loss(
+        wide,
+        wide_teacher,
+        F.pad(tokens, (left, right), value=5),
+        F.pad(mask, (left, right)),
+        objective,
+    )
     torch.testing.assert_close(padded, plain, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(torch.autograd.grad(padded, student)[0], wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        torch.autograd.grad(padded, student)[0], wanted, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_end_token_counts_also_when_it_is_the_padding_token():
@@ -142,7 +171,9 @@ def test_normalised_weights_have_mean_one():
     entropies = torch.rand(5, 30, dtype=torch.float64)
     counted = torch.rand(5, 30) > 0.4
     weights = position_weights(entropies, counted, normalise=True)
-    torch.testing.assert_close(weights.sum(-1) / counted.sum(-1), torch.ones(5, dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        weights.sum(-1) / counted.sum(-1), torch.ones(5, dtype=torch.float64), rtol=0, atol=1e-6
+    )
     plain = position_weights(entropies, counted)
     assert plain[counted].min() == 0.5 and plain[counted].max() == 1.0 and not plain[~counted].any()
 
@@ -156,9 +187,13 @@ def test_flat_entropies_and_empty_sequences_get_finite_weights():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_half_precision_stays_finite_at_extreme_logits(dtype, variant):
-    student = torch.tensor([[[3e4, -3e4, 0.0], [0.0, 1.0, -6e4], [1.0, 1.0, 1.0]]], dtype=dtype).requires_grad_()
+    student = torch.tensor(
+        [[[3e4, -3e4, 0.0], [0.0, 1.0, -6e4], [1.0, 1.0, 1.0]]], dtype=dtype
+    ).requires_grad_()
     teacher = torch.tensor([[[-3e4, 3e4, 0.0], [5e4, -5e4, 0.0], [1.0, 1.0, 1.0]]], dtype=dtype)
-    loss = mean_loss(student, teacher, torch.tensor([[0, 1, 2]]), torch.ones(1, 3), Objective(**variant))
+    loss = mean_loss(
+        student, teacher, torch.tensor([[0, 1, 2]]), torch.ones(1, 3), Objective(**variant)
+    )
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(student.grad).all()
 
@@ -171,20 +206,31 @@ def test_published_formula_agrees_where_it_should_and_differs_where_it_is_known_
             labels = tokens.masked_fill(mask == 0, -100)
             published = published_loss(student, teacher, labels, mask, objective)
             torch.testing.assert_close(
-                published, mean_loss(student, teacher, tokens, mask, objective), rtol=1e-6, atol=1e-6
+                published,
+                mean_loss(student, teacher, tokens, mask, objective),
+                rtol=1e-6,
+                atol=1e-6,
             )
     # per-call means: the split into micro-batches changes the published value
     labels = tokens.masked_fill(mask == 0, -100)
     whole = published_loss(student, teacher, labels, mask, Objective())
     parts = [
-        published_loss(student[i : i + 1], teacher[i : i + 1], labels[i : i + 1], mask[i : i + 1], Objective())
+        published_loss(
+            student[i : i + 1], teacher[i : i + 1], labels[i : i + 1], mask[i : i + 1], Objective()
+        )
         for i in range(4)
     ]
     assert abs(whole.item() - sum(parts).item() / 4) > 1e-4
     # a left-padded sequence: the first real token is predicted from padding and counted
     left = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1]])
     found = published_loss(student[:1], teacher[:1], tokens[:1], left, Objective(alpha=0.0))
-    assert abs(found.item() - float(mean_loss(student[:1], teacher[:1], tokens[:1], left, Objective(alpha=0.0)))) > 1e-4
+    assert (
+        abs(
+            found.item()
+            - float(mean_loss(student[:1], teacher[:1], tokens[:1], left, Objective(alpha=0.0)))
+        )
+        > 1e-4
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -198,7 +244,9 @@ def test_top_k_targets_with_all_tokens_are_exact_and_never_above_the_divergence(
         flat = top_targets(teacher.flatten(0, 1), k, 2.0)
         top = type(flat)(*(part.unflatten(0, teacher.shape[:2]) for part in flat))
         loss = mean_loss(student, top, tokens, mask, objective)
-        assert previous - 1e-12 <= float(loss) <= float(exact) + 1e-12  # finer outcomes, more divergence
+        assert (
+            previous - 1e-12 <= float(loss) <= float(exact) + 1e-12
+        )  # finer outcomes, more divergence
         previous = float(loss)
         found = torch.autograd.grad(loss, student)[0]
     torch.testing.assert_close(loss, exact)
@@ -235,7 +283,10 @@ def test_large_vocabulary_equals_the_direct_formula():
     wanted = objective_direct(student, teacher, tokens, 2.0, 0.5)
     torch.testing.assert_close(found.float(), wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
-        torch.autograd.grad(found, student)[0], torch.autograd.grad(wanted, student)[0], rtol=1e-5, atol=1e-5
+        torch.autograd.grad(found, student)[0],
+        torch.autograd.grad(wanted, student)[0],
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 
@@ -247,7 +298,9 @@ def test_a_second_backward_pass_is_an_error_not_a_wrong_gradient():
         loss.backward()
 
 
-@pytest.mark.parametrize("bad", [{"temperature": 0.0}, {"temperature": -1.0}, {"alpha": 1.5}, {"smoothing": -0.1}])
+@pytest.mark.parametrize(
+    "bad", [{"temperature": 0.0}, {"temperature": -1.0}, {"alpha": 1.5}, {"smoothing": -0.1}]
+)
 def test_values_out_of_range_are_refused(bad):
     with pytest.raises(InputError, match=next(iter(bad))):
         Objective(**bad).check()
