@@ -1,4 +1,4 @@
-"""Training: one gradient for every split of a batch, exact resumption, caches that change nothing."""
+"""Training: one gradient for every split of a batch, exact resumption, caches without effect."""
 
 from dataclasses import replace
 
@@ -27,19 +27,10 @@ def state(model):
 
 
 def trained(proteins, teacher, schedule=SCHEDULE, objective=None, **more):
-    model = student()
-    losses = []
-    fit(
-        model,
-        proteins,
-        None,
-        teacher,
-        objective or Objective(),
-        schedule,
-        report=lambda v: losses.append(v["loss"]),
-        **more,
-    )
-    return state(model), losses
+    model, log = student(), []
+    objective = objective or Objective()
+    fit(model, proteins, None, teacher, objective, schedule, report=log.append, **more)
+    return state(model), [entry["loss"] for entry in log]
 
 
 def test_losses_fall_and_two_runs_are_bit_equal(proteins, teacher):
@@ -54,9 +45,8 @@ def test_accumulation_changes_nothing(proteins, teacher, enhanced):
     objective = Objective(uncertainty=enhanced, calibration=enhanced)
     whole, losses = trained(proteins, Live(teacher), objective=objective)
     for accumulation in (4, 8):
-        parts, again = trained(
-            proteins, Live(teacher), replace(SCHEDULE, accumulation=accumulation), objective
-        )
+        schedule = replace(SCHEDULE, accumulation=accumulation)
+        parts, again = trained(proteins, Live(teacher), schedule, objective)
         np.testing.assert_allclose(again, losses, rtol=1e-5)
         torch.testing.assert_close(parts, whole, rtol=0, atol=2e-4)
 
@@ -65,9 +55,8 @@ def test_exact_cache_gives_the_losses_of_the_live_teacher(proteins, teacher):
     objective = Objective(uncertainty=True, calibration=True)
     with threads(1):  # with more, sums may be taken in another order for another batch
         live, losses = trained(proteins, Live(teacher), objective=objective)
-        cached, again = trained(
-            proteins, Cache(teacher, proteins, batch_size=7), objective=objective
-        )
+        cache = Cache(teacher, proteins, batch_size=7)
+        cached, again = trained(proteins, cache, objective=objective)
     assert again == losses
     assert torch.equal(cached, live)
 
@@ -128,24 +117,16 @@ def test_half_precision_follows_full_precision(proteins, teacher):
 
 
 def test_dropout_of_a_given_model_is_off_and_the_global_generator_is_left_alone(proteins):
-    losses = []
-    for rate in (0.0, 0.5):
+    logs = [], []
+    for rate, log in zip((0.0, 0.5), logs):
         model = student()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = rate
         before = torch.get_rng_state()
-        fit(
-            model,
-            proteins,
-            None,
-            None,
-            Objective(),
-            SCHEDULE,
-            report=lambda v: losses.append(v["loss"]),
-        )
+        fit(model, proteins, None, None, Objective(), SCHEDULE, report=log.append)
         assert torch.equal(before, torch.get_rng_state())
-    assert losses[: len(losses) // 2] == losses[len(losses) // 2 :]
+    assert logs[0] == logs[1]
 
 
 def test_batches_of_a_schedule_are_those_of_its_epochs_from_any_step_on(proteins):
@@ -205,9 +186,7 @@ def test_interrupted_and_resumed_is_bit_equal_to_uninterrupted(tmp_path, protein
 @pytest.mark.parametrize("init", ["slice", "low-rank"])
 def test_a_full_sized_student_from_the_teacher_is_the_teacher(teacher, init):
     torch.manual_seed(0)
-    with (
-        torch.no_grad()
-    ):  # gains and biases that are not trivial, except the last gain, which a tied head cannot take
+    with torch.no_grad():  # no trivial gain, except the last one, which a tied head cannot take
         for name, parameter in teacher.named_parameters():
             if "ln_f.weight" not in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -224,9 +203,8 @@ def test_initial_weights_depend_on_the_seed_and_leave_the_global_generator_alone
     torch.manual_seed(3)
     before = torch.get_rng_state()
     a, b, c = (state(initial_student(teacher, 2, 2, 16, "random", seed)) for seed in (0, 0, 1))
-    assert (
-        torch.equal(a, b) and not torch.equal(a, c) and torch.equal(before, torch.get_rng_state())
-    )
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_width_must_fit_the_heads():
