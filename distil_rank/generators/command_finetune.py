@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from distil_rank.core.errors import InputError
+from distil_rank.core.errors import above, at_most
 from distil_rank.generators.command_train import TrainingFlags, begin, read_splits, run_training
 from distil_rank.generators.loss import Objective
 from distil_rank.generators.models import load, weights_sha256
@@ -25,8 +25,8 @@ class Config(TrainingFlags):
 
 
 def run(config: Config) -> None:
-    if not 0 < config.identity <= 1:
-        raise InputError(f"--identity must be above 0 and at most 1, got {config.identity}")
+    above(0, identity=config.identity)
+    at_most(1, identity=config.identity)
     schedule = config.schedule(RATE)
     begin(config, schedule)
     model, tokenizer = load(config.model)

@@ -14,7 +14,6 @@ import itertools
 import math
 import os
 import random
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -32,11 +31,11 @@ from distil_rank.core.records import (
     write_json,
 )
 from distil_rank.core.resume import Cache as Results
-from distil_rank.generators.data import Encoded, check_shares, encode, prepare, read_sequences
+from distil_rank.generators.data import check_shares, encode, prepare, read_sequences
 from distil_rank.generators.inherit import initial_student
 from distil_rank.generators.loss import Objective
 from distil_rank.generators.models import check_shape, load, weights_sha256
-from distil_rank.generators.teachers import Cache, Teacher
+from distil_rank.generators.teachers import Cache
 from distil_rank.generators.train import Schedule, fit, mean_nll
 
 SCHEMA = "distil-rank/generator-sweep/2"
@@ -75,14 +74,18 @@ def run(config: Config) -> None:
     teacher, tokenizer = load(config.teacher)
     names = ("n_layer", "n_head", "n_embd", "train_size_prop", "held_out", "max_length", "seed")
     shared = [sha256(config.data), weights_sha256(teacher), [getattr(config, n) for n in names]]
-    bench = cache(lambda: _bench(config, teacher.to(device), tokenizer))
+    bench = cache(lambda: _Bench(config, teacher.to(device), tokenizer))
+
+    def trial(objective: Objective, schedule: Schedule) -> Record:
+        return bench().trial(objective, schedule)
+
     order, made = list(enumerate(wanted)), 0
     random.Random(os.getpid()).shuffle(order)  # two terminals seldom make the same trial
     found: dict[int, Record] = {}
     for number, (objective, schedule) in order:
         request = [asdict(objective), asdict(schedule), shared]
         made += not results.path("trial", request).exists()
-        found[number] = results.json("trial", request, partial(_trial, bench, objective, schedule))
+        found[number] = results.json("trial", request, partial(trial, objective, schedule))
     trials = [found[number] for number in range(len(wanted))]
     trials.sort(key=lambda trial: trial["validation_nll"])
     record = {
@@ -116,42 +119,33 @@ def _grid(config: Config) -> list[tuple[Objective, Schedule]]:
     return found
 
 
-@dataclass(frozen=True)
 class _Bench:
-    """What all trials share."""
+    """What all trials share: proteins and the teacher's targets."""
 
-    config: Config
-    teacher: Any
-    train: Encoded
-    validation: Encoded
-    source: Teacher
-    teacher_nll: float
+    def __init__(self, config: Config, teacher: Any, tokenizer: Any):
+        how = (config.train_size_prop, config.held_out, config.seed, config.max_length)
+        splits = prepare(read_sequences(config.data), *how)
+        context = teacher.config.n_positions
+        self.config, self.teacher = config, teacher
+        self.train = encode(splits.train, tokenizer, context)
+        self.validation = encode(splits.validation, tokenizer, context)
+        self.source, self.teacher_nll = (
+            Cache(teacher, self.train),
+            mean_nll(teacher, self.validation),
+        )
 
-
-def _bench(config: Config, teacher: Any, tokenizer: Any) -> _Bench:
-    how = (config.train_size_prop, config.held_out, config.seed, config.max_length)
-    splits = prepare(read_sequences(config.data), *how)
-    context = teacher.config.n_positions
-    train, validation = (
-        encode(part, tokenizer, context) for part in (splits.train, splits.validation)
-    )
-    nll = mean_nll(teacher, validation)
-    return _Bench(config, teacher, train, validation, Cache(teacher, train), nll)
-
-
-def _trial(opened: Callable[[], _Bench], objective: Objective, schedule: Schedule) -> Record:
-    bench = opened()
-    shape = (bench.config.n_layer, bench.config.n_head, bench.config.n_embd)
-    student = initial_student(bench.teacher, *shape, "random", bench.config.seed)
-    student.to(bench.teacher.device)
-    fit(student, bench.train, None, bench.source, objective, schedule)
-    nll = mean_nll(student, bench.validation)
-    return {
-        "tau": objective.temperature,
-        "alpha": objective.alpha,
-        "learning_rate": schedule.learning_rate,
-        "enhancements": objective.uncertainty,
-        "validation_nll": nll,
-        "validation_ratio": math.exp(nll - bench.teacher_nll),  # perplexity over the teacher's
-        "n_train": len(bench.train),
-    }
+    def trial(self, objective: Objective, schedule: Schedule) -> Record:
+        shape = (self.config.n_layer, self.config.n_head, self.config.n_embd)
+        student = initial_student(self.teacher, *shape, "random", self.config.seed)
+        student.to(self.teacher.device)
+        fit(student, self.train, None, self.source, objective, schedule)
+        nll = mean_nll(student, self.validation)
+        return {
+            "tau": objective.temperature,
+            "alpha": objective.alpha,
+            "learning_rate": schedule.learning_rate,
+            "enhancements": objective.uncertainty,
+            "validation_nll": nll,
+            "validation_ratio": math.exp(nll - self.teacher_nll),  # perplexity over the teacher's
+            "n_train": len(self.train),
+        }

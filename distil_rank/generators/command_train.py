@@ -44,7 +44,14 @@ from distil_rank.generators.data import (
 from distil_rank.generators.loss import Objective
 from distil_rank.generators.models import Dtype, check_shape, load, parameters, save, weights_sha256
 from distil_rank.generators.teachers import Cache, Live, Teacher
-from distil_rank.generators.train import CHECKPOINT, SCHEMA, Schedule, fit, make_accelerator
+from distil_rank.generators.train import (
+    CHECKPOINT,
+    SCHEMA,
+    Progress,
+    Schedule,
+    fit,
+    make_accelerator,
+)
 
 
 @dataclass(frozen=True)
@@ -85,31 +92,20 @@ class Config(TrainingFlags):
     n_head: int = 4  # attention heads
     n_embd: int = 256  # width of the network
     tau: float = 2.0  # temperature that softens both distributions
-    alpha: float = (
-        0.5  # share of the cross-entropy to the tokens; the rest: divergence from teacher
-    )
+    alpha: float = 0.5  # weight of the cross-entropy to the tokens; the rest: of the divergence
     uncertainty: bool = False  # weight positions by the teacher's entropy
     calibration_smoothing: bool = False  # smooth the teacher where it is unsure
     smoothing: float = 0.1  # strength of --calibration-smoothing
     normalise_weights: bool = False  # weights of mean 1 in each sequence: alpha keeps its meaning
     published: bool = False  # the formula of the published students, means per micro-batch
-    init: Literal["random", "slice", "low-rank"] = (
-        "random"  # the others: from the teacher's weights
-    )
+    init: Literal["random", "slice", "low-rank"] = "random"  # or from the teacher's weights
     teacher_cache: Literal["none", "exact", "top"] = "none"  # ask the teacher once
     top: int = 64  # tokens kept by --teacher-cache top
 
     @property
     def objective(self) -> Objective:
-        return Objective(
-            self.tau,
-            self.alpha,
-            self.uncertainty,
-            self.calibration_smoothing,
-            self.smoothing,
-            self.normalise_weights,
-            self.published,
-        )
+        smoothing = (self.uncertainty, self.calibration_smoothing, self.smoothing)
+        return Objective(self.tau, self.alpha, *smoothing, self.normalise_weights, self.published)
 
 
 def run(config: Config) -> None:
@@ -135,10 +131,8 @@ def run(config: Config) -> None:
         "parameters": parameters(teacher),
     }
     more = {"kind": "distilled", "objective": asdict(config.objective), "teacher": described}
-    splits = read_splits(config)
-    run_training(
-        config, config.schedule(), splits, tokenizer, student, config.objective, more, source
-    )
+    given = (config.schedule(), read_splits(config), tokenizer, student, config.objective, more)
+    run_training(config, *given, source)
 
 
 def begin(flags: TrainingFlags, schedule: Schedule) -> None:
@@ -146,9 +140,7 @@ def begin(flags: TrainingFlags, schedule: Schedule) -> None:
     schedule.check()
     check_shares(flags.train_size_prop, flags.held_out)
     if flags.log_to and importlib.util.find_spec(flags.log_to) is None:
-        raise InputError(
-            f"the package {flags.log_to} required for --log-to {flags.log_to}, got none; install it"
-        )
+        raise InputError(f"the package {flags.log_to} required for --log-to, got none; install it")
     if not make_accelerator(pick_device(flags.device), flags.dtype).is_main_process:
         return
     folder = require_writable(flags.out)
@@ -213,19 +205,27 @@ def run_training(
     stored = torch.float16 if flags.store_dtype == "float16" else torch.float32
     student.to("cpu", stored).float()  # what is on disk is what is hashed
     save(student, tokenizer, folder, stored)
-    data = {
-        "source": shown_path(flags.data),
-        "sha256": sha256(flags.data),
-        **splits.counts,
-        "n_train": len(train),
-        "n_validation": len(validation),
-        "n_test": len(splits.test),
-        "test_sha256": splits.test_sha256,
-    }
-    record = {
+    data = splits.counts | {"n_train": len(train), "n_validation": len(validation)}
+    write_json(folder / "training.json", _record(flags, splits, data, student, progress, more))
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    at = f"nats per token at step {progress.best_step}"
+    print(f"{folder}: validation {progress.best_nll:.4f} {at}")
+
+
+def _record(
+    flags: TrainingFlags,
+    splits: Splits,
+    counts: Record,
+    student: Any,
+    progress: Progress,
+    more: Record,
+) -> Record:
+    source = {"source": shown_path(flags.data), "sha256": sha256(flags.data)}
+    test = {"n_test": len(splits.test), "test_sha256": splits.test_sha256}
+    return {
         "schema": SCHEMA,
         "config": config_record(flags),
-        "data": data,
+        "data": source | counts | test,
         "seeds": [flags.seed],
         "weights_sha256": weights_sha256(student),
         "parameters": parameters(student),
@@ -235,10 +235,6 @@ def run_training(
         "validation_perplexity": math.exp(progress.best_nll),
         "validations": progress.validations,
         **more,
-        "environment": environment(device),
+        "environment": environment(pick_device(flags.device)),
         "machine_dependent": [],
     }
-    write_json(folder / "training.json", record)
-    (folder / CHECKPOINT).unlink(missing_ok=True)
-    at = f"nats per token at step {progress.best_step}"
-    print(f"{folder}: validation {progress.best_nll:.4f} {at}")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from distil_rank.core.errors import InputError
+from distil_rank.core.errors import InputError, above, at_least, at_most
 from distil_rank.core.randomness import generator
 from distil_rank.core.records import Record, read_json, write_json
 from distil_rank.proteins.fasta import ALPHABET, Protein, clean_proteins, read_fasta
@@ -40,9 +40,7 @@ def read_sequences(path: str | Path) -> list[str]:
         rows = enumerate(_column(path, kind), start=1)
         proteins = [Protein(f"row {i}", f"row {i}", text) for i, text in rows]
         if not proteins:
-            raise InputError(
-                f"at least one protein required, but {path} has no rows; check the file"
-            )
+            raise InputError(f"at least one protein required, {path} has no rows; check the file")
     else:
         proteins = list(read_fasta(path))
     cleaned = clean_proteins(proteins, lambda line: print(f"note: {line}", file=sys.stderr))
@@ -62,9 +60,7 @@ def _column(path: Path, kind: str) -> list[str]:
         else:
             table = pyarrow.csv.read_csv(path, parse_options=parse, convert_options=text)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"a readable {kind[1:]} file required, got {path} ({error}); check the file"
-        ) from None
+        raise InputError(f"a readable {kind[1:]} file required, got {path}: {error}") from None
     if "sequence" not in table.column_names:
         names = ", ".join(table.column_names)
         raise InputError(f"a column named `sequence` required in {path}, got {names}; rename one")
@@ -89,12 +85,9 @@ class Splits:
 
 def check_shares(proportion: float, held_out: float) -> None:
     """InputError unless some proteins are left for each part."""
-    if not 0 < proportion <= 1:
-        raise InputError(
-            f"--train-size-prop must be above 0 and at most 1, got {proportion}; 0.1 is a tenth"
-        )
-    if not 0 < held_out < 0.5:
-        raise InputError(f"--held-out must be above 0 and below 0.5, got {held_out}; try 0.1")
+    above(0, train_size_prop=proportion, held_out=held_out)
+    at_most(1, train_size_prop=proportion)
+    at_most(0.49, held_out=held_out)  # for validation, and as many for test
 
 
 def prepare(
@@ -133,10 +126,8 @@ def prepare(
 
 def save_split(folder: str | Path, splits: Splits) -> None:
     """Write `split.json`: how the split was made, and the SHA-256 of every protein held out."""
-    held_out = {
-        name: [_sha256(sequence) for sequence in getattr(splits, name)]
-        for name in ("validation", "test")
-    }
+    parts = {"validation": splits.validation, "test": splits.test}
+    held_out = {name: list(map(_sha256, part)) for name, part in parts.items()}
     write_json(Path(folder) / "split.json", {"schema": SPLIT, "made": splits.made} | held_out)
 
 
@@ -170,9 +161,7 @@ def _splits(
     longest = made["max_length"]
     kept = [s for s in distinct if longest is None or len(s) <= longest]
     if not kept:
-        raise InputError(
-            f"proteins of at most {longest} residues required, got none; raise --max-length"
-        )
+        raise InputError(f"proteins up to --max-length {longest} required, got none; raise it")
     train, validation, test = parts(kept)
     order = torch.randperm(len(train), generator=generator(made["seed"], "train-size-prop"))
     share = order[: max(1, round(made["train_size_prop"] * len(order)))].sort().values.tolist()
@@ -217,10 +206,7 @@ def bpe_tokenizer(sequences: Sequence[str], vocabulary: int = 256) -> Any:
     """Byte-pair encoding trained on the residues of `sequences`; tokens never cross a line."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if vocabulary < len(ALPHABET) + 2:
-        raise InputError(
-            f"a vocabulary of at least {len(ALPHABET) + 2} required, got {vocabulary}; 256 is small"
-        )
+    at_least(len(ALPHABET) + 2, vocabulary=vocabulary)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
     tokenizer.decoder = decoders.Fuse()

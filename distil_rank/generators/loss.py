@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distil_rank.core.errors import InputError
+from distil_rank.core.errors import InputError, above, at_least, at_most
 
 CHUNK = (
     1 << 20
@@ -47,13 +47,9 @@ class Objective:
 
     def check(self) -> None:
         """Raise InputError on values outside their range."""
-        if not 0 < self.temperature < float("inf"):
-            raise InputError(
-                f"temperature must be above 0, got {self.temperature}; 2 is a good start"
-            )
-        for name in ("alpha", "smoothing"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
-                raise InputError(f"{name} must be between 0 and 1, got {value}; choose a share")
+        above(0, tau=self.temperature)
+        at_least(0, alpha=self.alpha, smoothing=self.smoothing)
+        at_most(1, alpha=self.alpha, smoothing=self.smoothing)
         if self.published and self.normalise_weights:
             raise InputError("--published has weights of its own; drop --normalise-weights")
 
@@ -104,9 +100,8 @@ def distillation_sums(
     elif isinstance(teacher, TopTargets):
         flat = TopTargets(*(part.flatten(0, 1) for part in teacher))
     elif teacher.shape[-1] != student.shape[-1]:
-        raise InputError(
-            f"one vocabulary required, got {student.shape[-1]} and {teacher.shape[-1]} logits"
-        )
+        sizes = f"{student.shape[-1]} and {teacher.shape[-1]}"
+        raise InputError(f"one vocabulary required, got {sizes} logits")
     else:
         flat = teacher.flatten(0, 1)
     if flat is not None and objective.uncertainty:

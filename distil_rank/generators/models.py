@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -35,12 +34,8 @@ def load(name: str) -> tuple[Any, Any]:
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    if os.path.sep in name and not Path(name).exists() and name.count("/") != 1:
-        raise InputError(f"a model folder required, got {name}, which is not there; check the path")
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise InputError(
-            f"a model folder with config.json required, got {name}; give one a training finished in"
-        )
+        raise InputError(f"a model folder with config.json required, got {name}; check the path")
     try:
         model = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -50,10 +45,8 @@ def load(name: str) -> tuple[Any, Any]:
             f"a GPT-2 with safetensors and tokenizer required, got {name} ({reason}); check it"
         ) from None
     if len(tokenizer) > model.config.vocab_size:
-        raise InputError(
-            f"a tokenizer of at most {model.config.vocab_size} tokens required for {name}, "
-            f"got {len(tokenizer)}"
-        )
+        size = model.config.vocab_size
+        raise InputError(f"a tokenizer of {size} tokens required for {name}, got {len(tokenizer)}")
     return model.eval(), tokenizer
 
 

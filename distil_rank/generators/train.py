@@ -13,21 +13,21 @@ best weights, replaces the global random state, and loads what another request h
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distil_rank.core.errors import InputError, at_least
+from distil_rank.core.errors import InputError, above, at_least, at_most
 from distil_rank.core.records import Record
 from distil_rank.core.resume import Checkpoint
 from distil_rank.generators.data import Encoded, epoch_batches
@@ -62,11 +62,9 @@ class Schedule:
         """Raise InputError on values outside their range."""
         at_least(1, steps=self.steps, batch_size=self.batch_size, accumulation=self.accumulation)
         at_least(0, weight_decay=self.weight_decay, evaluate_every=self.evaluate_every)
-        at_least(0, patience=self.patience, save_every=self.save_every)
-        if not 0 < self.learning_rate < math.inf:
-            raise InputError(f"--learning-rate must be above 0, got {self.learning_rate}; try 1e-3")
-        if not 0 <= self.warmup <= 1:
-            raise InputError(f"--warmup must be a share between 0 and 1, got {self.warmup}")
+        at_least(0, patience=self.patience, save_every=self.save_every, warmup=self.warmup)
+        at_most(1, warmup=self.warmup)
+        above(0, learning_rate=self.learning_rate)
 
     def rate(self, step: int) -> float:
         """Learning rate of step 0, 1, ... steps - 1: linear warm-up, then cosine to a tenth."""
@@ -94,7 +92,7 @@ class Progress:
     best_nll: float = math.inf
     best_step: int = 0
     stale: int = 0  # validations since the best
-    predictions_seen: int = 0
+    logged: int = 0  # bytes of log.jsonl
     validations: list[list[float]] = field(default_factory=list)  # [step, nll]
 
 
@@ -140,7 +138,8 @@ def fit(
         checkpoint = Checkpoint(folder / CHECKPOINT, *known)
         state.restore(checkpoint.load())
     progress = state.progress
-    log = _Log(folder if accelerator.is_main_process else None, progress.step, report)
+    log = _log(folder if accelerator.is_main_process else None, progress.logged)
+    tell = partial(_tell, log, report)
     student.eval()
     for batch in _bar(schedule, train.lengths, progress.step):
         rate = schedule.rate(progress.step)
@@ -151,22 +150,19 @@ def fit(
         optimizer.step()
         optimizer.zero_grad()
         progress.step += 1
-        progress.predictions_seen += int((train.lengths[batch] - 1).sum())
-        log.write(step=progress.step, **means, learning_rate=rate, gradient_norm=float(norm))
+        tell(step=progress.step, **means, learning_rate=rate, gradient_norm=float(norm))
         due = progress.step == schedule.steps or _every(schedule.evaluate_every, progress.step)
         if validation is not None and due:
             nll = mean_nll(student, validation, schedule.dtype)
-            log.write(step=progress.step, validation_nll=nll)
+            tell(step=progress.step, validation_nll=nll)
             state.judge(nll)
-        if (
-            checkpoint
-            and accelerator.is_main_process
-            and _every(schedule.save_every, progress.step)
-        ):
+        if checkpoint and log and _every(schedule.save_every, progress.step):
+            progress.logged = log.tell()
             checkpoint.save(state.record())
         if schedule.patience and progress.stale >= schedule.patience:
             break
-    log.close()
+    if log:
+        log.close()
     student.load_state_dict(state.best, strict=False)  # without the head, tied to the embeddings
     return progress
 
@@ -274,27 +270,17 @@ class _State:
         self.progress, self.best = Progress(**record["progress"]), record["best"]
 
 
-class _Log:
-    """`log.jsonl`, one object a line; lines after the step resumed from go, as they come again."""
+def _log(folder: Path | None, size: int) -> TextIO | None:
+    """`log.jsonl`, one object a line; what stands after the checkpoint comes again, so it goes."""
+    if folder is None:
+        return None
+    file = (folder / "log.jsonl").open("a", buffering=1)
+    file.truncate(size)
+    return file
 
-    def __init__(self, folder: Path | None, step: int, report: Report | None):
-        self.report, self.file = report, None
-        if folder is not None:
-            path = folder / "log.jsonl"
-            kept = []
-            for line in path.read_text().splitlines() if path.exists() else []:
-                with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line)
-            path.write_text("".join(f"{line}\n" for line in kept))
-            self.file = path.open("a", buffering=1)
 
-    def write(self, **values: float) -> None:
-        if self.file:
-            self.file.write(json.dumps(values) + "\n")
-        if self.report:
-            self.report(values)
-
-    def close(self) -> None:
-        if self.file:
-            self.file.close()
+def _tell(log: TextIO | None, report: Report | None, **values: float) -> None:
+    if log:
+        log.write(json.dumps(values) + "\n")
+    if report:
+        report(values)

@@ -117,7 +117,12 @@ BAD = [
     ({"weight_decay": -1.0}, "--weight-decay must be at least 0"),
     ({"steps": 0}, "--steps must be at least 1"),
     ({"learning_rate": 0.0}, "--learning-rate must be above 0"),
+    ({"learning_rate": float("nan")}, "--learning-rate must be above 0"),
+    ({"accumulation": 0}, "--accumulation must be at least 1"),
+    ({"warmup": 1.5}, "--warmup must be at most 1"),
     ({"train_size_prop": 2.0}, "--train-size-prop"),
+    ({"alpha": 1.5}, "--alpha must be at most 1"),
+    ({"n_embd": 30}, "n-embd must be divisible by n-head"),
     ({"held_out": 0.5}, "--held-out"),
     ({"dtype": "float16"}, "--dtype"),
     ({"device": "mps"}, "--device"),
@@ -130,9 +135,9 @@ def test_bad_flags_are_refused_before_anything_is_read_or_written(
     tmp_path, monkeypatch, bad, message
 ):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else name)
-    config = pretraining(tmp_path / "none.fasta", tmp_path / "m")
+    given = {"teacher": "none", "data": tmp_path / "none.fasta", "out": tmp_path / "m"}
     with pytest.raises(InputError, match=message):
-        command_pretrain.run(replace(config, **bad))
+        command_train.run(command_train.Config(**given | bad))
     assert not (tmp_path / "m").exists()
 
 

@@ -226,12 +226,18 @@ def test_a_second_backward_pass_is_an_error_not_a_wrong_gradient():
         loss.backward()
 
 
-BAD = [{"temperature": 0.0}, {"temperature": -1.0}, {"alpha": 1.5}, {"smoothing": -0.1}]
+BAD = [
+    ({"temperature": 0.0}, "--tau"),
+    ({"temperature": float("nan")}, "--tau"),
+    ({"alpha": 1.5}, "--alpha"),
+    ({"smoothing": -0.1}, "--smoothing"),
+    ({"published": True, "normalise_weights": True}, "--published"),
+]
 
 
-@pytest.mark.parametrize("bad", [*BAD, {"published": True, "normalise_weights": True}])
-def test_values_out_of_range_are_refused(bad):
-    with pytest.raises(InputError, match=next(iter(bad))):
+@pytest.mark.parametrize("bad,message", BAD)
+def test_values_out_of_range_are_refused(bad, message):
+    with pytest.raises(InputError, match=message):
         Objective(**bad).check()
 
 
