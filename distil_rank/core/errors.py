@@ -2,7 +2,7 @@
 
 import errno
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 # what a disk or a folder refuses: the user's to cure, not a defect of the program
@@ -38,7 +38,20 @@ def _line(program: str, text: str) -> None:
 
 def at_least(minimum: float, **flags: float | None) -> None:
     """InputError that names the first flag below `minimum`; flags that are None are not checked."""
+    _require(f"at least {minimum}", lambda value: value >= minimum, flags)
+
+
+def at_most(maximum: float, **flags: float | None) -> None:
+    """InputError that names the first flag above `maximum`."""
+    _require(f"at most {maximum}", lambda value: value <= maximum, flags)
+
+
+def above(limit: float, **flags: float | None) -> None:
+    """InputError that names the first flag that is not above `limit`."""
+    _require(f"above {limit}", lambda value: value > limit, flags)
+
+
+def _require(words: str, holds: Callable[[float], bool], flags: dict[str, float | None]) -> None:
     for name, value in flags.items():
-        if value is not None and not value >= minimum:
-            flag = f"--{name.replace('_', '-')}"
-            raise InputError(f"{flag} must be at least {minimum}, got {value}")
+        if value is not None and not holds(value):  # NaN holds nothing
+            raise InputError(f"--{name.replace('_', '-')} must be {words}, got {value}")
