@@ -31,7 +31,6 @@ class Config:
     training: Path | None = (
         None  # proteins that novelty is measured against; None: the training part
     )
-    held_out: float = 0.1  # share of the proteins kept aside
     max_length: int = 1022  # longest protein in residues
     generate: int = 200  # proteins written by either model
     structures: bool = False  # fold what is written with ESMFold (needs its weights), report pLDDT
@@ -96,11 +95,11 @@ def run(config: Config) -> None:
 
 def proteins(config: Config) -> tuple[list[str], list[str], dict[str, int]]:
     """Proteins to evaluate on, those that the student was trained on where known, and counts."""
-    from distil_rank.generators.data import prepare, read_sequences
+    from distil_rank.generators.data import load_split, read_sequences
 
     sequences = read_sequences(config.data)
     if config.part == "test":
-        splits = prepare(sequences, 1.0, config.held_out, config.seed, config.max_length)
+        splits = load_split(Path(config.student), sequences)
         natural, training, counts = splits.test, splits.train, dict(splits.counts)
     else:
         distinct = list(dict.fromkeys(sequences))

@@ -11,7 +11,7 @@ import torch
 from distil_rank.__main__ import main
 from distil_rank.core.errors import InputError
 from distil_rank.generators import command_evaluate, command_generate, metrics, sample
-from distil_rank.generators.data import Encoded, bpe_tokenizer, encode
+from distil_rank.generators.data import Encoded, bpe_tokenizer, encode, prepare, save_split
 from distil_rank.generators.evaluate import Bed, compare
 from distil_rank.generators.models import fresh, load, parameters, save, weights_sha256
 from distil_rank.generators.teachers import Live
@@ -130,6 +130,26 @@ def test_evaluating_a_teacher_against_itself_finds_no_loss(teacher, tokenizer, p
     record = compare(teacher, teacher, bed, speed=False)
     assert record["ratio"]["value"] == 1
     assert record["kl_to_teacher"]["value"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_test_part_is_the_one_stored_with_the_training_whatever_the_flags(folders):
+    data = write_toy_fasta(folders / "toy.fasta", 60)
+    sequences = [p.sequence for p in read_fasta(data)]
+    with pytest.raises(
+        InputError, match=r"split\.json"
+    ):  # trained elsewhere: nothing is split anew
+        evaluation(folders, part="test")
+    splits = prepare(sequences, 1.0, 0.2, seed=5, max_length=60)
+    save_split(folders / "student", splits)
+    for more in ({}, {"seed": 1}, {"max_length": 40}):
+        record = evaluation(folders, part="test", **more)
+        assert record["data"]["n_test"] == record["proteins"] == len(splits.test)
+        config = command_evaluate.Config(str(folders / "student"), "", data, data, "test", **more)
+        natural, training, _ = command_evaluate.proteins(config)
+        assert natural == splits.test and training == splits.train
+    write_toy_fasta(folders / "toy.fasta", 60, seed=1)
+    with pytest.raises(InputError, match="got others"):
+        evaluation(folders, part="test")
 
 
 def test_generate_resumes_and_its_batch_size_changes_nothing(folders, monkeypatch):
