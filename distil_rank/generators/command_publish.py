@@ -11,6 +11,8 @@ other weights is refused. Where the repository has a card, the new one compares 
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,8 +70,11 @@ def run(config: Config) -> None:
     from huggingface_hub import HfApi
 
     api, message = HfApi(), "Weights, card and evaluation"
-    api.create_repo(config.repo, exist_ok=True)
-    done = api.upload_folder(folder_path=config.out, repo_id=config.repo, commit_message=message)
+    with one_line_hub_errors(config.repo):
+        api.create_repo(config.repo, exist_ok=True)
+        done = api.upload_folder(
+            folder_path=config.out, repo_id=config.repo, commit_message=message
+        )
     print(done)
 
 
@@ -203,9 +208,25 @@ def _hub_name(name: str | None) -> str | None:
 def card_on_the_hub(repo: str) -> str | None:
     """The card of the repository, None where it has none."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
+
+    with one_line_hub_errors(repo):
+        try:
+            return Path(hf_hub_download(repo, "README.md")).read_text()
+        except (RemoteEntryNotFoundError, RepositoryNotFoundError):
+            return None
+
+
+@contextmanager
+def one_line_hub_errors(repo: str) -> Iterator[None]:
+    """What the hub or the way to it refuses ends in one line."""
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(hf_hub_download(repo, "README.md")).read_text()
-    except (HfHubHTTPError, LocalEntryNotFoundError):
-        return None
+        yield
+    except (OSError, *HfHubHTTPError.__bases__) as error:  # the HTTP client's own errors among them
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"the hub and the right to write {repo} required, got: {reason};"
+            " log in, or use --dry-run to work offline"
+        ) from None

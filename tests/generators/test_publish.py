@@ -76,3 +76,22 @@ def test_only_the_evaluated_weights_are_published(config, place, tmp_path):
         with pytest.raises(InputError, match=match):
             command_publish.run(replace(config, **change))
     assert not config.out.exists()
+
+
+@pytest.mark.parametrize("offline", ["1", "0"], ids=["offline mode", "no way to the hub"])
+def test_publishing_offline_ends_in_one_line(config, capfd, monkeypatch, offline):
+    import huggingface_hub
+
+    def unreachable(*_, **__):
+        raise huggingface_hub.errors.HfHubHTTPError.__bases__[0]("Connection refused")
+
+    if offline == "1":
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    else:
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    given = f"--model {config.model} --repo you/tiny --evaluation {config.evaluation}"
+    with pytest.raises(SystemExit) as stop:
+        main(f"generator publish {given} --out {config.out}".split())
+    error = capfd.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "--dry-run" in error, error
+    assert not config.out.exists()
