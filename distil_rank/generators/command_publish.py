@@ -64,6 +64,9 @@ def run(config: Config) -> None:
         (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=1) + "\n")
         text = card(config.repo, training, evaluation, config.license, previous)
         (folder / "README.md").write_text(text)
+        folder.chmod(0o755)
+        for path in folder.iterdir():  # whatever the umask: others read what is uploaded
+            path.chmod(0o644)
     if config.dry_run:
         print(f"{config.out}: {len(FILES) + 2} files; nothing was uploaded")
         return

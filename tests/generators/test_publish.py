@@ -1,5 +1,6 @@
 """Publication: of the weights that were evaluated, and of nothing else."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -43,6 +44,15 @@ def test_a_dry_run_leaves_what_would_be_uploaded(config):
     assert "before" not in text
     with pytest.raises(InputError, match="empty or new"):
         command_publish.run(config)
+
+
+def test_the_files_can_be_read_by_others_whatever_the_umask(config):
+    before = os.umask(0o077)
+    try:
+        command_publish.run(config)
+    finally:
+        os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in config.out.iterdir()} == {0o644}
 
 
 def test_a_new_version_is_compared_with_the_one_on_the_hub(config, tmp_path, monkeypatch):
