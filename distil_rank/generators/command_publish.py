@@ -94,12 +94,16 @@ def records(model: Path, evaluation: Path) -> tuple[Record, Record]:
         read_json(model / "training.json", TRAINING),
         read_json(evaluation, EVALUATION),
     )
-    own, other = weights_sha256(load(str(model))[0]), evaluated["student"]["weights_sha256"]
-    if own != other:
-        raise InputError(
-            f"an evaluation of the weights in {model} ({own[:12]}) required, got one of other weights"
-            f" ({other[:12]}) in {evaluation}; run `generator evaluate` again"
-        )
+    own = weights_sha256(load(str(model))[0])
+    for what, path, other, remedy in (
+        ("an evaluation", evaluation, evaluated["student"]["weights_sha256"], "evaluate"),
+        ("a training record", model / "training.json", trained["weights_sha256"], "train"),
+    ):
+        if own != other:
+            raise InputError(
+                f"{what} of the weights in {model} ({own[:12]}) required, got one of other weights"
+                f" ({other[:12]}) in {path}; run `generator {remedy}` again"
+            )
     return trained, evaluated
 
 

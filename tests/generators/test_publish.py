@@ -1,6 +1,7 @@
 """Publication: of the weights that were evaluated, and of nothing else."""
 
 import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -77,7 +78,7 @@ def test_a_new_version_is_compared_with_the_one_on_the_hub(config, tmp_path, mon
     assert "Against the version before" in (again.out / "README.md").read_text()
 
 
-def test_only_the_evaluated_weights_are_published(config, place, tmp_path):
+def test_only_the_evaluated_and_recorded_weights_are_published(config, place, tmp_path):
     for change, match in (
         ({"model": str(place / "other")}, "other weights"),
         ({"repo": "tiny"}, "owner/name"),
@@ -86,6 +87,14 @@ def test_only_the_evaluated_weights_are_published(config, place, tmp_path):
         with pytest.raises(InputError, match=match):
             command_publish.run(replace(config, **change))
     assert not config.out.exists()
+
+
+def test_a_training_record_of_other_weights_is_refused(config, place, tmp_path):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(place / "m", mixed)
+    shutil.copy(place / "other" / "training.json", mixed / "training.json")
+    with pytest.raises(InputError, match="a training record of the weights"):
+        command_publish.run(replace(config, model=str(mixed)))
 
 
 @pytest.mark.parametrize("offline", ["1", "0"], ids=["offline mode", "no way to the hub"])
