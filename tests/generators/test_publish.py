@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from distil_rank.__main__ import main
 from distil_rank.core.errors import InputError
 from distil_rank.generators import command_evaluate, command_publish, command_train
 from distil_rank.generators.data import amino_acid_tokenizer
