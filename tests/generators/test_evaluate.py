@@ -209,7 +209,7 @@ def test_bad_input_of_the_commands_is_one_line_and_status_2(folders, capsys):
             main(["generator", *arguments.split()])
         error = capsys.readouterr().err
         assert stop.value.code == 2 and error.count("\n") == 1 and message in error, error
-    assert not (folders / "x.json").exists() and not (folders / "m").exists()
+    assert not (folders / "x.json").exists() and not list((folders / "m").glob("*"))
 
 
 def test_train_distils_from_a_folder_and_records_it(folders):
