@@ -15,13 +15,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "nested embed": ("distil_rank.nested.embed", "embed proteins with a chain, cut at any dimension"),
     "nested probe": ("distil_rank.nested.probe", "what a chain is worth on mutational scans, against its baselines"),
     "pretrain": ("distil_rank.proteins.pretrain", "train a small protein language model of the ESM-2 architecture"),
-    "generator train": ("distil_rank.generators.train", "distil a generator into a smaller GPT-2"),
+    "generator train": ("distil_rank.generators.command_train", "distil a generator into a smaller GPT-2"),
     "generator evaluate": ("distil_rank.generators.command_evaluate", "held-out likelihood, calibration, writing and speed"),
     "generator generate": ("distil_rank.generators.command_generate", "write new proteins as FASTA"),
-    "generator finetune": ("distil_rank.generators.finetune", "continue training on a family"),
-    "generator sweep": ("distil_rank.generators.sweep", "temperature, alpha and learning rate on a grid"),
+    "generator finetune": ("distil_rank.generators.command_finetune", "continue training on a family"),
+    "generator sweep": ("distil_rank.generators.command_sweep", "temperature, alpha and learning rate on a grid"),
     "generator publish": ("distil_rank.generators.command_publish", "card, weights and evaluation to the Hugging Face hub"),
-    "generator pretrain": ("distil_rank.generators.pretrain", "train a small teacher on proteins"),
+    "generator pretrain": ("distil_rank.generators.command_pretrain", "train a small teacher on proteins"),
     "report": ("distil_rank.redraw", "redraw the figures and tables of results/ from their JSON"),
 }
 

@@ -1,18 +1,16 @@
-"""Proteins as text for a generator: reading, ProtGPT2's format, tokenisers, splits by relatives, and batches.
+"""Proteins as text for a generator: reading, ProtGPT2's format, tokenizers, splits, batches.
 
-The format is ProtGPT2's (Ferruz, Schmidt and Hoecker, 2022): the end token, a newline, the residues with a newline
-every 60, a newline, the end token. The first end token is read only; the last is predicted, so a model learns to
-stop.
+The format is ProtGPT2's (Ferruz, Schmidt and Hoecker, 2022): the end token, a newline, the residues
+with a newline every 60, a newline, the end token. The first end token is only read; the last one is
+predicted, so a model learns to stop.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
-import io
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,45 +19,56 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from distil_rank.core.errors import InputError
-from distil_rank.proteins.fasta import ALPHABET, Protein, clean_proteins, read_fasta
 from distil_rank.core.randomness import generator
+from distil_rank.core.records import Record, read_json, write_json
+from distil_rank.proteins.fasta import ALPHABET, Protein, clean_proteins, read_fasta
 
+SPLIT = "distil-rank/generator-split/1"
 END = "<|endoftext|>"
 LINE = 60  # residues a line
 POOL = 32  # batches sorted by length together: little padding, and still a random order
 
 
 def read_sequences(path: str | Path) -> list[str]:
-    """Cleaned sequences of a FASTA file (plain or gzip), or of the column `sequence` of CSV, TSV or parquet."""
+    """Cleaned sequences of FASTA, or of the column `sequence` of CSV, TSV or parquet; .gz too."""
     path = Path(path)
     kind = next((s for s in reversed(path.suffixes) if s != ".gz"), "")
     if kind in (".csv", ".tsv", ".parquet"):
-        proteins = [Protein(f"row {i}", f"row {i}", text) for i, text in enumerate(_column(path, kind), start=1)]
+        rows = enumerate(_column(path, kind), start=1)
+        proteins = [Protein(f"row {i}", f"row {i}", text) for i, text in rows]
         if not proteins:
-            raise InputError(f"at least one protein required, but {path} has no rows; check the file")
+            raise InputError(
+                f"at least one protein required, but {path} has no rows; check the file"
+            )
     else:
         proteins = list(read_fasta(path))
-    return [p.sequence for p in clean_proteins(proteins, lambda line: print(f"note: {line}", file=sys.stderr))]
+    cleaned = clean_proteins(proteins, lambda line: print(f"note: {line}", file=sys.stderr))
+    return [protein.sequence for protein in cleaned]
 
 
 def _column(path: Path, kind: str) -> list[str]:
+    import pyarrow
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    text = pyarrow.csv.ConvertOptions(column_types={"sequence": pyarrow.string()})
+    parse = pyarrow.csv.ParseOptions(delimiter="\t" if kind == ".tsv" else ",")
     try:
         if kind == ".parquet":
-            import pyarrow.parquet
-
             table = pyarrow.parquet.read_table(path)
-            names, column = table.column_names, lambda: [str(v) for v in table.column("sequence").to_pylist()]
         else:
-            raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-            rows = csv.DictReader(io.StringIO(raw.decode()), delimiter="\t" if kind == ".tsv" else ",")
-            names, column = list(rows.fieldnames or []), lambda: [row["sequence"] or "" for row in rows]
-    except (OSError, UnicodeDecodeError, ValueError, EOFError) as error:
-        raise InputError(f"a readable {kind[1:]} file required, got {path} ({error}); check the file") from None
-    if "sequence" not in names:
-        raise InputError(f"a column named `sequence` required in {path}, got {', '.join(names)}; rename one")
-    return column()
+            table = pyarrow.csv.read_csv(path, parse_options=parse, convert_options=text)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"a readable {kind[1:]} file required, got {path} ({error}); check the file"
+        ) from None
+    if "sequence" not in table.column_names:
+        names = ", ".join(table.column_names)
+        raise InputError(f"a column named `sequence` required in {path}, got {names}; rename one")
+    return [str(value or "") for value in table.column("sequence").to_pylist()]
 
 
 @dataclass(frozen=True)
@@ -70,44 +79,107 @@ class Splits:
     validation: list[str]
     test: list[str]
     counts: dict[str, int]  # what was read, what was left out and why
+    made: Record  # how: method, identity, shares, seed, longest protein, hash of what was split
 
     @property
     def test_sha256(self) -> str:
         """Hash of the test proteins: who evaluates later can prove that they are the same."""
-        return hashlib.sha256("\n".join(self.test).encode()).hexdigest()
+        return _sha256("\n".join(self.test))
 
 
 def prepare(
     sequences: Sequence[str],
     proportion: float = 1.0,
-    held_out: float = 0.05,
+    held_out: float = 0.1,
     seed: int = 0,
-    max_residues: int | None = None,
+    max_length: int | None = None,
     identity: float = 0.3,
 ) -> Splits:
-    """Training, validation and test proteins, without exact duplicates and without those above `max_residues`.
+    """Training, validation and test proteins: no duplicates, none longer than `max_length`.
 
-    `held_out` is the share of validation, and of test; clusters of relatives are never cut. The split is made before
-    the share is taken, so validation and test are the same for every `proportion`.
+    `held_out` is the share of validation, and of test; clusters of relatives are never cut. The
+    split is made before the share is taken: validation and test are equal for every `proportion`.
     """
     from distil_rank.proteins.splits import cluster, split
 
     if not 0 < proportion <= 1:
-        raise InputError(f"train-size-prop must be above 0 and at most 1, got {proportion}; 0.1 is a tenth")
+        raise InputError(
+            f"train-size-prop must be above 0 and at most 1, got {proportion}; 0.1 is a tenth"
+        )
+    method = "mmseqs" if shutil.which("mmseqs") else "words"
+
+    def parts(kept: list[str]) -> list[list[str]]:
+        indices = split(cluster(kept, identity, method), (held_out, held_out), seed)
+        return [[kept[i] for i in part] for part in indices]
+
+    made = {
+        "method": method,
+        "identity": identity,
+        "held_out": held_out,
+        "seed": seed,
+        "max_length": max_length,
+        "train_size_prop": proportion,
+        "sequences_sha256": _sha256("\n".join(sequences)),
+    }
+    return _splits(sequences, made, parts)
+
+
+def save_split(folder: str | Path, splits: Splits) -> None:
+    """Write `split.json`: how the split was made, and the SHA-256 of every protein held out."""
+    held_out = {
+        name: [_sha256(sequence) for sequence in getattr(splits, name)]
+        for name in ("validation", "test")
+    }
+    write_json(Path(folder) / "split.json", {"schema": SPLIT, "made": splits.made} | held_out)
+
+
+def load_split(folder: str | Path, sequences: Sequence[str]) -> Splits:
+    """The split that the training in `folder` was made with; `sequences` are all that it read.
+
+    Nothing is split anew, so no flag, seed or installed program can move a protein that was
+    trained on into the test. InputError where the sequences are others.
+    """
+    path = Path(folder) / "split.json"
+    record = read_json(path, SPLIT)
+    if _sha256("\n".join(sequences)) != record["made"]["sequences_sha256"]:
+        raise InputError(
+            f"the proteins that {path} was made of required, got others ({len(sequences)}); "
+            "give the file that the model was trained on"
+        )
+    part_of = {digest: part for part in ("validation", "test") for digest in record[part]}
+
+    def parts(kept: list[str]) -> list[list[str]]:
+        names = [part_of.get(_sha256(sequence), "train") for sequence in kept]
+        wanted = ("train", "validation", "test")
+        return [[s for s, name in zip(kept, names) if name == part] for part in wanted]
+
+    return _splits(sequences, record["made"], parts)
+
+
+def _splits(
+    sequences: Sequence[str], made: Record, parts: Callable[[list[str]], list[list[str]]]
+) -> Splits:
     distinct = list(dict.fromkeys(sequences))
-    kept = [s for s in distinct if max_residues is None or len(s) <= max_residues]
+    longest = made["max_length"]
+    kept = [s for s in distinct if longest is None or len(s) <= longest]
     if not kept:
-        raise InputError(f"proteins of at most {max_residues} residues required, got none; raise --max-residues")
-    parts = [[kept[i] for i in part] for part in split(cluster(kept, identity), (held_out, held_out), seed)]
-    order = torch.randperm(len(parts[0]), generator=generator(seed, "train-size-prop")).tolist()
-    share = sorted(order[: max(1, round(proportion * len(order)))])
+        raise InputError(
+            f"proteins of at most {longest} residues required, got none; raise --max-length"
+        )
+    train, validation, test = parts(kept)
+    order = torch.randperm(len(train), generator=generator(made["seed"], "train-size-prop"))
+    share = order[: max(1, round(made["train_size_prop"] * len(order)))].sort().values.tolist()
     counts = {
         "read": len(sequences),
         "duplicates_removed": len(sequences) - len(distinct),
         "too_long_left_out": len(distinct) - len(kept),
-        "train_before_share": len(parts[0]),
+        "train_before_share": len(train),
     }
-    return Splits([parts[0][i] for i in share], parts[1], parts[2], counts)
+    return Splits([train[i] for i in share], validation, test, counts, made)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def render(sequence: str) -> str:
@@ -139,12 +211,17 @@ def bpe_tokenizer(sequences: Sequence[str], vocabulary: int = 256) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocabulary < len(ALPHABET) + 2:
-        raise InputError(f"a vocabulary of at least {len(ALPHABET) + 2} required, got {vocabulary}; 256 is small")
+        raise InputError(
+            f"a vocabulary of at least {len(ALPHABET) + 2} required, got {vocabulary}; 256 is small"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
     tokenizer.decoder = decoders.Fuse()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=[END], initial_alphabet=["\n", *ALPHABET], show_progress=False
+        vocab_size=vocabulary,
+        special_tokens=[END],
+        initial_alphabet=["\n", *ALPHABET],
+        show_progress=False,
     )
     tokenizer.train_from_iterator((render(s).replace(END, "") for s in sequences), trainer)
     return _wrap(tokenizer)
@@ -153,21 +230,17 @@ def bpe_tokenizer(sequences: Sequence[str], vocabulary: int = 256) -> Any:
 def _wrap(tokenizer: Any) -> Any:
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END,
-        eos_token=END,
-        clean_up_tokenization_spaces=False,
-    )
+    text = {"bos_token": END, "eos_token": END, "clean_up_tokenization_spaces": False}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **text)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokenised proteins, one after the other: tokens (sum of lengths,), offsets (n + 1,), residues (n,)."""
+    """Tokenized proteins, one after the other; protein i is tokens[offsets[i] : offsets[i + 1]]."""
 
-    tokens: NDArray[np.int32]
-    offsets: NDArray[np.int64]
-    residues: NDArray[np.int64]
+    tokens: NDArray[np.int32]  # (sum of lengths,)
+    offsets: NDArray[np.int64]  # (n + 1,)
+    residues: NDArray[np.int64]  # (n,)
     end: int  # id of the end token, also used as padding
 
     def __len__(self) -> int:
@@ -180,13 +253,11 @@ class Encoded:
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Tokens and mask (b, l) of some proteins, padded on the right."""
         rows = [self.tokens[self.offsets[i] : self.offsets[i + 1]] for i in indices]
-        width = max(len(row) for row in rows)
-        tokens = np.full((len(rows), width), self.end, dtype=np.int64)
-        mask = np.zeros((len(rows), width), dtype=bool)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)] = row
-            mask[i, : len(row)] = True
-        return torch.from_numpy(tokens), torch.from_numpy(mask)
+        tokens = pad_sequence(
+            [torch.from_numpy(row).long() for row in rows], batch_first=True, padding_value=self.end
+        )
+        lengths = torch.tensor([len(row) for row in rows])
+        return tokens, torch.arange(tokens.shape[1]) < lengths[:, None]
 
     def take(self, indices: Sequence[int] | NDArray[np.int64]) -> Encoded:
         """Some of the proteins, in the order given."""
@@ -202,28 +273,29 @@ class Encoded:
 
 
 def encode(sequences: Sequence[str], tokenizer: Any, context: int) -> Encoded:
-    """Tokenise proteins for a model that reads at most `context` tokens. InputError when one is longer."""
+    """Tokenize proteins for a model that reads at most `context` tokens; InputError on longer."""
     ids = tokenizer([render(s) for s in sequences], add_special_tokens=False)["input_ids"]
     lengths = np.array([len(row) for row in ids], dtype=np.int64)
     if len(lengths) and lengths.max() > context:
         worst = int(lengths.argmax())
-        many = int((lengths > context).sum())
+        longer = int((lengths > context).sum())
         raise InputError(
-            f"at most {context} tokens per protein required, got {many} longer (protein {worst + 1}: "
-            f"{lengths[worst]} tokens, "
-            f"{len(sequences[worst])} residues); leave them out with --max-residues or use a model with a "
-            f"longer context"
+            f"at most {context} tokens per protein required, got {longer} longer "
+            f"(protein {worst + 1}: {lengths[worst]} tokens, {len(sequences[worst])} residues); "
+            "leave them out with --max-length or use a model with a longer context"
         )
     return Encoded(
-        np.concatenate([np.asarray(row, dtype=np.int32) for row in ids]) if ids else np.empty(0, np.int32),
+        np.array([token for row in ids for token in row], dtype=np.int32),
         np.concatenate([[0], lengths.cumsum()]).astype(np.int64),
         np.array([len(s) for s in sequences], dtype=np.int64),
         int(tokenizer.eos_token_id),
     )
 
 
-def epoch_batches(lengths: NDArray[np.int64], batch_size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
-    """All proteins once, in random batches of similar length; the last, smaller batch of an epoch is kept."""
+def epoch_batches(
+    lengths: NDArray[np.int64], batch_size: int, seed: int, epoch: int
+) -> list[NDArray[np.int64]]:
+    """All proteins once, in random batches of similar length; the last one may be smaller."""
     draw = generator(seed, "batches", epoch)
     order = torch.randperm(len(lengths), generator=draw).numpy()
     pool = batch_size * POOL

@@ -1,17 +1,19 @@
-"""Distilling a causal language model: the objective, its gradient in one pass, and the published variant.
+"""Distilling a causal language model: the objective with its gradient, and the published variant.
 
-Teacher logits z_T, student z_S; position t predicts token t + 1, so l tokens give l - 1 predictions. With temperature
-tau, p = softmax(z_T / tau) and q = softmax(z_S / tau):
+Teacher logits z_T, student z_S; position t predicts token t + 1, so l tokens give l - 1
+predictions. With temperature tau, p = softmax(z_T / tau) and q = softmax(z_S / tau):
 
-    soft_t = sum_v p_v (log p_v - log q_v)                                   Hinton, Vinyals and Dean (2015)
-    L = alpha mean_t CE(z_S, token) + (1 - alpha) tau^2 mean_t w_t soft_t    means over real predictions only
+    soft_t = sum_v p_v (log p_v - log q_v)                       Hinton, Vinyals and Dean (2015)
+    L = alpha mean_t CE(z_S, token) + (1 - alpha) tau^2 mean_t w_t soft_t    over real predictions
 
-uncertainty   w_t = 0.5 + 0.5 (H_t - min) / (max - min), H_t the entropy of softmax(z_T), extremes per sequence
-calibration   p <- (1 - eps_t) p + eps_t / V with eps_t = smoothing (1 - max_v p_v), before the divergence
+uncertainty   w_t = 0.5 + 0.5 (H_t - min) / (max - min), H_t the entropy of softmax(z_T), extremes
+              per sequence
+calibration   p <- (1 - eps_t) p + eps_t / V with eps_t = smoothing (1 - max_v p_v)
 
-Value and gradient are computed together, a few rows of logits at a time, so that beside the gradient itself no array of
-(rows, V) is held: at V = 50,257 the direct formula keeps seven. Functions return sums with their count, not means:
-whoever accumulates divides once, by the count of the whole batch, and the split into micro-batches changes nothing.
+Value and gradient are computed together, a few rows of logits at a time: beside the gradient itself
+no array of (rows, V) is held; at V = 50,257 the direct formula keeps seven. Functions return sums
+with their count, not means: whoever accumulates divides once, by the count of the whole batch, and
+the split into micro-batches changes nothing.
 """
 
 from collections.abc import Iterator
@@ -24,7 +26,9 @@ from torch.nn import functional as F
 
 from distil_rank.core.errors import InputError
 
-CHUNK = 1 << 20  # logits worked on at a time: 4 MB in float32, so a chunk stays in the processor's cache
+CHUNK = (
+    1 << 20
+)  # logits worked on at a time: 4 MB in float32, so a chunk stays in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -32,19 +36,26 @@ class Objective:
     """What the student is asked to imitate."""
 
     temperature: float = 2.0  # tau: softens both distributions
-    alpha: float = 0.5  # share of the cross-entropy to the real tokens; the rest is the divergence from the teacher
+    alpha: float = (
+        0.5  # share of the cross-entropy to the tokens; the rest: divergence from teacher
+    )
     uncertainty: bool = False  # weight positions by the teacher's entropy
     calibration: bool = False  # smooth the teacher where it is unsure
     smoothing: float = 0.1  # lambda of the calibration smoothing
-    normalise_weights: bool = False  # scale the weights of each sequence to mean 1, so that alpha keeps its meaning
+    normalise_weights: bool = False  # weights of mean 1 in each sequence: alpha keeps its meaning
+    published: bool = False  # the formula of the published students, means per micro-batch
 
     def check(self) -> None:
         """Raise InputError on values outside their range."""
         if not 0 < self.temperature < float("inf"):
-            raise InputError(f"temperature must be above 0, got {self.temperature}; 2 is a good start")
+            raise InputError(
+                f"temperature must be above 0, got {self.temperature}; 2 is a good start"
+            )
         for name in ("alpha", "smoothing"):
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise InputError(f"{name} must be between 0 and 1, got {value}; choose a share")
+        if self.published and self.normalise_weights:
+            raise InputError("--published has weights of its own; drop --normalise-weights")
 
 
 class TopTargets(NamedTuple):
@@ -57,7 +68,7 @@ class TopTargets(NamedTuple):
 
 
 class LossSums(NamedTuple):
-    """Sums over the real predictions of a batch; `loss` carries the gradient, the others are for the log."""
+    """Sums over the real predictions of a batch; only `loss` carries the gradient."""
 
     loss: Tensor
     hard: Tensor  # cross-entropy to the tokens
@@ -66,17 +77,22 @@ class LossSums(NamedTuple):
 
 
 def predictions(mask: Tensor) -> Tensor:
-    """Which of the l - 1 predictions count (b, l - 1): both the token read and the token predicted are real."""
+    """Which predictions count (b, l - 1): the token read and the token predicted are real."""
     mask = mask.bool()
     return mask[:, :-1] & mask[:, 1:]
 
 
 def distillation_sums(
-    student: Tensor, teacher: Tensor | TopTargets | None, tokens: Tensor, mask: Tensor, objective: Objective
+    student: Tensor,
+    teacher: Tensor | TopTargets | None,
+    tokens: Tensor,
+    mask: Tensor,
+    objective: Objective,
 ) -> LossSums:
-    """Sums of the objective over a batch: logits (b, l, V), tokens and mask (b, l); without a teacher, cross-entropy.
+    """Sums over a batch: logits (b, l, V), tokens and mask (b, l); no teacher: cross-entropy.
 
-    Padding may stand left or right and may be any token, also the end token: only `mask` says what is real.
+    Padding may stand left or right and be any token, also the end token: only `mask` says what is
+    real.
     """
     counted = predictions(mask)
     rows = F.pad(counted, (0, 1)).flatten().nonzero()[:, 0]  # of the flattened (b l, V) logits
@@ -88,7 +104,9 @@ def distillation_sums(
     elif isinstance(teacher, TopTargets):
         flat = TopTargets(*(part.flatten(0, 1) for part in teacher))
     elif teacher.shape[-1] != student.shape[-1]:
-        raise InputError(f"one vocabulary required, got {student.shape[-1]} and {teacher.shape[-1]} logits")
+        raise InputError(
+            f"one vocabulary required, got {student.shape[-1]} and {teacher.shape[-1]} logits"
+        )
     else:
         flat = teacher.flatten(0, 1)
     if flat is not None and objective.uncertainty:
@@ -111,8 +129,7 @@ def entropy(logits: Tensor, rows: Tensor | None = None) -> Tensor:
 
 
 def position_weights(entropies: Tensor, counted: Tensor, normalise: bool = False) -> Tensor:
-    """w_t = 0.5 + 0.5 (H_t - min) / (max - min) per sequence (b, l); 0 where not counted; with `normalise`, of mean
-    1."""
+    """w_t of the module's text per sequence (b, l); 0 where not counted; `normalise`: of mean 1."""
     low = entropies.masked_fill(~counted, float("inf")).amin(-1, keepdim=True)
     high = entropies.masked_fill(~counted, float("-inf")).amax(-1, keepdim=True)
     span = high - low
@@ -121,7 +138,9 @@ def position_weights(entropies: Tensor, counted: Tensor, normalise: bool = False
     scaled = torch.where(flat, torch.zeros_like(entropies), (entropies - low) / span)
     weights = torch.where(counted, 0.5 + 0.5 * scaled, torch.zeros_like(entropies))
     if normalise:
-        weights = weights * (counted.sum(-1, keepdim=True) / weights.sum(-1, keepdim=True).clamp_min(0.25))
+        weights = weights * (
+            counted.sum(-1, keepdim=True) / weights.sum(-1, keepdim=True).clamp_min(0.25)
+        )
     return weights
 
 
@@ -139,7 +158,7 @@ def top_targets(logits: Tensor, k: int, temperature: float) -> TopTargets:
 
 
 class _Distil(torch.autograd.Function):
-    """Loss sums over chosen rows of the flattened logits, with the gradient made in the same pass over the rows."""
+    """Loss sums over chosen rows of the flattened logits, and the gradient in the same pass."""
 
     @staticmethod
     def forward(
@@ -187,17 +206,22 @@ class _Distil(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        gradient, ctx.gradient = ctx.gradient, None  # scaled in place: a second backward pass has nothing to give
+        gradient, ctx.gradient = ctx.gradient, None  # scaled in place, so there is no second pass
         if gradient is None:
-            raise RuntimeError("the gradient of this loss was already taken; compute the loss again")
+            raise RuntimeError(
+                "the gradient of this loss was already taken; compute the loss again"
+            )
         return gradient.mul_(outer[0].to(gradient.dtype)), None, None, None, None, None
 
 
-def _teacher_rows(teacher: Tensor | TopTargets, rows: Tensor, q: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+def _teacher_rows(
+    teacher: Tensor | TopTargets, rows: Tensor, q: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor]:
     """Teacher's p and log p (n, V) at temperature tau.
 
-    Where only the top k are known, the tail takes the student's own shape with the teacher's mass: the divergence is
-    then exactly that of the k + 1 outcomes (top tokens, "another"), never above the full one.
+    Where only the top k are known, the tail takes the student's own shape with the teacher's mass:
+    the divergence is then exactly that of the k + 1 outcomes (top tokens, "another"), never above
+    the full one.
     """
     vocabulary = q.shape[-1]
     if isinstance(teacher, Tensor):
@@ -207,7 +231,8 @@ def _teacher_rows(teacher: Tensor | TopTargets, rows: Tensor, q: Tensor, objecti
             return p, log_p
         p = smooth(p, objective.smoothing, vocabulary, p.amax(-1, keepdim=True))
         return p, p.clamp_min(torch.finfo(p.dtype).tiny).log()
-    ids, top, tail = teacher.ids[rows], teacher.probabilities[rows].to(q.dtype), teacher.tail[rows].to(q.dtype)
+    ids, tail = teacher.ids[rows], teacher.tail[rows].to(q.dtype)
+    top = teacher.probabilities[rows].to(q.dtype)
     if objective.calibration:
         confidence = top[:, :1]
         top = smooth(top, objective.smoothing, vocabulary, confidence)
@@ -219,26 +244,33 @@ def _teacher_rows(teacher: Tensor | TopTargets, rows: Tensor, q: Tensor, objecti
 
 
 def published_loss(
-    student: Tensor, teacher: Tensor, labels: Tensor, attention_mask: Tensor | None, objective: Objective
+    student: Tensor,
+    teacher: Tensor | TopTargets | None,
+    labels: Tensor,
+    mask: Tensor,
+    objective: Objective,
 ) -> Tensor:
-    """The objective as published with the ProtGPT2 students (ewijaya/protein-lm-distill), term for term.
+    """The objective of the published ProtGPT2 students (ewijaya/protein-lm-distill), term for term.
 
-    It differs from `distillation_sums` in that: a prediction counts where its target is real, whatever is read; the
-    cross-entropy leaves out labels of -100, which removes real end tokens when padding and end are one token; log(p +
-    1e-10) stands for log p; and the means are per call, so the split into micro-batches changes the result.
+    It differs from `distillation_sums`: a prediction counts where its target is real, whatever is
+    read; the cross-entropy leaves out labels of -100, which removes real end tokens when padding
+    and end are one token; log(p + 1e-10) stands for log p; the means are per call, so the split
+    into micro-batches changes the result.
     """
+    if not isinstance(teacher, Tensor):
+        raise InputError("--published needs all logits of a teacher; drop --teacher-cache top")
+    tau, counted = objective.temperature, mask[:, 1:].bool()
     z_student, z_teacher, targets = student[:, :-1], teacher[:, :-1], labels[:, 1:]
-    p = torch.softmax(z_teacher / objective.temperature, dim=-1)
+    p = torch.softmax(z_teacher / tau, dim=-1)
     if objective.calibration:
         p = smooth(p, objective.smoothing, p.shape[-1], p.amax(-1, keepdim=True))
-    soft = (p * (torch.log(p + 1e-10) - torch.log_softmax(z_student / objective.temperature, dim=-1))).sum(-1)
-    counted = torch.ones_like(targets, dtype=torch.bool) if attention_mask is None else attention_mask[:, 1:].bool()
+    soft = (p * (torch.log(p + 1e-10) - torch.log_softmax(z_student / tau, dim=-1))).sum(-1)
     if objective.uncertainty:
         p1 = torch.softmax(z_teacher, dim=-1)
         soft = soft * position_weights(-(p1 * torch.log(p1 + 1e-10)).sum(-1), counted)
     soft_mean = (soft * counted).sum() / counted.sum().clamp_min(1)
     hard = F.cross_entropy(z_student.flatten(0, 1), targets.flatten(), ignore_index=-100)
-    return objective.alpha * hard + (1 - objective.alpha) * objective.temperature**2 * soft_mean
+    return objective.alpha * hard + (1 - objective.alpha) * tau**2 * soft_mean
 
 
 def _working_dtype(x: Tensor) -> torch.dtype:

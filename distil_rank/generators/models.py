@@ -5,32 +5,41 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from distil_rank.core.errors import InputError
+from distil_rank.core.errors import InputError, at_least
 from distil_rank.core.randomness import generator
+from distil_rank.core.records import atomic
+
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 # name: layers, heads, width
 SIZES = {"micro": (4, 4, 256), "tiny": (4, 4, 512), "small": (6, 8, 768), "medium": (12, 16, 1024)}
-RATIO_THRESHOLDS = {"tiny": 3.0, "small": 2.5, "medium": 2.0}  # student perplexity over teacher perplexity
+RATIO_THRESHOLDS = {"tiny": 3.0, "small": 2.5, "medium": 2.0}  # student over teacher perplexity
+
+
+def autocast(device: torch.device, dtype: Dtype) -> AbstractContextManager[Any]:
+    """Arithmetic in `dtype` with weights in float32."""
+    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
 
 def load(name: str) -> tuple[Any, Any]:
-    """Model (eval mode, float32) and tokenizer from a folder or the Hugging Face hub. InputError when there is none."""
+    """Model (eval mode, float32) and tokenizer from a folder or the Hugging Face hub."""
     from transformers import AutoTokenizer, GPT2LMHeadModel
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     if os.path.sep in name and not Path(name).exists() and name.count("/") != 1:
-        raise InputError(f"a model folder required, got {name}, which does not exist; check the path")
+        raise InputError(f"a model folder required, got {name}, which is not there; check the path")
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise InputError(
-            f"a model folder with config.json required, got {name}; give the folder a training finished in"
+            f"a model folder with config.json required, got {name}; give one a training finished in"
         )
     try:
         model = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
@@ -38,11 +47,12 @@ def load(name: str) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"a GPT-2 model with safetensors and tokenizer required, got {name} ({reason}); check it"
+            f"a GPT-2 with safetensors and tokenizer required, got {name} ({reason}); check it"
         ) from None
     if len(tokenizer) > model.config.vocab_size:
         raise InputError(
-            f"a tokenizer of at most {model.config.vocab_size} tokens required for {name}, got {len(tokenizer)}"
+            f"a tokenizer of at most {model.config.vocab_size} tokens required for {name}, "
+            f"got {len(tokenizer)}"
         )
     return model.eval(), tokenizer
 
@@ -53,28 +63,27 @@ def require_same_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any) -> N
     if a != b:
         differing = sum(a.get(token) != i for token, i in b.items()) + len(a.keys() - b.keys())
         raise InputError(
-            f"one vocabulary for teacher and student required, got {len(a)} and {len(b)} tokens of which "
-            f"{differing} differ; "
-            "use a student that was made from this teacher"
+            f"one vocabulary for teacher and student required, got {len(a)} and {len(b)} tokens "
+            f"of which {differing} differ; use a student that was made from this teacher"
         )
 
 
-def fresh(vocabulary: int, layers: int, heads: int, width: int, context: int, end: int, seed: int) -> Any:
-    """A GPT-2 with random weights (transformers' own initialisation), without dropout: small students underfit."""
+def fresh(
+    vocabulary: int, layers: int, heads: int, width: int, context: int, end: int, seed: int
+) -> Any:
+    """A GPT-2 with transformers' own random weights, without dropout: small students underfit."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     check_shape(layers, heads, width)
+    shape = {"n_positions": context, "n_layer": layers, "n_head": heads, "n_embd": width}
     config = GPT2Config(
         vocab_size=vocabulary,
-        n_positions=context,
-        n_layer=layers,
-        n_head=heads,
-        n_embd=width,
         bos_token_id=end,
         eos_token_id=end,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
+        **shape,
     )
     with torch.random.fork_rng(devices=[]):  # transformers draws from the global generator
         torch.manual_seed(generator(seed, "initial weights").initial_seed())
@@ -82,50 +91,47 @@ def fresh(vocabulary: int, layers: int, heads: int, width: int, context: int, en
 
 
 def check_shape(layers: int, heads: int, width: int) -> None:
-    if min(layers, heads, width) < 1:
-        raise InputError(f"n-layer, n-head and n-embd must be at least 1, got {layers}, {heads} and {width}")
+    at_least(1, n_layer=layers, n_head=heads, n_embd=width)
     if width % heads:
-        remedy = f"{width // heads * heads or heads} or {(width // heads + 1) * heads} would do"
-        raise InputError(f"n-embd must be divisible by n-head, got n-embd={width} and n-head={heads}; {remedy}")
+        below, above = width // heads * heads or heads, (width // heads + 1) * heads
+        raise InputError(
+            f"n-embd must be divisible by n-head, got n-embd={width} and n-head={heads}; "
+            f"{below} or {above} would do"
+        )
 
 
 def parameters(model: nn.Module) -> dict[str, int]:
-    """Parameters with and without the embeddings of tokens and positions (the output head is tied)."""
+    """Parameters with and without the embeddings of tokens and positions (the head is tied)."""
     total = sum(p.numel() for p in model.parameters())
-    tables = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables = {
+        id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)
+    }
     return {"total": total, "without_embeddings": total - sum(tables.values())}
 
 
 def save(model: Any, tokenizer: Any, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write model and tokenizer into a folder; the weights come last and whole, so a folder with weights is
-    complete."""
+    """Write model and tokenizer; the weights come last, so a folder with weights is complete."""
+    from safetensors.torch import save_file
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
-    state = {
-        k: v.detach().to(dtype or v.dtype).contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"
-    }
     model.config.to_json_file(folder / "config.json")
-    write_safetensors(state, folder / "model.safetensors")
+    state = {k: v.to("cpu", dtype or v.dtype).contiguous() for k, v in own_weights(model).items()}
+    with atomic(folder / "model.safetensors") as temporary:
+        save_file(state, temporary, metadata={"format": "pt"})
 
 
-def write_safetensors(state: dict[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    try:
-        save_file({k: v.cpu() for k, v in state.items()}, temporary, metadata={"format": "pt"})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def own_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights by name, without the head, which is the table of tokens again."""
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    return {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Hash of names, types, shapes and values of the weights: equal models, equal hash, whatever the file."""
+    """Hash of names, types, shapes and values: equal models, equal hash, whatever the file."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name == "lm_head.weight":
-            continue
+    for name, tensor in sorted(own_weights(model).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

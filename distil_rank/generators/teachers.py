@@ -1,18 +1,19 @@
-"""Where the teacher's targets come from: the model itself, or what was kept of it so that repeated runs need no
-teacher.
+"""The teacher's targets: asked at every step, or kept so that repeated runs need no teacher.
 
-The exact cache keeps all logits in float32 (4 V bytes a token: for small vocabularies); the top-k cache keeps the k
-most probable tokens at the training temperature, the mass of the rest and the entropy (6 k + 8 bytes a token).
+The exact cache keeps all logits in float32 (4 V bytes a token: for small vocabularies). The top-k
+cache keeps the k most probable tokens at the training temperature, the mass of the rest and the
+entropy (6 k + 8 bytes a token).
 
-Asked or kept, the teacher reads a protein at one width, that of its own length and not of its batch: the order in
-which attention adds depends on the width, and with the batch's a protein's logits would change in the last bit from
-batch to batch. How many proteins are read together changes nothing on one thread of a CPU, so the exact cache gives
-the live teacher's losses bit for bit there; a GPU may choose other kernels for other batches.
+Asked or kept, the teacher reads a protein at one width, that of its own length and not of its
+batch: the order in which attention adds depends on the width, and with the batch's width a
+protein's logits would change in the last bit from batch to batch. How many proteins are read
+together changes nothing on one thread of a CPU, so the exact cache gives the live teacher's losses
+bit for bit there; a GPU may choose other kernels for other batches.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,17 +23,25 @@ from torch.nn import functional as F
 
 from distil_rank.core.errors import InputError
 from distil_rank.generators.data import Encoded
-from distil_rank.generators.fit import Precision, autocast
 from distil_rank.generators.loss import TopTargets, top_targets
+from distil_rank.generators.models import Dtype, autocast
 
 WIDTH = 32  # a protein is read with padding to the next multiple
+
+
+class Teacher(Protocol):
+    """Where targets come from: a model (`Live`) or what was kept of it (`Cache`)."""
+
+    def targets(
+        self, indices: NDArray[np.int64], tokens: Tensor, mask: Tensor
+    ) -> Tensor | TopTargets: ...
 
 
 class Live:
     """The teacher, asked at every step."""
 
-    def __init__(self, model: Any, precision: Precision = "fp32"):
-        self.model, self.precision = model.eval(), precision
+    def __init__(self, model: Any, dtype: Dtype = "float32"):
+        self.model, self.dtype = model.eval(), dtype
 
     @torch.no_grad()
     def targets(self, indices: NDArray[np.int64], tokens: Tensor, mask: Tensor) -> Tensor:
@@ -42,7 +51,8 @@ class Live:
         found: Tensor | None = None
         for width in widths.unique().tolist():
             rows = (widths == width).nonzero()[:, 0]
-            logits = self._read(F.pad(tokens[rows], (0, max(0, width - tokens.shape[1])))[:, :width])
+            padding = max(0, width - tokens.shape[1])
+            logits = self._read(F.pad(tokens[rows], (0, padding))[:, :width])
             logits = logits[:, : tokens.shape[1]]
             if len(rows) == len(tokens):
                 return logits
@@ -53,12 +63,12 @@ class Live:
         return found
 
     def _read(self, tokens: Tensor) -> Tensor:
-        with autocast(tokens.device, self.precision):
+        with autocast(tokens.device, self.dtype):
             return self.model(input_ids=tokens, use_cache=False).logits
 
 
 class Cache:
-    """Targets of every training protein, computed once, in batches; memory on the processor's side."""
+    """Targets of every training protein, computed once; they lie in the processor's memory."""
 
     def __init__(
         self,
@@ -66,48 +76,42 @@ class Cache:
         proteins: Encoded,
         top: int | None = None,
         temperature: float = 2.0,
-        precision: Precision = "fp32",
+        dtype: Dtype = "float32",
         batch_size: int = 64,
     ):
-        vocabulary = model.config.vocab_size
-        if top is not None and not 1 <= top <= vocabulary:
-            raise InputError(f"a top-k between 1 and the vocabulary of {vocabulary} required, got {top}")
-        self.offsets, self.temperature = proteins.offsets, temperature
-        rows = int(proteins.offsets[-1])
-        self.logits = torch.empty(rows if top is None else 0, vocabulary)
-        k = top or 0
-        self.ids = torch.empty(rows if k else 0, k, dtype=torch.int32 if vocabulary > 32767 else torch.int16)
-        self.probabilities = torch.empty(rows if k else 0, k)
-        self.tail, self.entropy = torch.empty(len(self.ids)), torch.empty(len(self.ids))
-        live = Live(model, precision)
-        device = next(model.parameters()).device
+        size = model.config.vocab_size
+        if top is not None and not 1 <= top <= size:
+            raise InputError(f"a top-k between 1 and the vocabulary of {size} required, got {top}")
+        self.offsets, rows = proteins.offsets, int(proteins.offsets[-1])
+        if top is None:
+            self.kept = [torch.empty(rows, size)]
+        else:
+            ids = torch.empty(rows, top, dtype=torch.int32 if size > 32767 else torch.int16)
+            self.kept = [ids, torch.empty(rows, top), torch.empty(rows), torch.empty(rows)]
+        live, device = Live(model, dtype), next(model.parameters()).device
         for batch in proteins.in_order_of_length(batch_size):
             tokens, mask = (x.to(device) for x in proteins.batch(batch))
-            logits = live.targets(batch, tokens, mask)
-            for row, i in enumerate(batch):
-                place = slice(int(self.offsets[i]), int(self.offsets[i + 1]))
-                own = logits[row, : place.stop - place.start].float()
-                if top is None:
-                    self.logits[place] = own.cpu()
-                else:
-                    kept = top_targets(own, top, temperature)
-                    self.ids[place], self.probabilities[place] = (
-                        kept.ids.to("cpu", self.ids.dtype),
-                        kept.probabilities.cpu(),
-                    )
-                    self.tail[place], self.entropy[place] = kept.tail.cpu(), kept.entropy.cpu()
+            for i, logits in zip(batch, live.targets(batch, tokens, mask)):
+                place = self._place(i)
+                own = logits[: place.stop - place.start].float()
+                parts = [own] if top is None else top_targets(own, top, temperature)
+                for kept, part in zip(self.kept, parts):
+                    kept[place] = part.to("cpu", kept.dtype)
 
-    def targets(self, indices: NDArray[np.int64], tokens: Tensor, mask: Tensor) -> Tensor | TopTargets:
+    def _place(self, protein: int) -> slice:
+        return slice(int(self.offsets[protein]), int(self.offsets[protein + 1]))
+
+    def targets(
+        self, indices: NDArray[np.int64], tokens: Tensor, mask: Tensor
+    ) -> Tensor | TopTargets:
         """Logits (b, l, V), or top targets with leading (b, l); padding positions are zero."""
-        width = tokens.shape[1]
-        places = [slice(int(self.offsets[i]), int(self.offsets[i + 1])) for i in indices]
+        places = [self._place(i) for i in indices]
 
         def padded(source: Tensor) -> Tensor:
-            out = source.new_zeros(len(places), width, *source.shape[1:])
+            out = source.new_zeros(*tokens.shape, *source.shape[1:])
             for row, place in enumerate(places):
                 out[row, : place.stop - place.start] = source[place]
             return out.to(tokens.device)
 
-        if len(self.logits):
-            return padded(self.logits)
-        return TopTargets(padded(self.ids).long(), padded(self.probabilities), padded(self.tail), padded(self.entropy))
+        parts = [padded(kept) for kept in self.kept]
+        return parts[0] if len(parts) == 1 else TopTargets(parts[0].long(), *parts[1:])

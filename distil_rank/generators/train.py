@@ -1,99 +1,304 @@
-"""Distil a protein generator into a smaller GPT-2.
+"""The training loop, on `accelerate`: any number of micro-batches and processes, one gradient.
 
-    distil-rank generator train --teacher nferruz/ProtGPT2 --data uniref50.fasta --out models/tiny \\
-        --n-layer 4 --n-head 4 --n-embd 512 --temperature 2 --alpha 0.5 --train-size-prop 0.1 --learning-rate 1e-3
-    distil-rank generator train ... --uncertainty --calibration --smoothing 0.1 --normalise-weights
-    torchrun --nproc-per-node 8 -m distil_rank generator train ...
+Step s uses the same proteins in the same order whatever was interrupted before: batches are a
+function of (seed, epoch), and nothing else is random (models stay in evaluation mode: no dropout).
+Under `torchrun` or `accelerate launch` each process takes its share of the micro-batches, gradients
+are summed, and each is divided by the number of predictions of the whole batch.
 
-An interrupted run goes on where its last checkpoint stands when the same command is given again. Sizes: tiny 4
-layers, 4 heads, 512 wide; small 6, 8, 768; medium 12, 16, 1024; micro 4, 4, 256 for sweeps.
+What `accelerate` does not do, and is done here: its loop has means over equal shares (DDP), ours
+sums over unequal ones; its prepared model turns logits into float32, a second (b, l, V) array; its
+`save_state` writes in place, so a kill leaves half a checkpoint, it stores no step of ours and no
+best weights, replaces the global random state, and loads what another request has left.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
-from distil_rank.core.errors import InputError
-from distil_rank.generators.fit import Teacher
-from distil_rank.generators.loss import Objective
-from distil_rank.generators.training import (
-    TrainingFlags,
-    choose_device,
-    claim_folder,
-    join_processes,
-    load_splits,
-    run_training,
-)
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distil_rank.core.errors import InputError, at_least
+from distil_rank.core.records import Record
+from distil_rank.core.resume import Checkpoint
+from distil_rank.generators.data import Encoded, epoch_batches
+from distil_rank.generators.loss import LossSums, Objective, distillation_sums, published_loss
+from distil_rank.generators.models import Dtype, autocast, own_weights, weights_sha256
+from distil_rank.generators.teachers import Teacher
+
+SCHEMA = "distil-rank/generator-training/1"  # of training.json
+CHECKPOINT = "checkpoint.pt"
+FINAL_RATE = 0.1  # the learning rate falls along a cosine to this share of its peak
+Report = Callable[[dict[str, float]], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config(TrainingFlags):
-    teacher: str = "nferruz/ProtGPT2"  # folder or name on the Hugging Face hub
-    n_layer: int = 4  # layers of the student
-    n_head: int = 4  # attention heads
-    n_embd: int = 512  # width
-    temperature: float = 2.0  # tau: softens both distributions
-    alpha: float = 0.5  # share of the cross-entropy to the real tokens; the rest is the divergence from the teacher
-    uncertainty: bool = False  # weight positions by the teacher's entropy
-    calibration: bool = False  # smooth the teacher where it is unsure
-    smoothing: float = 0.1  # strength of --calibration
-    normalise_weights: bool = False  # give the weights of --uncertainty mean 1, so that alpha keeps its meaning
-    compat: Literal["", "published"] = ""  # published: the formula of the published students, term for term
-    init: Literal["random", "slice", "low-rank"] = "random"  # slice, low-rank: start from the teacher's weights
-    teacher_cache: Literal["none", "exact", "top"] = "none"  # compute the teacher once; pays when epochs > 1
-    top: int = 64  # tokens kept by --teacher-cache top
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast; part of what makes two runs comparable."""
 
-    @property
-    def objective(self) -> Objective:
-        return Objective(
-            self.temperature, self.alpha, self.uncertainty, self.calibration, self.smoothing, self.normalise_weights
+    steps: int
+    batch_size: int = 32  # proteins per step, over all micro-batches and processes
+    accumulation: int = 1  # micro-batches per step and process
+    learning_rate: float = 1e-3  # peak
+    warmup: float = 0.05  # share of the steps with rising learning rate
+    weight_decay: float = 0.01
+    clip: float = 1.0  # largest norm of the gradient
+    dtype: Dtype = "float32"
+    evaluate_every: int = 0  # steps between validations; 0: at the end only
+    patience: int = 0  # validations without improvement before stopping; 0: never stop early
+    save_every: int = 0  # steps between checkpoints; 0: none
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise InputError on values outside their range."""
+        at_least(1, steps=self.steps, batch_size=self.batch_size, accumulation=self.accumulation)
+        at_least(0, weight_decay=self.weight_decay, evaluate_every=self.evaluate_every)
+        at_least(0, patience=self.patience, save_every=self.save_every)
+        if not 0 < self.learning_rate < math.inf:
+            raise InputError(f"--learning-rate must be above 0, got {self.learning_rate}; try 1e-3")
+        if not 0 <= self.warmup <= 1:
+            raise InputError(f"--warmup must be a share between 0 and 1, got {self.warmup}")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step 0, 1, ... steps - 1: linear warm-up, then cosine to a tenth."""
+        rising = max(1, round(self.warmup * self.steps))
+        if step < rising:
+            return self.learning_rate * (step + 1) / rising
+        along = (step - rising) / max(1, self.steps - rising)
+        cosine = 0.5 * (1 + math.cos(math.pi * along))
+        return self.learning_rate * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
+
+    def batches(self, lengths: NDArray[np.int64], first: int) -> Iterator[NDArray[np.int64]]:
+        """The proteins of step `first` and of all that follow."""
+        per_epoch = math.ceil(len(lengths) / self.batch_size)
+        for epoch in range(first // per_epoch, math.ceil(self.steps / per_epoch)):
+            start = epoch * per_epoch
+            batches = epoch_batches(lengths, self.batch_size, self.seed, epoch)
+            yield from batches[max(0, first - start) : self.steps - start]
+
+
+@dataclass
+class Progress:
+    """What a run has reached; written into every checkpoint."""
+
+    step: int = 0
+    best_nll: float = math.inf
+    best_step: int = 0
+    stale: int = 0  # validations since the best
+    predictions_seen: int = 0
+    validations: list[list[float]] = field(default_factory=list)  # [step, nll]
+
+
+def make_accelerator(device: torch.device, dtype: Dtype, **more: Any) -> Any:
+    """accelerate's Accelerator for a device and a type; InputError where it has no such pair."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype]
+    # a second run of this program may have another device and type; accelerate would keep the first
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        return Accelerator(
+            mixed_precision=precision, cpu=device.type == "cpu", device_placement=False, **more
         )
-
-
-def run(config: Config) -> None:
-    from distil_rank.generators.inherit import initial_student
-    from distil_rank.generators.models import check_shape, load, parameters, weights_sha256
-    from distil_rank.generators.teachers import Cache, Live
-
-    config.check()
-    config.objective.check()
-    check_shape(config.n_layer, config.n_head, config.n_embd)
-    if config.compat == "published" and (config.teacher_cache == "top" or config.normalise_weights):
+    except ValueError as error:
         raise InputError(
-            "--compat published needs all logits and its own weights; drop --teacher-cache top and --normalise-weights"
+            f"--dtype that {device} computes in required, got {dtype}: {error}"
+        ) from None
+
+
+def fit(
+    student: Any,
+    train: Encoded,
+    validation: Encoded | None,
+    source: Teacher | None,
+    objective: Objective,
+    schedule: Schedule,
+    folder: Path | None = None,
+    report: Report | None = None,
+    request: object = None,
+) -> Progress:
+    """Train `student` in place; ends with the weights best on `validation` (the last without one).
+
+    With a folder: `log.jsonl` is written there, and a checkpoint, with which the same call goes on;
+    what the loop cannot see but the result depends on (the teacher) belongs into `request`.
+    """
+    objective.check()
+    schedule.check()
+    accelerator = make_accelerator(student.device, schedule.dtype)
+    adamw = {"betas": (0.9, 0.95), "weight_decay": schedule.weight_decay}
+    optimizer = accelerator.prepare(torch.optim.AdamW(student.parameters(), **adamw))
+    state, checkpoint = _State(student, optimizer, accelerator.scaler), None
+    if folder is not None and schedule.save_every:
+        data = [torch.from_numpy(part.tokens) for part in (train, validation) if part is not None]
+        known = (schedule, objective, weights_sha256(student), *data, request)
+        checkpoint = Checkpoint(folder / CHECKPOINT, *known)
+        state.restore(checkpoint.load())
+    progress = state.progress
+    log = _Log(folder if accelerator.is_main_process else None, progress.step, report)
+    student.eval()
+    for batch in _bar(schedule, train.lengths, progress.step):
+        rate = schedule.rate(progress.step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        means = _gradient(accelerator, student, train, batch, source, objective, schedule)
+        norm = accelerator.clip_grad_norm_(student.parameters(), schedule.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        progress.step += 1
+        progress.predictions_seen += int((train.lengths[batch] - 1).sum())
+        log.write(step=progress.step, **means, learning_rate=rate, gradient_norm=float(norm))
+        due = progress.step == schedule.steps or _every(schedule.evaluate_every, progress.step)
+        if validation is not None and due:
+            nll = mean_nll(student, validation, schedule.dtype)
+            log.write(step=progress.step, validation_nll=nll)
+            state.judge(nll)
+        if (
+            checkpoint
+            and accelerator.is_main_process
+            and _every(schedule.save_every, progress.step)
+        ):
+            checkpoint.save(state.record())
+        if schedule.patience and progress.stale >= schedule.patience:
+            break
+    log.close()
+    student.load_state_dict(state.best, strict=False)  # without the head, tied to the embeddings
+    return progress
+
+
+def _gradient(
+    accelerator: Any,
+    student: Any,
+    train: Encoded,
+    batch: NDArray[np.int64],
+    source: Teacher | None,
+    objective: Objective,
+    schedule: Schedule,
+) -> dict[str, float]:
+    """Add the gradient of the batch's mean loss; returns the means of loss, hard and soft part."""
+    pieces = np.array_split(batch, schedule.accumulation * accelerator.num_processes)
+    pieces = [piece for piece in pieces if len(piece)]
+    means = torch.zeros(3, dtype=torch.float64, device=student.device)
+    for piece in pieces[accelerator.process_index :: accelerator.num_processes]:
+        tokens, mask = (x.to(student.device) for x in train.batch(piece))
+        targets = None if source is None else source.targets(piece, tokens, mask)
+        with accelerator.autocast():  # padding is on the right: causal attention needs no mask
+            logits = student(input_ids=tokens, use_cache=False).logits
+        if objective.published:
+            labels, total = tokens.masked_fill(tokens == train.end, -100), len(pieces)
+            loss = published_loss(logits, targets, labels, mask, objective)
+            found = LossSums(loss, loss.new_zeros(()), loss.new_zeros(()), 1)
+        else:
+            total = int((train.lengths[batch] - 1).sum())
+            found = distillation_sums(logits, targets, tokens, mask, objective)
+        accelerator.backward(found.loss / total)
+        means += torch.stack([found.loss.detach(), found.hard, found.soft]) / total
+    if accelerator.num_processes > 1:
+        for parameter in student.parameters():
+            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = accelerator.reduce(own)
+        means = accelerator.reduce(means)
+    if not torch.isfinite(means[0]):
+        raise InputError(
+            f"a finite loss required, got {means[0]}; use a lower --learning-rate, or --dtype "
+            "bfloat16 instead of float16"
         )
-    device = choose_device(config.device)
-    teacher, tokenizer = load(config.teacher)
-    splits = load_splits(config)
-    folder = claim_folder(config)
-    join_processes(device)
-    teacher.to(device)
-    student = initial_student(teacher, config.n_layer, config.n_head, config.n_embd, config.init, config.seed)
+    return dict(zip(("loss", "hard", "soft"), means.tolist()))
 
-    def source(train: Any) -> Teacher:
-        if config.teacher_cache == "none":
-            return Live(teacher, config.precision)
-        top = min(config.top, teacher.config.vocab_size) if config.teacher_cache == "top" else None
-        return Cache(teacher, train, top, config.temperature, config.precision)
 
-    progress = run_training(
-        config,
-        folder,
-        splits,
-        tokenizer,
-        student,
-        source,
-        config.objective,
-        {
-            "kind": "distilled",
-            "objective": asdict(config.objective),
-            "teacher": {
-                "name": config.teacher,
-                "weights_sha256": weights_sha256(teacher),
-                "parameters": parameters(teacher),
-            },
-        },
-        published=config.compat == "published",
-    )
-    print(f"{config.out}: validation {progress.best_nll:.4f} nats per token at step {progress.best_step}")
+@torch.no_grad()
+def mean_nll(
+    model: Any, proteins: Encoded, dtype: Dtype = "float32", batch_size: int = 64
+) -> float:
+    """Mean negative log-likelihood per predicted token, in nats."""
+    model.eval()
+    nll, count = 0.0, 0
+    for batch in proteins.in_order_of_length(batch_size):
+        tokens, mask = (x.to(model.device) for x in proteins.batch(batch))
+        with autocast(model.device, dtype):
+            logits = model(input_ids=tokens, use_cache=False).logits
+        sums = distillation_sums(logits, None, tokens, mask, Objective())
+        nll, count = nll + float(sums.hard), count + sums.n
+    return nll / count
+
+
+def _every(interval: int, step: int) -> bool:
+    return bool(interval) and step % interval == 0
+
+
+def _bar(schedule: Schedule, lengths: NDArray[np.int64], first: int) -> Iterable[Any]:
+    from tqdm import tqdm
+
+    shown = {"initial": first, "total": schedule.steps, "unit": "step", "leave": False}
+    return tqdm(schedule.batches(lengths, first), disable=not sys.stderr.isatty(), **shown)
+
+
+class _State:
+    """All that changes from step to step; a checkpoint is its record."""
+
+    def __init__(self, student: Any, optimizer: Any, scaler: Any):
+        self.student, self.optimizer, self.scaler = student, optimizer, scaler
+        self.progress = Progress()
+        self.best: dict[str, Tensor] = {}
+
+    def judge(self, nll: float) -> None:
+        """Note a validation; keep the weights if they are the best so far."""
+        progress = self.progress
+        progress.validations.append([progress.step, nll])
+        progress.stale += 1
+        if nll < progress.best_nll:
+            progress.best_nll, progress.best_step, progress.stale = nll, progress.step, 0
+            self.best = {k: v.to("cpu", copy=True) for k, v in own_weights(self.student).items()}
+
+    def record(self) -> Record:
+        return {
+            "student": own_weights(self.student),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else {},
+            "best": self.best,
+            "progress": asdict(self.progress),
+        }
+
+    def restore(self, record: Record | None) -> None:
+        if record is None:
+            return
+        self.student.load_state_dict(record["student"], strict=False)
+        self.optimizer.load_state_dict(record["optimizer"])
+        if self.scaler:
+            self.scaler.load_state_dict(record["scaler"])
+        self.progress, self.best = Progress(**record["progress"]), record["best"]
+
+
+class _Log:
+    """`log.jsonl`, one object a line; lines after the step resumed from go, as they come again."""
+
+    def __init__(self, folder: Path | None, step: int, report: Report | None):
+        self.report, self.file = report, None
+        if folder is not None:
+            path = folder / "log.jsonl"
+            kept = []
+            for line in path.read_text().splitlines() if path.exists() else []:
+                with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+            path.write_text("".join(f"{line}\n" for line in kept))
+            self.file = path.open("a", buffering=1)
+
+    def write(self, **values: float) -> None:
+        if self.file:
+            self.file.write(json.dumps(values) + "\n")
+        if self.report:
+            self.report(values)
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()

@@ -186,9 +186,8 @@ def test_generate_resumes_and_its_batch_size_changes_nothing(folders, monkeypatc
 def test_bad_input_of_the_commands_is_one_line_and_status_2(folders, capsys):
     data = write_toy_fasta(folders / "toy.fasta", 30)
     save(fresh(60, 1, 1, 8, 64, 0, 0), bpe_tokenizer(toy_sequences(20), 60), folders / "other")
-    student, teacher, out = (str(folders / name) for name in ("student", "teacher", "m"))
+    student, teacher = (str(folders / name) for name in ("student", "teacher"))
     evaluate = f"evaluate --data {data} --out {folders}/x.json"
-    train = f"train --teacher {teacher} --data {data} --out {out}"
     generate = f"generate --model {student} --out"
     for arguments, message in [
         (f"{evaluate} --student {student} --teacher {folders}/other", "one vocabulary"),
@@ -196,32 +195,19 @@ def test_bad_input_of_the_commands_is_one_line_and_status_2(folders, capsys):
         (f"{evaluate} --student {folders} --teacher {student}", "config.json"),
         (f"{evaluate} --student {student} --teacher {teacher} --generate -1", "--generate"),
         (f"{evaluate} --student {student} --teacher {teacher} --device gpu", "--device"),
-        (f"{train} --alpha 1.5", "alpha"),
-        (f"{train} --tau 0", "must be above 0"),
-        (f"{train} --train-size-prop 2", "train-size-prop"),
-        (f"{train} --n-embd 30 --n-head 4", "divisible"),
-        (f"{train.replace('toy', 'none')}", "none.fasta"),
         (f"{generate} {folders}/a.fasta -n 0", "--n must be"),
         (f"{generate} {folders}/a.fasta --batch-size 0", "--batch-size"),
         (f"{generate} {folders}", "file name"),
+        (
+            f"{evaluate.replace('toy', 'none')} --student {student} --teacher {teacher}",
+            "none.fasta",
+        ),
     ]:
         with pytest.raises(SystemExit) as stop:
             main(["generator", *arguments.split()])
         error = capsys.readouterr().err
         assert stop.value.code == 2 and error.count("\n") == 1 and message in error, error
-    assert not (folders / "x.json").exists() and not list((folders / "m").glob("*"))
-
-
-def test_train_distils_from_a_folder_and_records_it(folders):
-    data = write_toy_fasta(folders / "toy.fasta", 40)
-    flags = "--n-layer 1 --n-head 2 --n-embd 16 --steps 4 --batch-size 8 --uncertainty"
-    given = f"--teacher {folders}/teacher --data {data} --out {folders}/m --device cpu"
-    more = "--init low-rank --teacher-cache exact"
-    main(f"generator train {given} {flags} {more}".split())
-    record = json.loads((folders / "m" / "training.json").read_text())
-    own, its = (weights_sha256(load(str(folders / name))[0]) for name in ("m", "teacher"))
-    assert record["weights_sha256"] == own and record["teacher"]["weights_sha256"] == its
-    assert record["objective"]["uncertainty"] is True
+    assert not (folders / "x.json").exists()
 
 
 def test_fine_tuning_on_a_toy_family_learns_to_end(tmp_path, tokenizer):

@@ -1,0 +1,237 @@
+"""Distill a protein generator into a smaller GPT-2.
+
+    distil-rank generator train --teacher nferruz/ProtGPT2 --data uniref50.fasta --out tiny \\
+        --n-layer 4 --n-head 4 --n-embd 512 --tau 2 --alpha 0.5 --train-size-prop 0.1 --steps 20000
+    distil-rank generator train ... --uncertainty --calibration-smoothing --normalise-weights
+    torchrun --nproc-per-node 8 -m distil_rank generator train ...
+
+An interrupted run goes on where its checkpoint stands when the same command is given again. Sizes:
+tiny 4 layers, 4 heads, 512 wide; small 6, 8, 768; medium 12, 16, 1024; micro 4, 4, 256 for sweeps.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from distil_rank.core.devices import pick_device
+from distil_rank.core.errors import InputError
+from distil_rank.core.records import (
+    Record,
+    config_record,
+    environment,
+    require_writable,
+    sha256,
+    shown_path,
+    write_json,
+)
+from distil_rank.generators.data import Encoded, Splits, encode, prepare, read_sequences, save_split
+from distil_rank.generators.loss import Objective
+from distil_rank.generators.models import Dtype, check_shape, load, parameters, save, weights_sha256
+from distil_rank.generators.teachers import Cache, Live, Teacher
+from distil_rank.generators.train import CHECKPOINT, SCHEMA, Schedule, fit, make_accelerator
+
+
+@dataclass(frozen=True)
+class TrainingFlags:
+    """What `train`, `pretrain` and `finetune` share."""
+
+    data: Path  # proteins: FASTA (plain or gzip), or CSV, TSV or parquet with a column `sequence`
+    out: Path  # where to write
+    train_size_prop: float = 1.0  # share of the training proteins that is used
+    held_out: float = 0.1  # share of the proteins kept aside
+    max_length: int = 1022  # longest protein in residues
+    steps: int = 1000  # steps of the optimizer
+    batch_size: int = 32  # proteins per step, over all micro-batches and processes
+    accumulation: int = 1  # micro-batches per step and process
+    learning_rate: float | None = None  # peak; None: 1e-3, for finetune 3e-4
+    warmup: float = 0.05  # share of the steps with rising learning rate
+    weight_decay: float = 0.01  # of AdamW
+    dtype: Dtype = "float32"  # arithmetic
+    evaluate_every: int = 500  # steps between validations
+    patience: int = 0  # validations without improvement before stopping; 0: never
+    save_every: int = 200  # steps between checkpoints
+    seed: int = 0  # of everything that is random
+    device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
+    log_to: Literal["", "wandb", "trackio", "tensorboard"] = ""  # beside log.jsonl
+    store_dtype: Literal["float32", "float16"] = "float32"  # of stored embeddings or weights
+
+    def schedule(self, learning_rate: float = 1e-3) -> Schedule:
+        """The flags as a schedule; `learning_rate` is that of a command where none is given."""
+        given = {f.name: getattr(self, f.name) for f in fields(Schedule) if hasattr(self, f.name)}
+        rate = learning_rate if self.learning_rate is None else self.learning_rate
+        return Schedule(**given | {"learning_rate": rate})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainingFlags):
+    teacher: str  # a generator by folder or name on the Hugging Face hub
+    n_layer: int = 4  # layers of the network
+    n_head: int = 4  # attention heads
+    n_embd: int = 256  # width of the network
+    tau: float = 2.0  # temperature that softens both distributions
+    alpha: float = (
+        0.5  # share of the cross-entropy to the tokens; the rest: divergence from teacher
+    )
+    uncertainty: bool = False  # weight positions by the teacher's entropy
+    calibration_smoothing: bool = False  # smooth the teacher where it is unsure
+    smoothing: float = 0.1  # strength of --calibration-smoothing
+    normalise_weights: bool = False  # weights of mean 1 in each sequence: alpha keeps its meaning
+    published: bool = False  # the formula of the published students, means per micro-batch
+    init: Literal["random", "slice", "low-rank"] = (
+        "random"  # the others: from the teacher's weights
+    )
+    teacher_cache: Literal["none", "exact", "top"] = "none"  # ask the teacher once
+    top: int = 64  # tokens kept by --teacher-cache top
+
+    @property
+    def objective(self) -> Objective:
+        return Objective(
+            self.tau,
+            self.alpha,
+            self.uncertainty,
+            self.calibration_smoothing,
+            self.smoothing,
+            self.normalise_weights,
+            self.published,
+        )
+
+
+def run(config: Config) -> None:
+    from distil_rank.generators.inherit import initial_student
+
+    shape = (config.n_layer, config.n_head, config.n_embd)
+    config.objective.check()
+    check_shape(*shape)
+    begin(config, config.schedule())
+    teacher, tokenizer = load(config.teacher)
+    student = initial_student(teacher, *shape, config.init, config.seed)
+    teacher.to(pick_device(config.device))
+
+    def source(train: Encoded) -> Teacher:
+        if config.teacher_cache == "none":
+            return Live(teacher, config.dtype)
+        top = min(config.top, teacher.config.vocab_size) if config.teacher_cache == "top" else None
+        return Cache(teacher, train, top, config.tau, config.dtype)
+
+    described = {
+        "name": config.teacher,
+        "weights_sha256": weights_sha256(teacher),
+        "parameters": parameters(teacher),
+    }
+    more = {"kind": "distilled", "objective": asdict(config.objective), "teacher": described}
+    splits = read_splits(config)
+    run_training(
+        config, config.schedule(), splits, tokenizer, student, config.objective, more, source
+    )
+
+
+def begin(flags: TrainingFlags, schedule: Schedule) -> None:
+    """Refuse what can be refused before a model or a protein is read."""
+    schedule.check()
+    if not 0 < flags.held_out < 0.5:
+        raise InputError(f"--held-out must be above 0 and below 0.5, got {flags.held_out}; try 0.1")
+    if flags.log_to and importlib.util.find_spec(flags.log_to) is None:
+        raise InputError(
+            f"the package {flags.log_to} required for --log-to {flags.log_to}, got none; install it"
+        )
+    if not make_accelerator(pick_device(flags.device), flags.dtype).is_main_process:
+        return
+    folder = require_writable(flags.out)
+    found = {path.name for path in folder.iterdir()}
+    if "training.json" in found:
+        raise InputError(f"a new --out required, got {folder} with a finished training")
+    if found and not any(name.startswith("split.json") for name in found):
+        raise InputError(f"an empty or new --out required, got {folder} with other files")
+
+
+def read_splits(flags: TrainingFlags, identity: float = 0.3) -> Splits:
+    sequences = read_sequences(flags.data)
+    how = (flags.train_size_prop, flags.held_out, flags.seed, flags.max_length, identity)
+    return prepare(sequences, *how)
+
+
+def run_training(
+    flags: TrainingFlags,
+    schedule: Schedule,
+    splits: Splits,
+    tokenizer: Any,
+    student: Any,
+    objective: Objective,
+    more: Record,
+    source: Callable[[Encoded], Teacher | None] = lambda train: None,
+) -> None:
+    """Encode, fit, save and record; `more` goes into the record."""
+    device, folder = pick_device(flags.device), flags.out
+    context = student.config.n_positions
+    train, validation = (
+        encode(part, tokenizer, context) for part in (splits.train, splits.validation)
+    )
+    left_out = ("data", "out", "device", "log_to")
+    told = {k: v for k, v in config_record(flags).items() if k not in left_out}
+    told["learning_rate"] = schedule.learning_rate
+    trackers = {"log_with": flags.log_to or None, "project_dir": folder}
+    accelerator = make_accelerator(device, flags.dtype, **trackers)
+    accelerator.init_trackers("distil-rank", told, {"wandb": {"name": folder.name}})
+    if accelerator.is_main_process:
+        save_split(folder, splits)
+    print(
+        f"{'resuming' if (folder / CHECKPOINT).exists() else 'training'}: {len(train)} proteins, "
+        f"{train.lengths.sum()} tokens, {schedule.steps} steps "
+        f"({schedule.steps * schedule.batch_size / len(train):.2f} passes), "
+        f"{parameters(student)['total']} parameters, {device}",
+        file=sys.stderr,
+    )
+    progress = fit(
+        student.to(device),
+        train,
+        validation,
+        source(train),
+        objective,
+        schedule,
+        folder,
+        lambda values: accelerator.log(values, step=int(values["step"])),
+        request=[told, more],
+    )
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return
+    stored = torch.float16 if flags.store_dtype == "float16" else torch.float32
+    student.to("cpu", stored).float()  # what is on disk is what is hashed
+    save(student, tokenizer, folder, stored)
+    data = {
+        "source": shown_path(flags.data),
+        "sha256": sha256(flags.data),
+        **splits.counts,
+        "n_train": len(train),
+        "n_validation": len(validation),
+        "n_test": len(splits.test),
+        "test_sha256": splits.test_sha256,
+    }
+    record = {
+        "schema": SCHEMA,
+        "config": config_record(flags),
+        "data": data,
+        "seeds": [flags.seed],
+        "weights_sha256": weights_sha256(student),
+        "parameters": parameters(student),
+        "steps": progress.step,
+        "best_step": progress.best_step,
+        "validation_nll": progress.best_nll,
+        "validation_perplexity": math.exp(progress.best_nll),
+        "validations": progress.validations,
+        **more,
+        "environment": environment(device),
+        "machine_dependent": [],
+    }
+    write_json(folder / "training.json", record)
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    at = f"nats per token at step {progress.best_step}"
+    print(f"{folder}: validation {progress.best_nll:.4f} {at}")
