@@ -42,7 +42,7 @@ def relative(values: Sequence[float] | Array) -> Metric:
     return interval(value, low, high, False, runs=len(values))
 
 
-def contrasts(log_perplexity: Mapping[str, Sequence[float]]) -> Record:
+def contrasts(log_perplexity: Mapping[str, Sequence[float] | Array]) -> Record:
     """Effects and interaction from log perplexities of the four CELLS, one a run, in order."""
     y = {cell: np.asarray(log_perplexity[cell], dtype=float) for cell in CELLS}
     if len({len(v) for v in y.values()}) != 1:

@@ -151,11 +151,11 @@ def make(
     cache = resume.Cache(work)
     requests = [request(run, material) for run in runs]
     missing = [i for i, r in enumerate(requests) if not cache.path("run", r).is_file()]
-    if missing:
-        if sys.stderr.isatty():
-            print(f"{len(missing)} of {len(runs)} runs to make", file=sys.stderr)
-        bench = bench or Bench(material)
-    if missing and workers > 1:
+    if missing and sys.stderr.isatty():
+        print(f"{len(missing)} of {len(runs)} runs to make", file=sys.stderr)
+    if missing and bench is None:
+        bench = Bench(material)
+    if missing and bench and workers > 1:
         make_in_processes([runs[i] for i in missing], material, work, workers, bench)
     makers = [partial(bench.outcome, run) if bench else dict for run in runs]
     return [cache.json("run", r, m) for r, m in zip(requests, makers)]

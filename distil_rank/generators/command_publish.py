@@ -229,9 +229,11 @@ def one_line_hub_errors(repo: str) -> Iterator[None]:
     """What the hub or the way to it refuses ends in one line."""
     from huggingface_hub.errors import HfHubHTTPError
 
+    # the bases: what the HTTP client itself raises, whichever it is
+    errors: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
     try:
         yield
-    except (OSError, *HfHubHTTPError.__bases__) as error:  # the HTTP client's own errors among them
+    except errors as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"the hub and the right to write {repo} required, got: {reason};"

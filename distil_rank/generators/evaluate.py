@@ -66,8 +66,8 @@ def measure(model: Any, bed: Bed, teacher: Any = None) -> tuple[Measured, metric
     """A model's own record, and its scores; with the divergence from `teacher` where given."""
     _say(f"scoring {len(bed.natural)} proteins")
     targets = None if teacher is None else Live(teacher, bed.dtype)
-    how = {"dtype": bed.dtype}
-    found = metrics.score(model, bed.held_out, targets, **how)
+    found = metrics.score(model, bed.held_out, targets, dtype=bed.dtype)
+    calibration = metrics.calibration_with_control(model, bed.held_out, found, bed.seed, bed.dtype)
     shape = ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")
     record = Measured(
         weights_sha256=weights_sha256(model),
@@ -75,7 +75,7 @@ def measure(model: Any, bed: Bed, teacher: Any = None) -> tuple[Measured, metric
         shape={name: getattr(model.config, name) for name in shape},
         perplexity=metrics.perplexity(found),
         bits_per_residue=metrics.bits_per_residue(found),
-        calibration=metrics.calibration_with_control(model, bed.held_out, found, bed.seed, **how),
+        calibration=calibration,
     )
     if bed.generate:
         record["generation"] = writing(model, bed)

@@ -135,7 +135,7 @@ def _exponential(bounds: tuple[float, float, float]) -> Metric:
 
 
 def calibration_with_control(
-    model: Any, proteins: Encoded, scores: Scores, seed: int = 0, **how: Any
+    model: Any, proteins: Encoded, scores: Scores, seed: int = 0, dtype: Dtype = "float32"
 ) -> Record:
     """Calibration as it is, and after temperature scaling.
 
@@ -143,11 +143,12 @@ def calibration_with_control(
     """
     even = np.arange(len(proteins)) % 2 == 0
     temperature = best_temperature(TEMPERATURES, scores.scaled_nll[even].sum(0))
-    scaled = score(model, proteins.take(np.flatnonzero(~even)), temperature=temperature, **how)
+    other = proteins.take(np.flatnonzero(~even))
+    scaled = score(model, other, temperature=temperature, dtype=dtype)
 
     def measured(s: Scores, there: Any = slice(None)) -> Record:
-        parts = (s.confidence, s.correct, s.brier, s.protein)
-        return calibration(*(part[there] for part in parts), seed=seed)
+        parts = (s.confidence[there], s.correct[there], s.brier[there], s.protein[there])
+        return calibration(*parts, seed)
 
     return {
         "as_is": measured(scores),

@@ -141,9 +141,9 @@ def test_the_test_part_is_the_one_stored_with_the_training_whatever_the_flags(fo
         evaluation(folders, part="test")
     splits = prepare(sequences, 1.0, 0.2, seed=5, max_length=60)
     save_split(folders / "student", splits)
+    record = evaluation(folders, part="test", seed=1)
+    assert record["data"]["n_test"] == record["proteins"] == len(splits.test)
     for more in ({}, {"seed": 1}, {"max_length": 40}):
-        record = evaluation(folders, part="test", **more)
-        assert record["data"]["n_test"] == record["proteins"] == len(splits.test)
         config = command_evaluate.Config(str(folders / "student"), "", data, data, "test", **more)
         natural, training, _ = command_evaluate.proteins(config)
         assert natural == splits.test and training == splits.train
