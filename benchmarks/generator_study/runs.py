@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -129,15 +129,20 @@ def describe(run: Run) -> Record:
     }
 
 
+@cache
+def content(path: str) -> str:
+    """SHA-256 of a file, or of the weights in a folder; a name on the hub stands for itself."""
+    file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+    return sha256(file) if file.is_file() else path
+
+
 def request(run: Run, material: Material) -> list[Any]:
     """Everything that changes what a run comes to: its settings, the data, the teacher's weights.
 
     Not the cache or the device.
     """
-    weights = Path(material.teacher) / "model.safetensors"
-    content = sha256(weights) if weights.is_file() else material.teacher
-    data = {"teacher": content, "data": Path(material.data).name, "cache": True, "device": "cpu"}
-    return [describe(run), asdict(material) | data]
+    contents = {"teacher": content(material.teacher), "data": content(material.data)}
+    return [describe(run), asdict(material) | contents | {"cache": True, "device": "cpu"}]
 
 
 def make(
@@ -148,9 +153,9 @@ def make(
     `workers` processes make them.
     """
     at_least(1, workers=workers)
-    cache = resume.Cache(work)
+    results = resume.Cache(work)
     requests = [request(run, material) for run in runs]
-    missing = [i for i, r in enumerate(requests) if not cache.path("run", r).is_file()]
+    missing = [i for i, r in enumerate(requests) if not results.path("run", r).is_file()]
     if missing and sys.stderr.isatty():
         print(f"{len(missing)} of {len(runs)} runs to make", file=sys.stderr)
     if missing and bench is None:
@@ -158,7 +163,7 @@ def make(
     if missing and bench and workers > 1:
         make_in_processes([runs[i] for i in missing], material, work, workers, bench)
     makers = [partial(bench.outcome, run) if bench else dict for run in runs]
-    return [cache.json("run", r, m) for r, m in zip(requests, makers)]
+    return [results.json("run", r, m) for r, m in zip(requests, makers)]
 
 
 def make_in_processes(

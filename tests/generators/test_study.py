@@ -177,3 +177,14 @@ def test_a_run_is_known_by_everything_that_changes_it(place):
     ):
         assert other != own
     assert runs.request(run, replace(material, cache=False, device="cuda")) == own
+
+
+def test_other_proteins_under_the_same_name_are_other_runs(place, tmp_path):
+    """A study on a file that was replaced made no run anew and reported those of the old file."""
+    run, found = runs.Run((1, 2, 16), Objective(), Schedule(4)), []
+    for seed in (0, 1):
+        (tmp_path / str(seed)).mkdir()
+        data = write_toy_fasta(tmp_path / str(seed) / "toy.fasta", 8, seed)
+        material = runs.Material(str(place / "teacher"), str(data), 0.5, 0.2, 80)
+        found.append(runs.request(run, material))
+    assert found[0] != found[1]
