@@ -16,7 +16,7 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,11 @@ from distil_rank.core.records import (
     write_json,
 )
 from distil_rank.core.resume import Cache as Results
-from distil_rank.generators.data import encode, prepare, read_sequences
+from distil_rank.generators.data import Encoded, check_shares, encode, prepare, read_sequences
 from distil_rank.generators.inherit import initial_student
 from distil_rank.generators.loss import Objective
 from distil_rank.generators.models import check_shape, load, weights_sha256
-from distil_rank.generators.teachers import Cache
+from distil_rank.generators.teachers import Cache, Teacher
 from distil_rank.generators.train import Schedule, fit, mean_nll
 
 SCHEMA = "distil-rank/generator-sweep/2"
@@ -63,46 +63,27 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
 
 
-Trial = Callable[[Objective, Schedule], Record]
-
-
 def run(config: Config) -> None:
-    grid = {
-        "tau": config.taus,
-        "alpha": config.alphas,
-        "learning_rate": config.learning_rates,
-        "enhancements": config.enhancements,
-    }
-    points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
-    if not points:
-        raise InputError("at least one value of each --taus, --alphas, --learning-rates required")
-    wanted = {number: _wanted(config, **point) for number, point in enumerate(points)}
-    for objective, schedule in wanted.values():
+    wanted = _grid(config)
+    for objective, schedule in wanted:
         objective.check()
         schedule.check()
     check_shape(config.n_layer, config.n_head, config.n_embd)
+    check_shares(config.train_size_prop, config.held_out)
     device = pick_device(config.device)
     results = Results(require_writable(config.out) / "trials")
     teacher, tokenizer = load(config.teacher)
     names = ("n_layer", "n_head", "n_embd", "train_size_prop", "held_out", "max_length", "seed")
     shared = [sha256(config.data), weights_sha256(teacher), [getattr(config, n) for n in names]]
-
-    @cache
-    def bench() -> Trial:
-        return _bench(config, teacher.to(device), tokenizer)
-
-    made = 0
-    found: dict[int, Record] = {}
-    order = list(wanted)
+    bench = cache(lambda: _bench(config, teacher.to(device), tokenizer))
+    order, made = list(enumerate(wanted)), 0
     random.Random(os.getpid()).shuffle(order)  # two terminals seldom make the same trial
-    for number in order:
-        objective, schedule = wanted[number]
+    found: dict[int, Record] = {}
+    for number, (objective, schedule) in order:
         request = [asdict(objective), asdict(schedule), shared]
         made += not results.path("trial", request).exists()
-        found[number] = results.json(
-            "trial", request, lambda o=objective, s=schedule: bench()(o, s)
-        )
-    trials = [point | found[number] for number, point in enumerate(points)]
+        found[number] = results.json("trial", request, partial(_trial, bench, objective, schedule))
+    trials = [found[number] for number in range(len(wanted))]
     trials.sort(key=lambda trial: trial["validation_nll"])
     record = {
         "schema": SCHEMA,
@@ -114,40 +95,63 @@ def run(config: Config) -> None:
         "machine_dependent": [],
     }
     write_json(config.out / "sweep.json", record)
-    best = ", ".join(f"{name} {trials[0][name]}" for name in grid)
+    best = ", ".join(f"{name} {trials[0][name]}" for name in ("tau", "alpha", "learning_rate"))
     print(
         f"{config.out}/sweep.json: {len(trials)} trials, {made or 'none'} new; "
         f"best {best} at {trials[0]['validation_nll']:.4f} nats per token"
     )
 
 
-def _wanted(
-    config: Config, tau: float, alpha: float, learning_rate: float, enhancements: bool
-) -> tuple[Objective, Schedule]:
-    objective = Objective(tau, alpha, uncertainty=enhancements, calibration=enhancements)
-    rate = {"learning_rate": learning_rate}
-    return objective, Schedule(config.steps, config.batch_size, seed=config.seed, **rate)
+def _grid(config: Config) -> list[tuple[Objective, Schedule]]:
+    grid = (config.taus, config.alphas, config.enhancements, config.learning_rates)
+    found = [
+        (
+            Objective(tau, alpha, uncertainty=enhanced, calibration=enhanced),
+            Schedule(config.steps, config.batch_size, learning_rate=rate, seed=config.seed),
+        )
+        for tau, alpha, enhanced, rate in itertools.product(*grid)
+    ]
+    if not found:
+        raise InputError("at least one value of each --taus, --alphas, --learning-rates required")
+    return found
 
 
-def _bench(config: Config, teacher: Any, tokenizer: Any) -> Trial:
-    """Proteins and the teacher's targets, read once; returns what makes one trial of them."""
+@dataclass(frozen=True)
+class _Bench:
+    """What all trials share."""
+
+    config: Config
+    teacher: Any
+    train: Encoded
+    validation: Encoded
+    source: Teacher
+    teacher_nll: float
+
+
+def _bench(config: Config, teacher: Any, tokenizer: Any) -> _Bench:
     how = (config.train_size_prop, config.held_out, config.seed, config.max_length)
     splits = prepare(read_sequences(config.data), *how)
     context = teacher.config.n_positions
     train, validation = (
         encode(part, tokenizer, context) for part in (splits.train, splits.validation)
     )
-    source, reached = Cache(teacher, train), mean_nll(teacher, validation)
+    nll = mean_nll(teacher, validation)
+    return _Bench(config, teacher, train, validation, Cache(teacher, train), nll)
 
-    def trial(objective: Objective, schedule: Schedule) -> Record:
-        shape = (config.n_layer, config.n_head, config.n_embd)
-        student = initial_student(teacher, *shape, "random", config.seed).to(teacher.device)
-        fit(student, train, None, source, objective, schedule)
-        nll = mean_nll(student, validation)
-        return {
-            "validation_nll": nll,
-            "validation_ratio": math.exp(nll - reached),  # perplexity over the teacher's
-            "n_train": len(train),
-        }
 
-    return trial
+def _trial(opened: Callable[[], _Bench], objective: Objective, schedule: Schedule) -> Record:
+    bench = opened()
+    shape = (bench.config.n_layer, bench.config.n_head, bench.config.n_embd)
+    student = initial_student(bench.teacher, *shape, "random", bench.config.seed)
+    student.to(bench.teacher.device)
+    fit(student, bench.train, None, bench.source, objective, schedule)
+    nll = mean_nll(student, bench.validation)
+    return {
+        "tau": objective.temperature,
+        "alpha": objective.alpha,
+        "learning_rate": schedule.learning_rate,
+        "enhancements": objective.uncertainty,
+        "validation_nll": nll,
+        "validation_ratio": math.exp(nll - bench.teacher_nll),  # perplexity over the teacher's
+        "n_train": len(bench.train),
+    }

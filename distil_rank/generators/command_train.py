@@ -32,7 +32,15 @@ from distil_rank.core.records import (
     shown_path,
     write_json,
 )
-from distil_rank.generators.data import Encoded, Splits, encode, prepare, read_sequences, save_split
+from distil_rank.generators.data import (
+    Encoded,
+    Splits,
+    check_shares,
+    encode,
+    prepare,
+    read_sequences,
+    save_split,
+)
 from distil_rank.generators.loss import Objective
 from distil_rank.generators.models import Dtype, check_shape, load, parameters, save, weights_sha256
 from distil_rank.generators.teachers import Cache, Live, Teacher
@@ -136,8 +144,7 @@ def run(config: Config) -> None:
 def begin(flags: TrainingFlags, schedule: Schedule) -> None:
     """Refuse what can be refused before a model or a protein is read."""
     schedule.check()
-    if not 0 < flags.held_out < 0.5:
-        raise InputError(f"--held-out must be above 0 and below 0.5, got {flags.held_out}; try 0.1")
+    check_shares(flags.train_size_prop, flags.held_out)
     if flags.log_to and importlib.util.find_spec(flags.log_to) is None:
         raise InputError(
             f"the package {flags.log_to} required for --log-to {flags.log_to}, got none; install it"

@@ -87,6 +87,16 @@ class Splits:
         return _sha256("\n".join(self.test))
 
 
+def check_shares(proportion: float, held_out: float) -> None:
+    """InputError unless some proteins are left for each part."""
+    if not 0 < proportion <= 1:
+        raise InputError(
+            f"--train-size-prop must be above 0 and at most 1, got {proportion}; 0.1 is a tenth"
+        )
+    if not 0 < held_out < 0.5:
+        raise InputError(f"--held-out must be above 0 and below 0.5, got {held_out}; try 0.1")
+
+
 def prepare(
     sequences: Sequence[str],
     proportion: float = 1.0,
@@ -102,10 +112,7 @@ def prepare(
     """
     from distil_rank.proteins.splits import cluster, split
 
-    if not 0 < proportion <= 1:
-        raise InputError(
-            f"train-size-prop must be above 0 and at most 1, got {proportion}; 0.1 is a tenth"
-        )
+    check_shares(proportion, held_out)
     method = "mmseqs" if shutil.which("mmseqs") else "words"
 
     def parts(kept: list[str]) -> list[list[str]]:

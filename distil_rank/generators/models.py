@@ -75,7 +75,12 @@ def fresh(
     from transformers import GPT2Config, GPT2LMHeadModel
 
     check_shape(layers, heads, width)
-    shape = {"n_positions": context, "n_layer": layers, "n_head": heads, "n_embd": width}
+    shape: dict[str, Any] = {
+        "n_positions": context,
+        "n_layer": layers,
+        "n_head": heads,
+        "n_embd": width,
+    }
     config = GPT2Config(
         vocab_size=vocabulary,
         bos_token_id=end,

@@ -99,21 +99,17 @@ class Progress:
 
 
 def make_accelerator(device: torch.device, dtype: Dtype, **more: Any) -> Any:
-    """accelerate's Accelerator for a device and a type; InputError where it has no such pair."""
+    """accelerate's Accelerator for a device and a type, which joins the processes of a launcher."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
+    if dtype == "float16" and device.type == "cpu":  # accelerate would compute in float32
+        raise InputError("a GPU required for --dtype float16, got cpu; use bfloat16")
     precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype]
-    # a second run of this program may have another device and type; accelerate would keep the first
+    # a second run in this process may have another device and type; accelerate would keep the first
     AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        return Accelerator(
-            mixed_precision=precision, cpu=device.type == "cpu", device_placement=False, **more
-        )
-    except ValueError as error:
-        raise InputError(
-            f"--dtype that {device} computes in required, got {dtype}: {error}"
-        ) from None
+    fixed = {"cpu": device.type == "cpu", "device_placement": False}
+    return Accelerator(mixed_precision=precision, **fixed, **more)
 
 
 def fit(
@@ -135,7 +131,7 @@ def fit(
     objective.check()
     schedule.check()
     accelerator = make_accelerator(student.device, schedule.dtype)
-    adamw = {"betas": (0.9, 0.95), "weight_decay": schedule.weight_decay}
+    adamw: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": schedule.weight_decay}
     optimizer = accelerator.prepare(torch.optim.AdamW(student.parameters(), **adamw))
     state, checkpoint = _State(student, optimizer, accelerator.scaler), None
     if folder is not None and schedule.save_every:

@@ -14,7 +14,10 @@ from distil_rank.proteins.fasta import AMINO_ACIDS
 def toy_sequences(n, seed=0, low=12, high=70):
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(low, high, (n,), generator=g).tolist()
-    return ["".join(AMINO_ACIDS[i] for i in torch.randint(20, (k,), generator=g).tolist()) for k in lengths]
+    return [
+        "".join(AMINO_ACIDS[i] for i in torch.randint(20, (k,), generator=g).tolist())
+        for k in lengths
+    ]
 
 
 def write_toy_fasta(path, n, seed=0):

@@ -11,7 +11,18 @@ def softmax(z):
     return [v / sum(e) for v in e]
 
 
-def objective_by_hand(student, teacher, tokens, mask, tau, alpha, uncertainty, calibration, smoothing, normalise):
+def objective_by_hand(
+    student,
+    teacher,
+    tokens,
+    mask,
+    tau,
+    alpha,
+    uncertainty,
+    calibration,
+    smoothing,
+    normalise_weights,
+):
     """Mean loss over real predictions, from nested lists; no tensor operation is used."""
     student, teacher, tokens, mask = (x.tolist() for x in (student, teacher, tokens, mask))
     hard, soft, count = 0.0, 0.0, 0
@@ -21,8 +32,10 @@ def objective_by_hand(student, teacher, tokens, mask, tau, alpha, uncertainty, c
         weights = [1.0] * len(places)
         if uncertainty:
             low, high = min(entropies), max(entropies)
-            weights = [0.5 + (0.5 * (h - low) / (high - low) if high > low else 0) for h in entropies]
-            if normalise:
+            weights = [
+                0.5 + (0.5 * (h - low) / (high - low) if high > low else 0) for h in entropies
+            ]
+            if normalise_weights:
                 weights = [w * len(weights) / sum(weights) for w in weights]
         for t, w in zip(places, weights, strict=True):
             p, q = softmax([z / tau for z in z_t[t]]), softmax([z / tau for z in z_s[t]])

@@ -1,0 +1,212 @@
+"""Training: one gradient for every split of a batch, exact resumption, caches without effect."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from distil_rank.core.devices import threads
+from distil_rank.core.errors import InputError
+from distil_rank.generators.data import epoch_batches
+from distil_rank.generators.inherit import initial_student
+from distil_rank.generators.loss import Objective
+from distil_rank.generators.models import fresh
+from distil_rank.generators.teachers import Cache, Live
+from distil_rank.generators.train import Schedule, fit, mean_nll
+
+SCHEDULE = Schedule(steps=6, batch_size=8, learning_rate=3e-3, seed=5)
+
+
+def student(seed=0):
+    return fresh(27, 2, 2, 16, 128, 0, seed)
+
+
+def state(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def trained(proteins, teacher, schedule=SCHEDULE, objective=None, **more):
+    model, log = student(), []
+    objective = objective or Objective()
+    fit(model, proteins, None, teacher, objective, schedule, report=log.append, **more)
+    return state(model), [entry["loss"] for entry in log]
+
+
+def test_losses_fall_and_two_runs_are_bit_equal(proteins, teacher):
+    long = replace(SCHEDULE, steps=25)
+    first, losses = trained(proteins, Live(teacher), long, Objective(alpha=0.0))
+    assert losses[-1] < 0.7 * losses[0]
+    assert torch.equal(first, trained(proteins, Live(teacher), long, Objective(alpha=0.0))[0])
+
+
+@pytest.mark.parametrize("enhanced", [False, True])
+def test_accumulation_changes_nothing(proteins, teacher, enhanced):
+    objective = Objective(uncertainty=enhanced, calibration=enhanced)
+    whole, losses = trained(proteins, Live(teacher), objective=objective)
+    for accumulation in (4, 8):
+        schedule = replace(SCHEDULE, accumulation=accumulation)
+        parts, again = trained(proteins, Live(teacher), schedule, objective)
+        np.testing.assert_allclose(again, losses, rtol=1e-5)
+        torch.testing.assert_close(parts, whole, rtol=0, atol=2e-4)
+
+
+def test_exact_cache_gives_the_losses_of_the_live_teacher(proteins, teacher):
+    objective = Objective(uncertainty=True, calibration=True)
+    with threads(1):  # with more, sums may be taken in another order for another batch
+        live, losses = trained(proteins, Live(teacher), objective=objective)
+        cache = Cache(teacher, proteins, batch_size=7)
+        cached, again = trained(proteins, cache, objective=objective)
+    assert again == losses
+    assert torch.equal(cached, live)
+
+
+def test_a_protein_is_read_at_the_width_of_its_own_length(proteins, teacher):
+    order = np.argsort(proteins.lengths)
+    mixed = np.concatenate([order[:3], order[-3:]])
+    tokens, mask = proteins.batch(mixed)
+    with threads(1):
+        together = Live(teacher).targets(mixed, tokens, mask)
+        for row, i in enumerate(mixed):
+            alone = Live(teacher).targets(mixed[[row]], *proteins.batch([i]))[0]
+            assert torch.equal(together[row, : len(alone)], alone)
+            with torch.no_grad():
+                plain = teacher(input_ids=tokens[[row]]).logits[0, : len(alone)]
+            torch.testing.assert_close(alone, plain)
+
+
+def test_top_cache_of_the_whole_vocabulary_is_the_exact_one(proteins, teacher):
+    objective = Objective(uncertainty=True)
+    _, losses = trained(proteins, Live(teacher), objective=objective)
+    _, again = trained(proteins, Cache(teacher, proteins, 27), objective=objective)
+    np.testing.assert_allclose(again, losses, rtol=1e-5)
+    _, fewer = trained(proteins, Cache(teacher, proteins, 8), objective=objective)
+    assert fewer[0] < losses[0]  # fewer outcomes, less divergence
+    with pytest.raises(InputError, match="top-k"):
+        Cache(teacher, proteins, 28)
+
+
+def test_best_weights_are_kept_and_patience_ends_the_run(proteins, teacher):
+    hopeless = Schedule(
+        steps=40, batch_size=8, learning_rate=3.0, warmup=0.0, evaluate_every=2, patience=3, seed=1
+    )
+    model = student()
+    progress = fit(model, proteins, proteins, None, Objective(), hopeless)
+    assert progress.step == progress.best_step + 6 < 40
+    assert mean_nll(model, proteins) == pytest.approx(progress.best_nll, rel=1e-6)
+    assert progress.best_nll == min(nll for _, nll in progress.validations)
+
+
+def test_published_formula_trains_and_refuses_a_top_cache(proteins, teacher):
+    objective = Objective(published=True)
+    _, losses = trained(proteins, Live(teacher), objective=objective)
+    assert losses[-1] < losses[0]
+    with pytest.raises(InputError, match="published"):
+        trained(proteins, Cache(teacher, proteins, 5), objective=objective)
+
+
+def test_half_precision_follows_full_precision(proteins, teacher):
+    _, losses = trained(proteins, Live(teacher))
+    _, half = trained(proteins, Live(teacher), replace(SCHEDULE, dtype="bfloat16"))
+    assert half != losses
+    np.testing.assert_allclose(half, losses, rtol=0.02)
+    again = trained(proteins, Live(teacher))[1]
+    assert again == losses  # one run does not set the type of the next
+    with pytest.raises(InputError, match="a GPU required for --dtype float16"):
+        trained(proteins, Live(teacher), replace(SCHEDULE, dtype="float16"))
+
+
+def test_dropout_of_a_given_model_is_off_and_the_global_generator_is_left_alone(proteins):
+    logs = [], []
+    for rate, log in zip((0.0, 0.5), logs):
+        model = student()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = rate
+        before = torch.get_rng_state()
+        fit(model, proteins, None, None, Objective(), SCHEDULE, report=log.append)
+        assert torch.equal(before, torch.get_rng_state())
+    assert logs[0] == logs[1]
+
+
+def test_batches_of_a_schedule_are_those_of_its_epochs_from_any_step_on(proteins):
+    schedule = replace(SCHEDULE, steps=13)  # five steps an epoch
+    whole = [b for epoch in range(3) for b in epoch_batches(proteins.lengths, 8, 5, epoch)][:13]
+    for first in (0, 4, 5, 12, 13):
+        found = list(schedule.batches(proteins.lengths, first))
+        assert [b.tolist() for b in found] == [b.tolist() for b in whole[first:]]
+
+
+BAD = [
+    {"learning_rate": 0.0},
+    {"learning_rate": float("nan")},
+    {"steps": 0},
+    {"batch_size": 0},
+    {"accumulation": 0},
+    {"warmup": 1.5},
+    {"weight_decay": -1.0},
+]
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_schedules_are_refused(proteins, bad):
+    with pytest.raises(InputError, match=next(iter(bad)).replace("_", "[-_]")):
+        fit(student(), proteins, None, None, Objective(), replace(SCHEDULE, **bad))
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_interrupted_and_resumed_is_bit_equal_to_uninterrupted(tmp_path, proteins, teacher):
+    schedule = replace(SCHEDULE, steps=23, evaluate_every=4, save_every=5, accumulation=2)
+
+    def run(name, stop=0, **other):
+        def report(values):
+            if values["step"] == stop:
+                raise Interrupted
+
+        model = student()
+        (tmp_path / name).mkdir(exist_ok=True)
+        changed = replace(schedule, **other)
+        fit(model, proteins, proteins, Live(teacher), Objective(), changed, tmp_path / name, report)
+        return state(model)
+
+    whole = run("whole")
+    for stop in (3, 9, 18):  # before the first checkpoint, after it, after the next
+        with pytest.raises(Interrupted):
+            run("torn", stop)
+    with pytest.raises(InputError, match="of this very request"):
+        run("torn", learning_rate=1e-3)
+    assert torch.equal(run("torn"), whole)
+    logs = [(tmp_path / name / "log.jsonl").read_bytes() for name in ("torn", "whole")]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("init", ["slice", "low-rank"])
+def test_a_full_sized_student_from_the_teacher_is_the_teacher(teacher, init):
+    torch.manual_seed(0)
+    with torch.no_grad():  # no trivial gain, except the last one, which a tied head cannot take
+        for name, parameter in teacher.named_parameters():
+            if "ln_f.weight" not in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    made = initial_student(teacher, 3, 2, 32, init, seed=0).eval()
+    tokens = torch.randint(27, (2, 20))
+    with torch.no_grad():
+        found, wanted = made(input_ids=tokens).logits, teacher(input_ids=tokens).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    with pytest.raises(InputError, match="not larger"):
+        initial_student(teacher, 4, 2, 32, init, seed=0)
+
+
+def test_initial_weights_depend_on_the_seed_and_leave_the_global_generator_alone(teacher):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    a, b, c = (state(initial_student(teacher, 2, 2, 16, "random", seed)) for seed in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_width_must_fit_the_heads():
+    with pytest.raises(InputError, match="n-embd=30 and n-head=4; 28 or 32"):
+        fresh(27, 2, 4, 30, 64, 0, 0)
