@@ -111,37 +111,18 @@ def card(
     repo: str, training: Record, evaluation: Record, license: str, previous: str | None = None
 ) -> str:
     """The model card with its model-index."""
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+    from huggingface_hub import ModelCard
 
     student, source = evaluation["student"], evaluation["data"]["source"]
     teacher = training.get("teacher", {}).get("name")
     metrics = {name: _at(evaluation, path) for name, path in SHOWN.items()}
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type="proteins",
-            dataset_name=source,
-            metric_type=name.replace(" ", "_").lower(),
-            metric_name=name,
-            metric_value=round(metric["value"], 6),
-        )
-        for name, metric in metrics.items()
-    ]
-    meta = ModelCardData(
-        license=license,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["protein", "gpt2", "distillation"],
-        base_model=_hub_name(teacher),
-        model_name=repo.split("/")[1],
-        eval_results=results,
-    )
+    meta = _metadata(repo, license, teacher, source, metrics)
     objective = training.get("objective", {})
     flags = {k: v for k, v in training["config"].items() if k not in ("out", "log_to", "device")}
     shown = [[name, with_interval(metric, ".4f")] for name, metric in metrics.items()]
     few = " (**underpowered**: fewer than 1,000)" if evaluation["underpowered"] else ""
     text = f"""---
-{meta.to_yaml()}
+{meta}
 ---
 
 # {repo}
@@ -180,6 +161,35 @@ Weights (hash of names, shapes and values): `{student["weights_sha256"]}`
 ```
 """
     return str(ModelCard(text))
+
+
+def _metadata(
+    repo: str, license: str, teacher: str | None, source: str, metrics: dict[str, Metric]
+) -> str:
+    """The head of the card as YAML, with the model-index."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="proteins",
+            dataset_name=source,
+            metric_type=name.replace(" ", "_").lower(),
+            metric_name=name,
+            metric_value=round(metric["value"], 6),
+        )
+        for name, metric in metrics.items()
+    ]
+    meta = ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["protein", "gpt2", "distillation"],
+        base_model=_hub_name(teacher),
+        model_name=repo.split("/")[1],
+        eval_results=results,
+    )
+    return meta.to_yaml()
 
 
 def _comparison(metrics: dict[str, Metric], previous: str | None) -> str:
