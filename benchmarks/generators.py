@@ -1,41 +1,45 @@
-"""The generators' bars, measured: the loss at ProtGPT2's vocabulary, the teacher cache, the statistics' error rates.
+"""The generators' bars: loss at ProtGPT2's vocabulary, teacher cache, error rates of statistics.
 
 python -m benchmarks.generators --data proteins.tsv.gz --teacher models/nano-teacher
 """
-
-from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import tyro
 
+from benchmarks.generator_study import runs
+from benchmarks.generator_study.bars import SCHEMA
+from benchmarks.generator_study.interaction import contrasts
+from benchmarks.generator_study.presets import CELLS, ENHANCEMENTS, PRESETS
 from distil_rank.core.errors import one_line_errors
-from distil_rank.generators import quality, runs
-from distil_rank.generators.bars import SCHEMA
+from distil_rank.core.records import (
+    Record,
+    config_record,
+    environment,
+    require_writable,
+    write_json,
+)
+from distil_rank.generators import quality
 from distil_rank.generators.calibration import calibration
-from distil_rank.generators.fit import Schedule
-from distil_rank.generators.interaction import CELLS, contrasts
+from distil_rank.generators.evaluate import peak_bytes
 from distil_rank.generators.loss import CHUNK, Objective, distillation_sums
-from distil_rank.generators.presets import ENHANCEMENTS, PRESETS
-from distil_rank.generators.speed import peak_bytes
 from distil_rank.generators.teachers import Cache
-from distil_rank.core.records import config_record, environment, require_writable, write_json
+from distil_rank.generators.train import Schedule
 
 VOCABULARY = 50257  # of ProtGPT2
 
 
 @dataclass(frozen=True)
 class Config:
-    data: Path  # proteins for the ablation
+    data: Path  # proteins: FASTA (plain or gzip), or CSV, TSV or parquet with a column `sequence`
     teacher: str = "models/nano-teacher"
-    out: Path = Path("benchmarks/results/generators.json")
+    out: Path = Path("benchmarks/results/generators.json")  # where to write
     rounds: int = 5  # of the loss, interleaved
     steps: int = 30  # of every run of the ablation
     proteins: float = 0.05  # share of the training proteins
@@ -50,8 +54,8 @@ def direct(student: torch.Tensor, teacher: torch.Tensor, tokens: torch.Tensor) -
     return 0.5 * hard + 0.5 * 4 * soft
 
 
-def loss_at_full_vocabulary(rounds: int) -> dict[str, Any]:
-    """2 x 256 tokens at ProtGPT2's vocabulary: memory beside the two sets of logits, time, difference from the direct one."""
+def loss_at_full_vocabulary(rounds: int) -> Record:
+    """2 x 256 tokens at ProtGPT2's vocabulary: memory beside the logits, time, difference."""
     g = torch.Generator().manual_seed(0)
     student = (3 * torch.randn(2, 256, VOCABULARY, generator=g)).requires_grad_()
     teacher = 3 * torch.randn(2, 256, VOCABULARY, generator=g)
@@ -97,12 +101,17 @@ def loss_at_full_vocabulary(rounds: int) -> dict[str, Any]:
     }
 
 
-def ablation_with_and_without_cache(config: Config) -> dict[str, Any]:
-    """Processor time of the training of the 2 x 2 x 5 ablation, the making of the cache included."""
+def ablation_with_and_without_cache(config: Config) -> Record:
+    """Processor time of training the 2 x 2 x 5 ablation, the making of the cache included."""
     preset = PRESETS["nano"]
     shape = next(iter(preset.sizes.values()))
     material = runs.Material(
-        config.teacher, str(config.data), config.proteins, preset.held_out, preset.max_residues, cache=False
+        config.teacher,
+        str(config.data),
+        config.proteins,
+        preset.held_out,
+        preset.max_residues,
+        cache=False,
     )
     bench = runs.Bench(material)
     live = bench.source
@@ -112,12 +121,14 @@ def ablation_with_and_without_cache(config: Config) -> dict[str, Any]:
         for cell in CELLS
         for seed in range(5)
     ]
-    losses: dict[str, Any] = {}
+    losses: Record = {}
     seconds: dict[str, float] = {}
     for name in ("live", "cache"):
         start = time.process_time()
         bench.source = live if name == "live" else Cache(bench.teacher, bench.train)
-        losses[name] = np.array([[entry["loss"] for entry in bench.student(run)[1]] for run in plan])
+        losses[name] = np.array(
+            [[entry["loss"] for entry in bench.student(run)[1]] for run in plan]
+        )
         seconds[name] = time.process_time() - start
     difference = np.abs(losses["live"] / losses["cache"] - 1)
     return {
@@ -130,8 +141,8 @@ def ablation_with_and_without_cache(config: Config) -> dict[str, Any]:
     }
 
 
-def error_rates(trials: int = 200) -> dict[str, Any]:
-    """How often planted additive effects are called synergy, and a planted -5 % interaction is found; 5 seeds."""
+def error_rates(trials: int = 200) -> Record:
+    """How often additive effects are called synergy and a -5 % interaction is found; 5 seeds."""
     rng = np.random.default_rng(0)
 
     def found(interaction: float) -> float:
@@ -151,8 +162,8 @@ def error_rates(trials: int = 200) -> dict[str, Any]:
     }
 
 
-def calibrated_simulator(trials: int = 1000) -> list[dict[str, Any]]:
-    """A calibrated model at several numbers of tokens: plain and debiased ECE, how often the intervals cover 0."""
+def calibrated_simulator(trials: int = 1000) -> list[Record]:
+    """A calibrated model at several numbers of tokens: plain and debiased ECE, coverage of 0."""
     rows = []
     for n in (100, 500, 2000, 20000):
         found = []
@@ -160,7 +171,9 @@ def calibrated_simulator(trials: int = 1000) -> list[dict[str, Any]]:
             rng = np.random.default_rng([n, trial])
             confidence = 0.08 + 0.9 * rng.beta(1.0, 4.0, n)
             correct = (rng.random(n) < confidence).astype(float)
-            found.append(calibration(confidence, correct, (confidence - correct) ** 2, np.arange(n) // 20))
+            found.append(
+                calibration(confidence, correct, (confidence - correct) ** 2, np.arange(n) // 20)
+            )
         debiased = np.array([f["ece_debiased"]["value"] for f in found])
         rows.append(
             {
@@ -177,7 +190,7 @@ def calibrated_simulator(trials: int = 1000) -> list[dict[str, Any]]:
     return rows
 
 
-def share_covering(found: list[dict[str, Any]], name: str) -> float:
+def share_covering(found: list[Record], name: str) -> float:
     return float(np.mean([f[name]["low"] <= 0 <= f[name]["high"] for f in found]))
 
 
@@ -194,7 +207,7 @@ def novelty_seconds() -> float:
 
 def run(config: Config) -> None:
     require_writable(config.out.parent)
-    record: dict[str, Any] = {
+    record: Record = {
         "schema": SCHEMA,
         "config": config_record(config),
         "loss": loss_at_full_vocabulary(config.rounds),

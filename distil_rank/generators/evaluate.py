@@ -1,100 +1,25 @@
-"""Evaluate a student beside its teacher on held-out proteins: likelihood, calibration, what it writes, speed.
+"""A student beside its teacher on held-out proteins: likelihood, calibration, writing, speed."""
 
-    distil-rank generator evaluate --student models/tiny --teacher nferruz/ProtGPT2 --data heldout.fasta --out tiny.json
-    distil-rank generator evaluate --student models/nano-student --teacher models/nano-teacher \\
-        --data proteins.fasta --part test --max-residues 248 --out nano.json
-
-`--part test` takes the test part of the split that training makes with the same data, seed and limits; `--part all`
-every protein of the file. Below 1,000 proteins the result says underpowered.
-"""
-
-from __future__ import annotations
-
+import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
+import torch
 
-from distil_rank.core.errors import InputError
-from distil_rank.generators.fit import Precision
-from distil_rank.generators.models import RATIO_THRESHOLDS
-from distil_rank.core.records import config_record, environment, require_writable, sha256, shown_path, write_json
+from distil_rank.core.records import Metric, Record
+from distil_rank.generators import metrics, quality
+from distil_rank.generators.data import Encoded
+from distil_rank.generators.models import Dtype, parameters, weights_sha256
+from distil_rank.generators.sample import Sampler, draw
+from distil_rank.generators.teachers import Live
 
-SCHEMA = "distil-rank/generator-evaluation/1"
 ENOUGH = 1000  # proteins
-NEXT_SHARES = (0.2, 0.5)  # train-size-prop to try when a size misses its threshold
-
-
-@dataclass(frozen=True)
-class Config:
-    student: str  # folder of the student
-    teacher: str  # folder or hub name of the teacher
-    data: Path  # held-out proteins: FASTA, CSV, TSV or parquet
-    out: Path  # JSON to write
-    part: Literal["all", "test"] = "all"  # every protein of the file, or the test part of the training split
-    training: Path | None = (
-        None  # proteins that novelty is measured against; default: a sample of the training split, or none
-    )
-    held_out: float = 0.05  # share of the test part
-    max_residues: int | None = None  # leave longer proteins out
-    generate: int = 200  # proteins written by either model
-    max_length: int = 0  # tokens per written protein; 0: the model's context
-    seed: int = 0  # of the split and of what is written
-    precision: Precision = "fp32"
-    device: str = "auto"
-    structures: bool = False  # fold what is written with ESMFold (needs its weights) and report pLDDT
-
-
-def run(config: Config) -> None:
-    from distil_rank.generators.data import encode, prepare, read_sequences
-    from distil_rank.generators.models import load, require_same_vocabulary
-    from distil_rank.generators.training import choose_device
-
-    device = choose_device(config.device)
-    require_writable(config.out.parent)
-    student, tokenizer = load(config.student)
-    teacher, teacher_tokenizer = load(config.teacher)
-    require_same_vocabulary(teacher_tokenizer, tokenizer)
-    sequences = read_sequences(config.data)
-    if config.part == "test":
-        splits = prepare(sequences, 1.0, config.held_out, config.seed, config.max_residues)
-        natural, training, counts = splits.test, splits.train, dict(splits.counts)
-    else:
-        natural = [s for s in dict.fromkeys(sequences) if config.max_residues is None or len(s) <= config.max_residues]
-        training, counts = [], {"read": len(sequences)}
-    if config.training:
-        training = read_sequences(config.training)
-    if len(natural) < 2:
-        raise InputError(f"at least two distinct proteins required in {config.data}, got {len(natural)}; give more")
-    held_out = encode(natural, tokenizer, min(student.config.n_positions, teacher.config.n_positions))
-    bed = Bed(
-        tokenizer, held_out, natural, training, config.generate, config.max_length, config.seed, config.precision,
-        config.structures,
-    )  # fmt: skip
-    record = compare(student.to(device), teacher.to(device), bed)
-    write_json(
-        config.out,
-        {
-            "schema": SCHEMA,
-            "config": config_record(config),
-            "data": {
-                "source": shown_path(config.data),
-                "sha256": sha256(config.data),
-                **counts,
-                "n_test": len(natural),
-            },
-            "seeds": [config.seed],
-            **record,
-            "environment": environment(device),
-            "machine_dependent": ["speed"],
-        },
-    )
-    ratio = record["ratio"]
-    power = " (underpowered)" if record["underpowered"] else ""
-    print(f"{config.out}: perplexity ratio {ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]{power}")
+NEAREST_OF = 1000  # training proteins that novelty is measured against, at most
+BATCHES, TOKENS, ROUNDS = (1, 8, 32), 64, 3  # of the measurement of speed
 
 
 @dataclass(frozen=True)
@@ -102,95 +27,169 @@ class Bed:
     """What models are measured on, and how."""
 
     tokenizer: Any
-    held_out: Any  # the test proteins, encoded
+    held_out: Encoded  # the test proteins
     natural: Sequence[str]  # the same as sequences
     training: Sequence[str]  # proteins that novelty is measured against
     generate: int = 200
-    max_length: int = 0
     seed: int = 0
-    precision: Precision = "fp32"
+    dtype: Dtype = "float32"
     structures: bool = False
+    max_new_tokens: int | None = None  # None: as many as the model's context holds
 
 
-def measure(model: Any, bed: Bed, teacher: Any = None) -> tuple[dict[str, Any], Any]:
-    """A model's own record, and its scores; with the divergence from `teacher` where one is given."""
-    from distil_rank.generators import quality, scores
-    from distil_rank.generators.models import parameters, weights_sha256
-    from distil_rank.generators.sampling import Sampler, draw
-    from distil_rank.generators.structure import fold
-    from distil_rank.generators.teachers import Live
+class Measured(TypedDict):
+    """What is known of one model."""
 
-    say(f"scoring {len(bed.natural)} proteins")
-    targets = None if teacher is None else Live(teacher, bed.precision)
-    found = scores.score(model, bed.held_out, targets, precision=bed.precision)
-    how = {"precision": bed.precision}
-    record: dict[str, Any] = {
-        "weights_sha256": weights_sha256(model),
-        "parameters": parameters(model),
-        "shape": {k: getattr(model.config, k) for k in ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")},
-        "perplexity": scores.perplexity(found),
-        "bits_per_residue": scores.bits_per_residue(found),
-        "calibration": scores.calibration_with_control(model, bed.held_out, found, bed.seed, **how),
-    }
+    weights_sha256: str
+    parameters: dict[str, int]
+    shape: dict[str, int]
+    perplexity: Metric
+    bits_per_residue: Metric
+    calibration: Record
+    generation: NotRequired[quality.Writing]
+
+
+class Comparison(TypedDict):
+    """A student beside its teacher."""
+
+    underpowered: bool
+    proteins: int
+    student: Measured
+    teacher: Measured
+    ratio: Metric
+    kl_to_teacher: Metric
+    compression: dict[str, float]
+    speed: NotRequired[Record]
+
+
+def measure(model: Any, bed: Bed, teacher: Any = None) -> tuple[Measured, metrics.Scores]:
+    """A model's own record, and its scores; with the divergence from `teacher` where given."""
+    _say(f"scoring {len(bed.natural)} proteins")
+    targets = None if teacher is None else Live(teacher, bed.dtype)
+    found = metrics.score(model, bed.held_out, targets, dtype=bed.dtype)
+    calibration = metrics.calibration_with_control(model, bed.held_out, found, bed.seed, bed.dtype)
+    shape = ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")
+    record = Measured(
+        weights_sha256=weights_sha256(model),
+        parameters=parameters(model),
+        shape={name: getattr(model.config, name) for name in shape},
+        perplexity=metrics.perplexity(found),
+        bits_per_residue=metrics.bits_per_residue(found),
+        calibration=calibration,
+    )
     if bed.generate:
-        say(f"writing {bed.generate} proteins")
-        sampler = Sampler(bed.max_length or model.config.n_positions)
-        written = list(draw(model, bed.tokenizer, range(bed.generate), sampler, bed.seed, 32, "float32"))
-        texts, sample = [d.sequence for d in written], _sample(bed.training, 1000, bed.seed)
-        record["generation"] = quality.describe(texts, [d.ended for d in written], bed.natural, sample, bed.seed)
-        skipped = {"skipped": "not asked for (--structures)"}
-        record["generation"]["structure"] = fold(texts) if bed.structures else skipped
+        record["generation"] = writing(model, bed)
     return record, found
 
 
-def compare(
-    student: Any, teacher: Any, bed: Bed, known: tuple[dict[str, Any], Any] | None = None, speed: bool = True
-) -> dict[str, Any]:
-    """All metrics of a student beside its teacher, as JSON values; `known` is what `measure` found for the teacher."""
-    from distil_rank.generators import scores
-    from distil_rank.generators.speed import writing_speed
+def writing(model: Any, bed: Bed) -> quality.Writing:
+    """What the proteins that a model writes are like."""
+    _say(f"writing {bed.generate} proteins")
+    sampler = Sampler(bed.max_new_tokens or model.config.n_positions - 1)
+    drawn = list(draw(model, bed.tokenizer, range(bed.generate), sampler, bed.seed))
+    texts, ended = [d.sequence for d in drawn], [d.ended for d in drawn]
+    # the nearest of a sample is farther than the nearest of all, so their number is recorded
+    order = np.random.default_rng([bed.seed, 4]).permutation(len(bed.training))
+    sample = [bed.training[i] for i in sorted(order[:NEAREST_OF])]
+    record = quality.describe(texts, ended, bed.natural, sample, bed.seed)
+    skipped = {"skipped": "not asked for (--structures)"}
+    record["structure"] = quality.fold(texts) if bed.structures else skipped
+    return record
 
-    record: dict[str, Any] = {"underpowered": len(bed.natural) < ENOUGH, "proteins": len(bed.natural)}
-    record["student"], own = measure(student, bed, teacher)
-    record["teacher"], theirs = known or measure(teacher, bed)
-    record["ratio"] = scores.perplexity_ratio(own, theirs)
-    record["kl_to_teacher"] = scores.divergence_from_teacher(own)
-    sizes = [record[name]["parameters"] for name in ("teacher", "student")]
-    record["compression"] = {k: sizes[0][k] / max(1, sizes[1][k]) for k in ("total", "without_embeddings")}
-    record["verdict"] = verdict(record["ratio"], size_name(record["student"]["shape"]))
+
+def compare(
+    student: Any,
+    teacher: Any,
+    bed: Bed,
+    known: tuple[Measured, metrics.Scores] | None = None,
+    speed: bool = True,
+) -> Comparison:
+    """All metrics of a student beside its teacher; `known` is what `measure` found for it."""
+    own_record, own = measure(student, bed, teacher)
+    its_record, its = known or measure(teacher, bed)
+    large, small = its_record["parameters"], own_record["parameters"]
+    record = Comparison(
+        underpowered=len(bed.natural) < ENOUGH,
+        proteins=len(bed.natural),
+        student=own_record,
+        teacher=its_record,
+        ratio=metrics.perplexity_ratio(own, its),
+        kl_to_teacher=metrics.divergence_from_teacher(own),
+        compression={name: large[name] / max(1, small[name]) for name in large},
+    )
     if speed:
-        say("measuring speed")
+        _say("measuring speed")
         record["speed"] = writing_speed({"student": student, "teacher": teacher})
     return record
 
 
-def verdict(ratio: dict[str, Any], size: str | None = None) -> dict[str, Any]:
-    """Words computed from the ratio's value: excellent below 1.5, good below 2; and whether the size's threshold is
-    met."""
-    word = "excellent" if ratio["value"] < 1.5 else "good" if ratio["value"] < 2 else "poor"
-    found: dict[str, Any] = {"word": word, "size": size, "threshold": RATIO_THRESHOLDS.get(size or "")}
-    if found["threshold"] is not None:
-        found["met"] = ratio["value"] < found["threshold"]
-        found["certain"] = ratio["high"] < found["threshold"] or ratio["low"] >= found["threshold"]
-        if not found["met"]:
-            found["try_train_size_prop"] = list(NEXT_SHARES)
-    return found
-
-
-def size_name(shape: dict[str, int]) -> str | None:
-    from distil_rank.generators.models import SIZES
-
-    return next((n for n, s in SIZES.items() if s == (shape["n_layer"], shape["n_head"], shape["n_embd"])), None)
-
-
-def _sample(sequences: Sequence[str], n: int, seed: int) -> list[str]:
-    """At most n of them, for novelty: the nearest of a sample is farther than the nearest of all, so n is recorded."""
-    if not sequences:
-        return []
-    rng = np.random.default_rng([seed, 4])
-    return [sequences[i] for i in sorted(rng.permutation(len(sequences))[:n])]
-
-
-def say(text: str) -> None:
+def _say(text: str) -> None:
     if sys.stderr.isatty():
         print(text, file=sys.stderr)
+
+
+@torch.no_grad()
+def writing_speed(models: dict[str, Any]) -> Record:
+    """Tokens per second of greedy writing with a cache, and memory, on this machine.
+
+    Medians of interleaved rounds, to be read as ratios.
+    """
+    found: dict[str, Record] = {name: {} for name in models}
+    for size in BATCHES:
+        seconds: dict[str, list[float]] = {name: [] for name in models}
+        for repeat in range(ROUNDS + 1):
+            for name, model in models.items():
+                taken = _write(model, size)
+                if repeat:  # the first round warms up
+                    seconds[name].append(taken)
+        for name, times in seconds.items():
+            middle = statistics.median(times)
+            found[name][str(size)] = {
+                "tokens_per_second": size * TOKENS / middle,
+                "spread": (max(times) - min(times)) / middle,
+            }
+    for name, model in models.items():
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        found[name]["weights_mib"] = weights / 2**20
+        found[name]["peak_mib"] = (weights + _forward_peak(model, max(BATCHES))) / 2**20
+    return {"tokens_per_sequence": TOKENS, "repeats": ROUNDS, "models": found}
+
+
+def _write(model: Any, size: int) -> float:
+    device = next(model.parameters()).device
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
+    current, past = torch.full((size, 1), model.config.eos_token_id, device=device), None
+    wait(device)
+    start = time.perf_counter()
+    for _ in range(TOKENS):
+        out = model(input_ids=current, past_key_values=past, use_cache=True)
+        past, current = out.past_key_values, out.logits[:, -1:].argmax(-1)
+    wait(device)
+    return time.perf_counter() - start
+
+
+def _forward_peak(model: Any, size: int) -> int:
+    """Bytes that a forward pass holds at its peak, without the weights."""
+    device = next(model.parameters()).device
+    inputs = torch.full((size, TOKENS), model.config.eos_token_id, device=device)
+    return peak_bytes(lambda: model(input_ids=inputs, use_cache=False), device)
+
+
+def peak_bytes(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """Most bytes held at once of those that torch allocates while `function` runs."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        function()
+    assert record.profiler is not None and record.profiler.kineto_results is not None
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

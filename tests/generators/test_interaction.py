@@ -3,10 +3,14 @@
 import numpy as np
 import pytest
 
+from benchmarks.generator_study.interaction import contrasts, detectable, over_runs
+from benchmarks.generator_study.presets import CELLS
 from distil_rank.core.errors import InputError
-from distil_rank.generators.interaction import CELLS, contrasts, detectable, t_interval
 
-RUN, CELL = 0.02, 0.008  # standard deviations of log perplexity: shared by the four cells of a run, and per cell
+RUN, CELL = (
+    0.02,
+    0.008,
+)  # standard deviations of log perplexity: shared by the four cells of a run, and per cell
 
 
 def simulated(rng, runs=5, uncertainty=0.01, calibration=0.02, interaction=0.0):
@@ -28,7 +32,10 @@ def test_additive_effects_are_rarely_called_synergy():
 
 def test_an_interaction_of_minus_five_percent_is_found():
     rng = np.random.default_rng(1)
-    words = [contrasts(simulated(rng, interaction=np.log(0.95)))["words"]["interaction"] for _ in range(200)]
+    words = [
+        contrasts(simulated(rng, interaction=np.log(0.95)))["words"]["interaction"]
+        for _ in range(200)
+    ]
     assert words.count("synergy") >= 0.8 * 200
 
 
@@ -36,7 +43,9 @@ def test_detectable_effect_is_found_with_the_power_it_promises():
     deviation = CELL * 2  # of a contrast of four independent cells
     effect = np.log1p(detectable(deviation, 5))
     rng = np.random.default_rng(2)
-    found = [contrasts(simulated(rng, interaction=-effect))["words"]["interaction"] for _ in range(600)]
+    found = [
+        contrasts(simulated(rng, interaction=-effect))["words"]["interaction"] for _ in range(600)
+    ]
     assert found.count("synergy") / 600 == pytest.approx(0.8, abs=0.05)
     assert detectable(deviation, 20) < detectable(deviation, 5)
 
@@ -63,12 +72,17 @@ def test_the_published_claim_is_judged_by_all_three_effects(planted, word):
     # a calibration effect of exactly nothing: symmetric noise
     noise = np.array([-0.01, 0.01, -0.005, 0.005, 0.0])
     u, c, i = planted
-    y = {"baseline": 0 * noise, "uncertainty": u + noise, "calibration": c + noise[::-1], "both": u + c + i + noise}
+    y = {
+        "baseline": 0 * noise,
+        "uncertainty": u + noise,
+        "calibration": c + noise[::-1],
+        "both": u + c + i + noise,
+    }
     assert contrasts(y)["words"]["published_claim"] == word
 
 
 def test_one_run_has_no_interval():
     with pytest.raises(InputError, match="at least two runs"):
-        t_interval([1.0])
+        over_runs([1.0])
     with pytest.raises(InputError, match="as many runs"):
         contrasts({"baseline": [1, 2], "uncertainty": [1, 2], "calibration": [1, 2], "both": [1]})

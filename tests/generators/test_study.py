@@ -1,31 +1,38 @@
-"""The study end to end at toy scale: complete, resumable, redrawable; and publication of what was evaluated only."""
+"""The study end to end at toy scale: complete, resumable, redrawable."""
 
 import json
 from dataclasses import replace
 
 import pytest
 
-from distil_rank import redraw
-from distil_rank.core.errors import InputError
-from distil_rank.generators import evaluate, publish, report, runs, study, sweep, train
-from distil_rank.generators.fit import Schedule
+from benchmarks.generator_study import presets, report, runs, study
+from benchmarks.generator_study.paper import paper
+from distil_rank.core.devices import threads
+from distil_rank.generators.data import amino_acid_tokenizer
 from distil_rank.generators.loss import Objective
-from distil_rank.generators.models import RATIO_THRESHOLDS, fresh, save
-from distil_rank.generators.paper import paper
-from distil_rank.experiment.latency import threads
+from distil_rank.generators.models import fresh, save
+from distil_rank.generators.train import Schedule
 from tests.generators.conftest import write_toy_fasta
 
 TOY = replace(
-    study.PRESETS["nano"], sizes={"tiny": (1, 2, 16)}, steps=2, final_steps=3, train_size_prop=0.3, held_out=0.2,
+    presets.PRESETS["nano"],
+    sizes={"tiny": (1, 2, 16)},
+    steps=2,
+    final_steps=3,
+    train_size_prop=0.3,
+    held_out=0.2,
     max_residues=80,
-    rates=(1e-2, 1e-4), temperatures=(1, 2), alphas=(0.5,), generate=4, seeds=2, pilots=2,
-)  # fmt: skip
+    rates=(1e-2, 1e-4),
+    temperatures=(1, 2),
+    alphas=(0.5,),
+    generate=4,
+    seeds=2,
+    pilots=2,
+)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    from distil_rank.generators.data import amino_acid_tokenizer
-
     folder = tmp_path_factory.mktemp("study")
     save(fresh(27, 2, 2, 32, 96, 0, 1), amino_acid_tokenizer(), folder / "teacher")
     write_toy_fasta(folder / "toy.fasta", 80)
@@ -35,11 +42,13 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def conducted(place):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(study.PRESETS, "nano", replace(TOY, teacher=str(place / "teacher")))
-        config = study.Config(place / "toy.fasta", place / "out", work=place / "work")
+        patch.setitem(presets.PRESETS, "nano", replace(TOY, teacher=str(place / "teacher")))
+        config = study.Config(place / "toy.fasta", place / "out", work=place / "work", device="cpu")
         study.run(config)
         first = json.loads((place / "out" / "study.json").read_text())
-        patch.setattr(runs.Bench, "outcome", lambda *_: pytest.fail("a finished run was made again"))
+        patch.setattr(
+            runs.Bench, "outcome", lambda *_: pytest.fail("a finished run was made again")
+        )
         study.run(config)
     return first, json.loads((place / "out" / "study.json").read_text())
 
@@ -57,19 +66,33 @@ def test_the_study_is_complete(conducted):
     assert set(found["ablation"]["schedules"]) == {"short warm-up", "long warm-up"}
     for part in found["ablation"]["schedules"].values():
         assert len(part["cells"]["both"]["log_perplexity"]) == 2
-        assert part["contrasts"]["words"]["published_claim"] in ("reproduced", "contradicted", "not reproduced")
-    assert found["sizes"]["tiny"]["verdict"]["threshold"] == 3.0 and found["sizes"]["tiny"]["underpowered"]
+        assert part["contrasts"]["words"]["published_claim"] in (
+            "reproduced",
+            "contradicted",
+            "not reproduced",
+        )
+    assert (
+        found["sizes"]["tiny"]["verdict"]["threshold"] == 3.0
+        and found["sizes"]["tiny"]["underpowered"]
+    )
 
 
 def test_learning_rates_are_chosen_by_the_mean_of_pilots_of_other_seeds(conducted, place):
     made = [json.loads(path.read_text()) for path in (place / "work").glob("*.json")]
     pilots = [run for run in made if run["run"]["pilot"]]
-    assert len(pilots) == 2 * 4 * 2 * 2  # schedules, cells, rates, seeds; the only size's pilots are among them
+    assert (
+        len(pilots) == 2 * 4 * 2 * 2
+    )  # schedules, cells, rates, seeds; the only size's pilots are among them
     assert all("ratio" not in pilot for pilot in pilots)  # the test proteins were not looked at
     reported = {
-        run["run"]["schedule"]["seed"] for run in made if "ratio" in run and run["run"]["schedule"]["seed"] < 1000
+        run["run"]["schedule"]["seed"]
+        for run in made
+        if "ratio" in run and run["run"]["schedule"]["seed"] < 1000
     }
-    assert reported == {0, 1} and {pilot["run"]["schedule"]["seed"] for pilot in pilots} == {1000, 1001}
+    assert reported == {0, 1} and {pilot["run"]["schedule"]["seed"] for pilot in pilots} == {
+        1000,
+        1001,
+    }
     cell = conducted[0]["ablation"]["schedules"]["long warm-up"]["cells"]["both"]
     for rate, loss in cell["validation_nll_by_rate"].items():
         own = [
@@ -81,26 +104,36 @@ def test_learning_rates_are_chosen_by_the_mean_of_pilots_of_other_seeds(conducte
             and pilot["run"]["objective"]["calibration"]
         ]
         assert len(own) == 2 and loss == pytest.approx(sum(own) / 2)
-    assert cell["learning_rate"] == float(min(cell["validation_nll_by_rate"], key=cell["validation_nll_by_rate"].get))
+    assert cell["learning_rate"] == float(
+        min(cell["validation_nll_by_rate"], key=cell["validation_nll_by_rate"].get)
+    )
     assert "8 of the 8 chosen rates lie at the edge" in " ".join(paper(conducted[0]).split())
 
 
 def test_a_size_that_misses_its_threshold_is_trained_again_on_more(place, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(study.PRESETS, "nano", replace(TOY, teacher=str(place / "teacher"), train_size_prop=0.15))
-        patch.setitem(RATIO_THRESHOLDS, "tiny", 0.1)  # out of reach
+        patch.setitem(
+            presets.PRESETS,
+            "nano",
+            replace(TOY, teacher=str(place / "teacher"), train_size_prop=0.15),
+        )
+        patch.setitem(presets.THRESHOLDS, "tiny", 0.1)  # out of reach
         for retry, share in ((False, 0.15), (True, 0.5)):
             out = tmp_path / str(retry)
-            study.run(study.Config(place / "toy.fasta", out, work=tmp_path / "work", retry=retry))
+            given = {"work": tmp_path / "work", "retry": retry, "device": "cpu"}
+            study.run(study.Config(place / "toy.fasta", out, **given))
             found = json.loads((out / "study.json").read_text())["sizes"]["tiny"]
             assert found["train_size_prop"] == share
-            assert not found["verdict"]["met"] and found["verdict"]["try_train_size_prop"] == [0.2, 0.5]
+            assert not found["verdict"]["met"] and found["verdict"]["try_train_size_prop"] == [
+                0.2,
+                0.5,
+            ]
 
 
 def test_figures_and_paper_come_from_the_json_alone(conducted, place):
-    redraw.run(redraw.Config(place / "out"))
+    report.draw(place / "out")
     assert sorted(p.stem for p in (place / "out").glob("*.png")) == sorted(report.FIGURES)
-    text = (place / "out" / "paper.md").read_text()
+    text = paper(json.loads((place / "out" / "study.json").read_text()), figures=".")
     assert text.count("**Table") == 6 and all(f"(./{name}.png)" in text for name in report.FIGURES)
     assert "underpowered" in text and "nan" not in text.lower().replace("nano", "")
     changed = json.loads(json.dumps(conducted[0]))
@@ -111,10 +144,16 @@ def test_figures_and_paper_come_from_the_json_alone(conducted, place):
 
 
 def test_the_exact_cache_changes_no_outcome(place):
-    run = runs.Run((1, 2, 16), Objective(uncertainty=True, calibration=True), replace(Schedule(4), batch_size=8))
+    run = runs.Run(
+        (1, 2, 16),
+        Objective(uncertainty=True, calibration=True),
+        replace(Schedule(4), batch_size=8),
+    )
     material = runs.Material(str(place / "teacher"), str(place / "toy.fasta"), 0.5, 0.2, 80)
     with threads(1):
-        cached, live = (runs.Bench(replace(material, cache=cache)).outcome(run) for cache in (True, False))
+        cached, live = (
+            runs.Bench(replace(material, cache=cache)).outcome(run) for cache in (True, False)
+        )
     assert cached == live
 
 
@@ -127,62 +166,25 @@ def test_two_processes_make_the_runs_of_one(place, tmp_path):
     assert one == two
 
 
-def test_a_run_is_named_by_everything_that_changes_it(place):
+def test_a_run_is_known_by_everything_that_changes_it(place):
     run = runs.Run((1, 2, 16), Objective(), Schedule(4))
     material = runs.Material(str(place / "teacher"), str(place / "toy.fasta"), 0.5, 0.2, 80)
-    other = [
-        runs.key(replace(run, objective=Objective(3.0)), material),
-        runs.key(replace(run, schedule=Schedule(4, seed=1)), material),
-        runs.key(run, replace(material, train_size_prop=0.4)),
-        runs.key(run, material),
-    ]
-    assert len(set(other)) == 4 and runs.key(run, replace(material, cache=False)) == other[-1]
+    own = runs.request(run, material)
+    for other in (
+        runs.request(replace(run, objective=Objective(3.0)), material),
+        runs.request(replace(run, schedule=Schedule(4, seed=1)), material),
+        runs.request(run, replace(material, train_size_prop=0.4)),
+    ):
+        assert other != own
+    assert runs.request(run, replace(material, cache=False, device="cuda")) == own
 
 
-def test_a_sweep_goes_on_where_it_stopped(place):
-    config = sweep.Config(
-        str(place / "teacher"), place / "toy.fasta", place / "sweep", (1, 2), (0.5, 1.0), (1e-2,), n_layer=1, n_head=2,
-        n_embd=16,
-        steps=2, batch_size=8, train_size_prop=0.5, held_out=0.2, max_residues=80, trials=1,
-    )  # fmt: skip
-    sweep.run(config)
-    assert len(json.loads((place / "sweep" / "sweep.json").read_text())["trials"]) == 1
-    sweep.run(replace(config, trials=0))
-    trials = json.loads((place / "sweep" / "sweep.json").read_text())["trials"]
-    assert sorted((t["temperature"], t["alpha"]) for t in trials) == [(1, 0.5), (1, 1.0), (2, 0.5), (2, 1.0)]
-    assert trials[0]["validation_nll"] == min(t["validation_nll"] for t in trials)
-    with pytest.raises(InputError, match="begun with"):
-        sweep.run(replace(config, steps=3))
-    with pytest.raises(InputError, match="alpha"):
-        sweep.run(replace(config, alpha=(2.0,)))
-
-
-def test_only_the_evaluated_weights_are_published(place):
-    given = {"data": place / "toy.fasta", "held_out": 0.2, "batch_size": 8, "max_residues": 80}
-    for name, seed in (("m", 0), ("other", 0)):
-        train.run(
-            train.Config(
-                teacher=str(place / "teacher"), out=place / name, n_layer=1, n_head=2, n_embd=16, steps=2 + (name ==
-                "other"), seed=seed, **given
-            )
-        )  # fmt: skip
-    evaluation = place / "m.json"
-    evaluate.run(evaluate.Config(str(place / "m"), str(place / "teacher"), place / "toy.fasta", evaluation, generate=0))
-    config = publish.Config(place / "m", "you/tiny", evaluation, place / "upload", dry_run=True)
-    publish.run(config)
-    names = {p.name for p in (place / "upload").iterdir()}
-    assert names == {*publish.FILES, "README.md", "evaluation.json"}
-    text = (place / "upload" / "README.md").read_text()
-    assert "model-index" in text and "license: mit" in text and "underpowered" in text and "@article" in text
-    again = replace(config, out=place / "upload2", previous=place / "upload" / "README.md")
-    publish.run(again)
-    assert "Against the version before" in (place / "upload2" / "README.md").read_text()
-    with pytest.raises(InputError, match="other weights"):
-        publish.run(replace(config, model=place / "other", out=place / "upload3"))
-    with pytest.raises(InputError, match="empty or new"):
-        publish.run(config)
-    with pytest.raises(InputError, match="owner/name"):
-        publish.run(replace(config, repo="tiny"))
-    with pytest.raises(InputError, match="lacks"):
-        publish.run(replace(config, model=place / "teacher"))
-    assert not (place / "upload3").exists()
+def test_other_proteins_under_the_same_name_are_other_runs(place, tmp_path):
+    """A study on a file that was replaced made no run anew and reported those of the old file."""
+    run, found = runs.Run((1, 2, 16), Objective(), Schedule(4)), []
+    for seed in (0, 1):
+        (tmp_path / str(seed)).mkdir()
+        data = write_toy_fasta(tmp_path / str(seed) / "toy.fasta", 8, seed)
+        material = runs.Material(str(place / "teacher"), str(data), 0.5, 0.2, 80)
+        found.append(runs.request(run, material))
+    assert found[0] != found[1]

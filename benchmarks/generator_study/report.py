@@ -1,32 +1,37 @@
-"""The figures of a study, from its JSON and nothing else; `distil-rank report` draws them and fills the paper."""
+"""The figures of a study, and its paper, from its JSON and nothing else.
 
-from __future__ import annotations
+python -m benchmarks.generator_study.report results/generators
+"""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from distil_rank.generators.interaction import CELLS
-from distil_rank.generators.study import CURVES, SCHEMA
-from distil_rank.core.records import read_json
+from benchmarks.generator_study.paper import paper
+from benchmarks.generator_study.presets import CELLS
+from benchmarks.generator_study.study import CURVES, SCHEMA
+from distil_rank.core.records import Record, atomic, read_json, write_text
 
-COLOURS = {"baseline": "#444444", "uncertainty": "#0072B2", "calibration": "#D55E00", "both": "#009E73"}
+COLORS = dict(zip(CELLS, ("#444444", "#0072B2", "#D55E00", "#009E73")))
 STUDENT, TEACHER, NATURAL = "#0072B2", "#444444", "#E69F00"
 FEW = 20  # tokens: bins below are not drawn (they stay in the table's ECE)
-FIGURES = ("ablation", "temperature", "alpha", "pareto", "reliability", "amino_acids", "speed", "uncertainty")
+WIDE = ("ablation", "reliability", "uncertainty", "speed")
 
 
 def draw(folder: Path) -> Path:
     """Draw every figure of the study in `folder` beside its JSON."""
-    study, curves = read_json(folder / "study.json", SCHEMA), read_json(folder / "curves.json", CURVES)
+    study = read_json(folder / "study.json", SCHEMA)
+    curves = read_json(folder / "curves.json", CURVES)
     for name, figure in figures(study, curves):
-        figure.savefig(folder / f"{name}.png", dpi=130, metadata={"Software": None})
+        with atomic(folder / f"{name}.png") as path:
+            figure.savefig(path, format="png", dpi=130, metadata={"Software": None})
     return folder / "study.json"
 
 
-def figures(study: dict[str, Any], curves: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def figures(study: Record, curves: Record) -> Iterator[tuple[str, Any]]:
     """The figures by name, drawn one after the other."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -38,34 +43,41 @@ def figures(study: dict[str, Any], curves: dict[str, Any]) -> Iterator[tuple[str
         "axes.spines.right": False,
         "legend.frameon": False,
     }
-    for name in FIGURES:
+    for name, fill in FIGURES.items():
         with rc_context(style):
-            wide = name in ("ablation", "reliability", "uncertainty", "speed")
-            figure = Figure(figsize=(8.5 if wide else 6, 3.8), layout="constrained")
+            figure = Figure(figsize=(8.5 if name in WIDE else 6, 3.8), layout="constrained")
             FigureCanvasAgg(figure)
-            _DRAW[name](figure, study, curves)
+            fill(figure, study, curves)
         yield name, figure
 
 
-def _caption(figure: Any, study: dict[str, Any], text: str) -> None:
+def _caption(figure: Any, study: Record, text: str) -> None:
     data = study["data"]
-    figure.supxlabel(f"{text}; {data['n_test']:,} held-out proteins of {data['source']}", fontsize=7, color="#555555")
+    figure.supxlabel(
+        f"{text}; {data['n_test']:,} held-out proteins of {data['source']}",
+        fontsize=7,
+        color="#555555",
+    )
 
 
-def _ablation(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> None:
+def _ablation(figure: Any, study: Record, curves: Record) -> None:
     schedules = study["ablation"]["schedules"]
     axes = figure.subplots(1, len(schedules), sharex=True, sharey=True, squeeze=False)[0]
     rows = [*CELLS[1:], "interaction"]
     for axis, (name, part) in zip(axes, schedules.items(), strict=True):
         for y, row in enumerate(rows):
-            effect, colour = part["contrasts"][row], COLOURS.get(row, "#CC79A7")
+            effect, color = part["contrasts"][row], COLORS.get(row, "#CC79A7")
             values = [100 * effect[k] for k in ("low", "high")]
-            axis.plot(values, [y, y], color=colour, lw=2)
-            axis.plot(100 * effect["value"], y, "o", color=colour)
+            axis.plot(values, [y, y], color=color, lw=2)
+            axis.plot(100 * effect["value"], y, "o", color=color)
             axis.annotate(
-                part["contrasts"]["words"][row], (0.99, y - 0.22), xycoords=("axes fraction", "data"), ha="right",
-                fontsize=7, color=colour,
-            )  # fmt: skip
+                part["contrasts"]["words"][row],
+                (0.99, y - 0.22),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                fontsize=7,
+                color=color,
+            )
         axis.axvline(0, color="#999999", lw=0.8)
         axis.set_yticks(range(len(rows)), rows)
         axis.set_title(name)
@@ -76,16 +88,18 @@ def _ablation(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> Non
 
 
 def _sweep(field: str) -> Any:
-    def draw(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> None:
+    def draw(figure: Any, study: Record, curves: Record) -> None:
         axis = figure.subplots()
         for cell in ("baseline", "both"):
             entries = study[field][cell]
             x = [e[field] for e in entries]
-            axis.errorbar(
-                x, [e["ratio"]["value"] for e in entries], color=COLOURS[cell], marker="o", capsize=2, label=cell,
-                yerr=[[e["ratio"]["value"] - e["ratio"]["low"] for e in entries], [e["ratio"]["high"] -
-                e["ratio"]["value"] for e in entries]],
-            )  # fmt: skip
+            ratios = [e["ratio"] for e in entries]
+            y = [r["value"] for r in ratios]
+            error = [
+                [r["value"] - r["low"] for r in ratios],
+                [r["high"] - r["value"] for r in ratios],
+            ]
+            axis.errorbar(x, y, error, color=COLORS[cell], marker="o", capsize=2, label=cell)
         axis.axvline(study[field]["chosen"], color="#999999", ls=":", label="chosen on validation")
         if field == "temperature":
             axis.set_xscale("log")
@@ -99,7 +113,7 @@ def _sweep(field: str) -> Any:
     return draw
 
 
-def _pareto(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> None:
+def _pareto(figure: Any, study: Record, curves: Record) -> None:
     axis = figure.subplots()
     farthest = max(record["compression"]["total"] for record in study["sizes"].values())
     for name, record in study["sizes"].items():
@@ -130,22 +144,33 @@ def _pareto(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> None:
     _caption(figure, study, "One run a size, 95 % interval over proteins")
 
 
-def _reliability(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> None:
+def _reliability(figure: Any, study: Record, curves: Record) -> None:
     record = study["sizes"][study["ablated_size"]]
     axes = figure.subplots(1, 3, sharex=True, sharey=True)
     panels = [
         ("teacher", record["teacher"]["calibration"]["as_is"], TEACHER),
         (f"student ({study['ablated_size']})", record["student"]["calibration"]["as_is"], STUDENT),
-        ("student, temperature scaled", record["student"]["calibration"]["temperature_scaled"], STUDENT),
+        (
+            "student, temperature scaled",
+            record["student"]["calibration"]["temperature_scaled"],
+            STUDENT,
+        ),
     ]
     kept = [[i for i, n in enumerate(c["bins"]["count"]) if n >= FEW] for _, c, _ in panels]
     limits, ticks = (0.03, 1.2), (0.05, 0.1, 0.2, 0.5, 1)
-    for axis, (title, found, colour), rows in zip(axes, panels, kept, strict=True):
+    for axis, (title, found, color), rows in zip(axes, panels, kept, strict=True):
         bins = {name: np.array(values)[rows] for name, values in found["bins"].items()}
         half, accuracy = 1.96 * bins["standard_error"], bins["accuracy"]
         below = np.minimum(half, accuracy - limits[0] / 2)  # a logarithmic axis has no 0
         axis.plot(limits, limits, color="#999999", lw=0.8)
-        axis.errorbar(bins["confidence"], accuracy, yerr=[below.clip(0), half], fmt="o", color=colour, capsize=2)
+        axis.errorbar(
+            bins["confidence"],
+            accuracy,
+            yerr=[below.clip(0), half],
+            fmt="o",
+            color=color,
+            capsize=2,
+        )
         axis.set(xscale="log", yscale="log", xlim=limits, ylim=limits, xlabel="confidence")
         for side in (axis.xaxis, axis.yaxis):
             side.set_ticks(ticks, [f"{v:g}" for v in ticks])
@@ -161,11 +186,12 @@ def _reliability(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> 
     _caption(
         figure,
         study,
-        f"Most probable token, bins of {FEW} tokens or more, 95 % intervals; scaling fitted on half of the proteins",
+        f"Most probable token, bins of {FEW} tokens or more, 95 % intervals;"
+        " scaling fitted on half of the proteins",
     )
 
 
-def _amino_acids(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> None:
+def _amino_acids(figure: Any, study: Record, curves: Record) -> None:
     record = study["sizes"][study["ablated_size"]]
     axis = figure.subplots()
     sources = [
@@ -174,36 +200,38 @@ def _amino_acids(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> 
         ("student", record["student"]["generation"]["frequencies"], STUDENT),
     ]
     letters = sorted(sources[0][1], key=lambda a: -sources[0][1][a])
-    for shift, (name, frequencies, colour) in enumerate(sources):
-        divergence = {} if name == "natural" else record[name]["generation"].get("amino_acid_kl", {})
+    for shift, (name, frequencies, color) in enumerate(sources):
+        divergence = (
+            {} if name == "natural" else record[name]["generation"].get("amino_acid_kl", {})
+        )
         kl = f", KL {divergence['value']:.4f} nats" if divergence else ""
         axis.bar(
             [i + 0.28 * (shift - 1) for i in range(20)],
             [100 * frequencies[a] for a in letters],
             0.28,
-            color=colour,
+            color=color,
             label=name + kl,
         )
     axis.set_xticks(range(20), letters)
     axis.set_ylabel("frequency (%)")
     axis.legend()
-    _caption(
-        figure,
-        study,
-        f"{record['student']['generation']['n']} proteins written by either, natural ones of equal lengths",
-    )
+    n = record["student"]["generation"]["n"]
+    _caption(figure, study, f"{n} proteins written by either, natural ones of equal lengths")
 
 
-def _speed(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> None:
+def _speed(figure: Any, study: Record, curves: Record) -> None:
     left, right = figure.subplots(1, 2)
     first = next(iter(study["sizes"].values()))
     batches = [k for k in first["speed"]["models"]["teacher"] if k.isdigit()]
     shades = ["#0072B2", "#56B4E9", "#009E73", "#CC79A7"]
-    for (name, record), colour in zip(study["sizes"].items(), shades, strict=False):
+    for (name, record), color in zip(study["sizes"].items(), shades, strict=False):
         speeds = record["speed"]["models"]
-        ratio = [speeds["student"][b]["tokens_per_second"] / speeds["teacher"][b]["tokens_per_second"] for b in batches]
-        left.plot(range(len(batches)), ratio, "o-", color=colour, label=name)
-        right.bar(name, speeds["teacher"]["peak_mib"] / speeds["student"]["peak_mib"], color=colour)
+        ratio = [
+            speeds["student"][b]["tokens_per_second"] / speeds["teacher"][b]["tokens_per_second"]
+            for b in batches
+        ]
+        left.plot(range(len(batches)), ratio, "o-", color=color, label=name)
+        right.bar(name, speeds["teacher"]["peak_mib"] / speeds["student"]["peak_mib"], color=color)
     left.set_xticks(range(len(batches)), batches)
     left.set_xlabel("proteins written together")
     left.set_ylabel("speed / teacher's")
@@ -212,28 +240,41 @@ def _speed(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> None:
     left.legend()
     right.axhline(1, color="#999999", lw=0.8)
     right.set_ylabel("teacher's peak memory / student's")
+    repeats, device = first["speed"]["repeats"], study["environment"]["device"]
+    _caption(figure, study, f"Medians of {repeats} interleaved rounds on {device}")
+
+
+def _uncertainty(figure: Any, study: Record, curves: Record) -> None:
+    examples = curves["uncertainty"]
+    width, total = (
+        max(len(e["entropy"]) for e in examples),
+        sum(len(e["entropy"]) for e in examples),
+    )
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    for axis, name, colors in ((top, "entropy", "viridis"), (bottom, "weight", "magma")):
+        table = [e[name] + [float("nan")] * (width - len(e[name])) for e in examples]
+        # line breaks and ends are all but certain: the colors are for the residues between them
+        low, high = (
+            sorted(v for e in examples for v in e[name])[int(q * total)] for q in (0.06, 0.995)
+        )
+        image = axis.imshow(
+            table, aspect="auto", cmap=colors, interpolation="nearest", vmin=low, vmax=high
+        )
+        axis.set_ylabel("protein")
+        axis.set_yticks([])
+        figure.colorbar(
+            image,
+            ax=axis,
+            label="teacher's entropy (nats)" if name == "entropy" else "weight",
+            pad=0.01,
+        )
+    bottom.set_xlabel("position")
     _caption(
-        figure, study, f"Medians of {first['speed']['repeats']} interleaved rounds on {study['environment']['device']}"
+        figure, study, "Uncertainty of the teacher and the weights it gives, median-length proteins"
     )
 
 
-def _uncertainty(figure: Any, study: dict[str, Any], curves: dict[str, Any]) -> None:
-    examples = curves["uncertainty"]
-    width, total = max(len(e["entropy"]) for e in examples), sum(len(e["entropy"]) for e in examples)
-    top, bottom = figure.subplots(2, 1, sharex=True)
-    for axis, name, colours in ((top, "entropy", "viridis"), (bottom, "weight", "magma")):
-        table = [e[name] + [float("nan")] * (width - len(e[name])) for e in examples]
-        # line breaks and ends are all but certain: the colours are for the residues between them
-        low, high = (sorted(v for e in examples for v in e[name])[int(q * total)] for q in (0.06, 0.995))
-        image = axis.imshow(table, aspect="auto", cmap=colours, interpolation="nearest", vmin=low, vmax=high)
-        axis.set_ylabel("protein")
-        axis.set_yticks([])
-        figure.colorbar(image, ax=axis, label="teacher's entropy (nats)" if name == "entropy" else "weight", pad=0.01)
-    bottom.set_xlabel("position")
-    _caption(figure, study, "Uncertainty of the teacher and the weights it gives, median-length proteins")
-
-
-_DRAW = {
+FIGURES = {
     "ablation": _ablation,
     "temperature": _sweep("temperature"),
     "alpha": _sweep("alpha"),
@@ -243,3 +284,11 @@ _DRAW = {
     "speed": _speed,
     "uncertainty": _uncertainty,
 }
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:] or ["results/generators"]:
+        place = Path(argument)
+        print(f"drawn: {draw(place)}")
+        text = paper(read_json(place / "study.json", SCHEMA), figures=".")
+        write_text(place / "paper.md", text + "\n")

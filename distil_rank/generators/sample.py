@@ -1,12 +1,11 @@
-"""Drawing proteins from a generator; protein i depends on (seed, i) alone, not on how many are drawn together.
+"""Drawing proteins from a generator: protein i depends on (seed, i), not on how many are drawn.
 
-Every protein has its own stream of uniform numbers, and a token is the inverse of the cumulative distribution at the
-next of them. What is left of the batch is rounding in the logits, so the model runs in float64 unless told otherwise:
-float32 is faster, and two batch sizes then differ in about one token of a million.
+Every protein has its own stream of uniform numbers, and a token is the inverse of the cumulative
+distribution at the next of them. What is left of the batch is rounding in the logits: in float32
+two batch sizes differ in about one token of a million, in float64 in none that we saw.
 """
 
-from __future__ import annotations
-
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,35 +13,36 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from distil_rank.core.errors import InputError
-from distil_rank.generators.data import parse
+from distil_rank.core.errors import InputError, at_least
 from distil_rank.core.randomness import generator
+from distil_rank.generators.data import parse
 
-Dtype = Literal["float64", "float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a token is drawn. The defaults draw from the model as it is; ProtGPT2's authors use top_k 950, penalty
-    1.2."""
+    """How a token is drawn. The defaults draw from the model as it is.
 
-    max_length: int = 200  # tokens, the start token counted
+    ProtGPT2's authors use top_k 950, repetition_penalty 1.2.
+    """
+
+    max_new_tokens: int = 200  # longest text written, in tokens
     temperature: float = 1.0  # below 1: safer, above 1: more varied
     top_k: int = 0  # draw among the k most probable tokens; 0: among all
-    repetition_penalty: float = 1.0  # divides positive (multiplies negative) logits of tokens already used
+    repetition_penalty: float = 1.0  # divides positive logits of tokens used, multiplies negative
 
     def check(self, context: int) -> None:
-        if not 2 <= self.max_length <= context:
+        if not 1 <= self.max_new_tokens < context:
             raise InputError(
-                f"max-length must be between 2 and the model's context of {context}, got {self.max_length}"
+                f"max-new-tokens must be at least 1 and below the model's context of {context},"
+                f" got {self.max_new_tokens}"
             )
         if not self.temperature > 0:
-            raise InputError(f"temperature must be above 0, got {self.temperature}; 1 draws from the model as it is")
-        if self.top_k < 0 or not self.repetition_penalty > 0:
-            raise InputError(
-                f"top-k of at least 0 and repetition-penalty above 0 required, got {self.top_k} and "
-                f"{self.repetition_penalty}"
-            )
+            raise InputError(f"temperature must be above 0, got {self.temperature}; 1 is usual")
+        at_least(0, top_k=self.top_k)
+        if not self.repetition_penalty > 0:
+            raise InputError(f"repetition-penalty must be above 0, got {self.repetition_penalty}")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Drawn:
 
     index: int
     sequence: str  # residues; what a model wrote between line breaks, valid or not
-    ended: bool  # by the end token, not by max_length
+    ended: bool  # by the end token, not by max_new_tokens
     perplexity: float  # of the drawn tokens under the model at temperature 1
     tokens: int
 
@@ -63,26 +63,27 @@ def draw(
     indices: range,
     sampler: Sampler,
     seed: int = 0,
-    batch_size: int = 16,
-    dtype: Dtype = "float64",
+    batch_size: int = 32,
+    dtype: Dtype = "float32",
 ) -> Iterator[Drawn]:
     """Proteins of these indices, in order. The model is used as a copy in `dtype`."""
-    import copy
-
     sampler.check(model.config.n_positions)
-    if batch_size < 1:
-        raise InputError(f"batch-size must be at least 1, got {batch_size}")
+    at_least(1, batch_size=batch_size)
     working = copy.deepcopy(model).to(getattr(torch, dtype)).eval()
     for start in range(indices.start, indices.stop, batch_size):
-        yield from _batch(working, tokenizer, range(start, min(start + batch_size, indices.stop)), sampler, seed)
+        yield from _batch(
+            working, tokenizer, range(start, min(start + batch_size, indices.stop)), sampler, seed
+        )
 
 
-def _batch(model: Any, tokenizer: Any, indices: range, sampler: Sampler, seed: int) -> Iterator[Drawn]:
+def _batch(
+    model: Any, tokenizer: Any, indices: range, sampler: Sampler, seed: int
+) -> Iterator[Drawn]:
     device, end, b = next(model.parameters()).device, tokenizer.eos_token_id, len(indices)
-    steps = sampler.max_length - 1
-    uniform = torch.stack(
-        [torch.rand(steps, generator=generator(seed, "generate", i), dtype=torch.float64) for i in indices]
-    ).to(device)
+    steps = sampler.max_new_tokens
+    streams = (generator(seed, "generate", i) for i in indices)
+    rows = [torch.rand(steps, generator=stream, dtype=torch.float64) for stream in streams]
+    uniform = torch.stack(rows).to(device)
     tokens = torch.full((b, 1), end, device=device)
     ended = torch.zeros(b, dtype=torch.bool, device=device)
     nll, count = torch.zeros(b, dtype=torch.float64, device=device), torch.zeros(b, device=device)

@@ -1,23 +1,28 @@
-"""The paper draft, a block of `docs/generators.md`: prose around the study's numbers. A pure function of the JSON; no number and no verdict is typed here."""
+"""The paper draft, a block of `docs/generators.md`: prose around the study's numbers.
+
+A pure function of the JSON; no number and no verdict is typed here.
+"""
 
 # ruff: noqa: E501 - the lines of the template are those of the text
-from __future__ import annotations
-
 from collections.abc import Iterable
-from typing import Any
+
+from benchmarks.generator_study.presets import CELLS
+from distil_rank.core.records import Record
+from distil_rank.core.tables import markdown, with_interval
 
 SCHEMA = "distil-rank/generator-study/2"
 WEAK = 0.3  # a teacher this little below token frequencies is called weak
-CELLS = ("baseline", "uncertainty", "calibration", "both")
 
 
-def paper(study: dict[str, Any], figures: str = "../results/generators") -> str:
+def paper(study: Record, figures: str = "../results/generators") -> str:
     """A short paper with six tables, from a study record; `figures` is their folder as the paper sees it."""
     data, ablation, teacher = study["data"], study["ablation"], study["teacher"]
     objective, sizes = ablation["objective"], study["sizes"]
     schedules = ablation["schedules"]
     runs = next(iter(schedules.values()))["contrasts"]["interaction"]["runs"]
-    claims = {name: part["contrasts"]["words"]["published_claim"] for name, part in schedules.items()}
+    claims = {
+        name: part["contrasts"]["words"]["published_claim"] for name, part in schedules.items()
+    }
     preset = study["config"]["preset_values"]
     gain = 1 - teacher["perplexity"]["value"] / data["token_frequencies_perplexity"]
     weak = (
@@ -28,7 +33,9 @@ def paper(study: dict[str, Any], figures: str = "../results/generators") -> str:
         else ""
     )
     underpowered = (
-        " **The evaluation is underpowered: fewer than 1,000 proteins.**" if _first(sizes)["underpowered"] else ""
+        " **The evaluation is underpowered: fewer than 1,000 proteins.**"
+        if _first(sizes)["underpowered"]
+        else ""
     )
     notice = {
         True: "The teacher was trained without these test proteins and their relatives.",
@@ -45,7 +52,7 @@ proteins with one seed and unequal schedules. Is there such an interaction under
 
 ## Methods
 
-Teacher logits z_T, student z_S, p = softmax(z_T / tau), q = softmax(z_S / tau). The student minimises
+Teacher logits z_T, student z_S, p = softmax(z_T / tau), q = softmax(z_S / tau). The student minimizes
 `alpha CE(z_S, token) + (1 - alpha) tau^2 mean_t w_t KL(p || q)` over real predictions. *Uncertainty*: w_t = 0.5 + 0.5 (H_t - min) /
 (max - min) within a protein, H_t the teacher's entropy at tau = 1. *Calibration*: p is mixed with the uniform distribution by
 eps_t = {objective["smoothing"]} (1 - max p). Runs are paired: run i of every cell has the same initial weights and batches. {_rates(schedules, preset)}
@@ -89,7 +96,7 @@ act on the divergence from the teacher only, {1 - study["alpha"]["chosen"]:.0%} 
 
 **Table 3. Held-out metrics and thresholds**
 
-{_table(["student", "share of training", "learning rate", "perplexity", "bits per residue", "ratio to teacher", "KL to teacher (nats)", "threshold", "verdict"], _metrics(sizes))}
+{_table(["student", "share of training", "learning rate", "perplexity", "bits per residue", "ratio to teacher", "KL to teacher (nats)", "threshold", "token frequencies alone"], _metrics(sizes, data["token_frequencies_perplexity"]))}
 
 ![Pareto]({figures}/pareto.png)
 
@@ -123,12 +130,14 @@ measured where ESMFold's weights are at hand. Commit {str(study["environment"]["
 {study["environment"]["device"]}, {study["environment"]["threads"]} thread(s)."""
 
 
-def _chosen(study: dict[str, Any], field: str) -> str:
+def _chosen(study: Record, field: str) -> str:
     tried, value = [entry[field] for entry in study[field]["baseline"]], study[field]["chosen"]
-    return f"{field} {value:g}{' (the edge of its grid)' if value in (min(tried), max(tried)) else ''}"
+    return (
+        f"{field} {value:g}{' (the edge of its grid)' if value in (min(tried), max(tried)) else ''}"
+    )
 
 
-def _configurations(sizes: dict[str, Any]) -> Iterable[list[str]]:
+def _configurations(sizes: Record) -> Iterable[list[str]]:
     for name, record in sizes.items():
         shape, count = record["student"]["shape"], record["student"]["parameters"]
         yield [
@@ -137,7 +146,7 @@ def _configurations(sizes: dict[str, Any]) -> Iterable[list[str]]:
         ]  # fmt: skip
 
 
-def _ablation_rows(schedules: dict[str, Any]) -> Iterable[list[str]]:
+def _ablation_rows(schedules: Record) -> Iterable[list[str]]:
     for name, part in schedules.items():
         for cell in CELLS:
             entry = part["cells"][cell]
@@ -146,7 +155,14 @@ def _ablation_rows(schedules: dict[str, Any]) -> Iterable[list[str]]:
                 if cell == "baseline"
                 else (_percent(part["contrasts"][cell]), part["contrasts"]["words"][cell])
             )
-            yield [name, cell, f"{entry['learning_rate']:g}", _value(entry["ratio"], 4), change, word]
+            yield [
+                name,
+                cell,
+                f"{entry['learning_rate']:g}",
+                _value(entry["ratio"], 4),
+                change,
+                word,
+            ]
         yield [
             name,
             "interaction",
@@ -162,10 +178,14 @@ def _claims(claims: dict[str, str]) -> str:
     return f"The published claim (each alone hurts, both together help): {said}."
 
 
-def _rates(schedules: dict[str, Any], preset: dict[str, Any]) -> str:
+def _rates(schedules: Record, preset: Record) -> str:
     chosen = [part["cells"][cell]["learning_rate"] for part in schedules.values() for cell in CELLS]
     edge = sum(rate in (min(preset["rates"]), max(preset["rates"])) for rate in chosen)
-    at = f"{edge} of the {len(chosen)} chosen rates lie" if edge != 1 else f"One of the {len(chosen)} chosen rates lies"
+    at = (
+        f"{edge} of the {len(chosen)} chosen rates lie"
+        if edge != 1
+        else f"One of the {len(chosen)} chosen rates lies"
+    )
     return (
         f"The learning rate of each\ncell and schedule is the one of {_list(preset['rates'])} with the lowest mean loss on "
         f"validation proteins over {preset['pilots']} pilots, whose\nseeds are not those of the runs reported. "
@@ -173,7 +193,7 @@ def _rates(schedules: dict[str, Any], preset: dict[str, Any]) -> str:
     )
 
 
-def _duration(study: dict[str, Any]) -> str:
+def _duration(study: Record) -> str:
     spent = study["duration"]
     if spent["runs_found"]:
         return ""  # some runs were made before
@@ -181,32 +201,42 @@ def _duration(study: dict[str, Any]) -> str:
     return f"The study took {spent['minutes']:.1f} minutes\nwith {processes}. "
 
 
-def _power(schedules: dict[str, Any]) -> str:
-    parts = [f"{100 * part['detectable_interaction']:.2f} % ({name})" for name, part in schedules.items()]
-    return f"An interaction of {' or '.join(parts)} would have been found with a probability of 80 %."
+def _power(schedules: Record) -> str:
+    parts = [
+        f"{100 * part['detectable_interaction']:.2f} % ({name})" for name, part in schedules.items()
+    ]
+    return (
+        f"An interaction of {' or '.join(parts)} would have been found with a probability of 80 %."
+    )
 
 
-def _metrics(sizes: dict[str, Any]) -> Iterable[list[str]]:
+def _metrics(sizes: Record, frequencies: float) -> Iterable[list[str]]:
+    """`frequencies` is the perplexity of token frequencies alone."""
     for name, record in sizes.items():
         student, verdict = record["student"], record["verdict"]
-        met = (
-            ""
-            if verdict["threshold"] is None
-            else f"< {verdict['threshold']:g}: {'met' if verdict['met'] else 'missed'}"
-        )
-        more = (
-            f"; try --train-size-prop {_list(verdict['try_train_size_prop'])}"
-            if "try_train_size_prop" in verdict
-            else ""
-        )
+        alone, limit = frequencies / record["teacher"]["perplexity"]["value"], verdict["threshold"]
+        met = ""
+        if limit is not None:
+            met = f"< {limit:g}: {'met' if verdict['met'] else 'missed'}"
+        if "try_train_size_prop" in verdict:
+            met += f"; try --train-size-prop {_list(verdict['try_train_size_prop'])}"
         yield [
-            name, f"{record['train_size_prop']:g}", f"{record['learning_rate']:g}", _value(student["perplexity"], 3), _value(student["bits_per_residue"], 3),
-            _value(record["ratio"], 4), _value(record["kl_to_teacher"], 4), met, verdict["word"] + more,
-        ]  # fmt: skip
+            name,
+            f"{record['train_size_prop']:g}",
+            f"{record['learning_rate']:g}",
+            _value(student["perplexity"], 3),
+            _value(student["bits_per_residue"], 3),
+            _value(record["ratio"], 4),
+            _value(record["kl_to_teacher"], 4),
+            met,
+            f"{alone:.3f}{': met' if limit is not None and alone < limit else ''}",
+        ]
 
 
-def _calibration(sizes: dict[str, Any]) -> Iterable[list[str]]:
-    models = {"teacher": _first(sizes)["teacher"]} | {name: record["student"] for name, record in sizes.items()}
+def _calibration(sizes: Record) -> Iterable[list[str]]:
+    models = {"teacher": _first(sizes)["teacher"]} | {
+        name: record["student"] for name, record in sizes.items()
+    }
     for name, model in models.items():
         plain, scaled = model["calibration"]["as_is"], model["calibration"]["temperature_scaled"]
         yield [
@@ -215,14 +245,29 @@ def _calibration(sizes: dict[str, Any]) -> Iterable[list[str]]:
         ]  # fmt: skip
 
 
-def _related(study: dict[str, Any], runs: int) -> Iterable[list[str]]:
-    yield ["ewijaya/protein-lm-distill, micro", "ProtGPT2", "5", "1", "18.95", "36.9", "39.6", "8.93"]
+def _related(study: Record, runs: int) -> Iterable[list[str]]:
+    yield [
+        "ewijaya/protein-lm-distill, micro",
+        "ProtGPT2",
+        "5",
+        "1",
+        "18.95",
+        "36.9",
+        "39.6",
+        "8.93",
+    ]
     for name, part in study["ablation"]["schedules"].items():
         ratios = [f"{part['cells'][cell]['ratio']['value']:.4f}" for cell in CELLS]
-        yield [f"here, {name}", study["teacher"]["name"], f"{study['data']['n_test']:,}", str(runs), *ratios]
+        yield [
+            f"here, {name}",
+            study["teacher"]["name"],
+            f"{study['data']['n_test']:,}",
+            str(runs),
+            *ratios,
+        ]
 
 
-def _speed(sizes: dict[str, Any]) -> Iterable[list[str]]:
+def _speed(sizes: Record) -> Iterable[list[str]]:
     for name, record in sizes.items():
         student, teacher = (record["speed"]["models"][k] for k in ("student", "teacher"))
         for batch in (k for k in student if k.isdigit()):
@@ -232,8 +277,10 @@ def _speed(sizes: dict[str, Any]) -> Iterable[list[str]]:
             ]  # fmt: skip
 
 
-def _generation(sizes: dict[str, Any]) -> Iterable[list[str]]:
-    models = {"teacher": _first(sizes)["teacher"]} | {name: record["student"] for name, record in sizes.items()}
+def _generation(sizes: Record) -> Iterable[list[str]]:
+    models = {"teacher": _first(sizes)["teacher"]} | {
+        name: record["student"] for name, record in sizes.items()
+    }
     for name, model in models.items():
         g = model["generation"]
         kl = g.get("amino_acid_kl")
@@ -246,15 +293,17 @@ def _generation(sizes: dict[str, Any]) -> Iterable[list[str]]:
 
 
 def _table(head: list[str], rows: Iterable[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+    return markdown([head, *rows])
 
 
-def _value(metric: dict[str, Any], digits: int) -> str:
-    return f"{metric['value']:.{digits}f} [{metric['low']:.{digits}f}, {metric['high']:.{digits}f}]"
+def _value(metric: Record, digits: int) -> str:
+    return with_interval(metric, f".{digits}f")
 
 
-def _percent(metric: dict[str, Any]) -> str:
-    return f"{100 * metric['value']:+.2f} % [{100 * metric['low']:+.2f}, {100 * metric['high']:+.2f}]"
+def _percent(metric: Record) -> str:
+    return (
+        f"{100 * metric['value']:+.2f} % [{100 * metric['low']:+.2f}, {100 * metric['high']:+.2f}]"
+    )
 
 
 def _list(values: Iterable[float]) -> str:
@@ -262,5 +311,5 @@ def _list(values: Iterable[float]) -> str:
     return f"{', '.join(rest)} or {last}" if rest else last
 
 
-def _first(sizes: dict[str, Any]) -> dict[str, Any]:
+def _first(sizes: Record) -> Record:
     return next(iter(sizes.values()))

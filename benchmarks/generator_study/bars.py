@@ -1,21 +1,19 @@
 """What `python -m benchmarks.generators` measured, as a table. A pure function of its JSON."""
 
 # ruff: noqa: E501 - the lines of the text are long
-from __future__ import annotations
-
 from collections.abc import Iterable
-from typing import Any
+
+from distil_rank.core.records import Record
+from distil_rank.core.tables import markdown
 
 SCHEMA = "distil-rank/generators-benchmark/2"
 
 
-def bars(record: dict[str, Any]) -> str:
+def bars(record: Record) -> str:
     """A block of `docs/generators.md`: what was demanded of the code and what was measured."""
-    rows = "\n".join(f"| {what} | {demanded} | {measured} |" for what, demanded, measured in _rows(record))
+    table = markdown([["measured", "demanded", "found"], *_rows(record)])
     loss = record["loss"]
-    return f"""| measured | demanded | found |
-| --- | --- | --- |
-{rows}
+    return f"""{table}
 
 The loss is worked through {loss["positions_at_a_time"]} positions at a time with the whole vocabulary of each, not in slices of the vocabulary: a
 slice would need the normaliser of all others first, a second pass, and the purpose, that V = {loss["vocabulary"]:,} fits, is served by
@@ -23,10 +21,14 @@ slice would need the normaliser of all others first, a second pass, and the purp
 {record["environment"]["cpu"]}, commit {str(record["environment"]["commit"])[:12]}."""
 
 
-def _rows(record: dict[str, Any]) -> Iterable[tuple[str, str, str]]:
+def _rows(record: Record) -> Iterable[tuple[str, str, str]]:
     loss, cache, interaction = record["loss"], record["cache"], record["interaction"]
     tokens = "V = {vocabulary:,}, 2 x 256 tokens".format(**loss)
-    yield f"{tokens}: peak memory of the loss / direct formula", "at most 0.3", f"{loss['memory_ratio']:.3f}"
+    yield (
+        f"{tokens}: peak memory of the loss / direct formula",
+        "at most 0.3",
+        f"{loss['memory_ratio']:.3f}",
+    )
     yield f"{tokens}: time / direct formula", "at most 1.2", f"{loss['time_ratio']:.2f}"
     yield (
         f"{tokens}: difference of value; of gradient",
@@ -40,7 +42,11 @@ def _rows(record: dict[str, Any]) -> Iterable[tuple[str, str, str]]:
     )
     difference = cache["largest_relative_loss_difference"]
     found = "none: bit for bit" if difference == 0 else f"{difference:.1e}"
-    yield "their losses: largest relative difference, cache against live teacher", "identical", found
+    yield (
+        "their losses: largest relative difference, cache against live teacher",
+        "identical",
+        found,
+    )
     yield (
         f"additive effects called synergy ({interaction['trials']} trials)",
         "at most 5 %",
@@ -58,4 +64,8 @@ def _rows(record: dict[str, Any]) -> Iterable[tuple[str, str, str]]:
             "any; within 2; 93 to 97 %",
             f"{row['ece']:.4f}; {within:.2f}; {100 * row['covered']:.1f} %",
         )
-    yield "novelty of 200 proteins against 1,000", "at most 2 s", f"{record['novelty_processor_seconds']:.2f} s"
+    yield (
+        "novelty of 200 proteins against 1,000",
+        "at most 2 s",
+        f"{record['novelty_processor_seconds']:.2f} s",
+    )

@@ -1,27 +1,24 @@
-"""The single runs of a study: each is a function of its settings, is kept as JSON, and is never made twice."""
+"""The single runs of a study: functions of their settings, kept as JSON, never made twice."""
 
-from __future__ import annotations
-
-import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property, partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from distil_rank.core.errors import InputError
+from distil_rank.core import resume
+from distil_rank.core.errors import at_least
+from distil_rank.core.records import Record, sha256
 from distil_rank.generators.calibration import calibration
 from distil_rank.generators.data import encode, prepare, read_sequences
-from distil_rank.generators.fit import Schedule, fit, mean_nll
 from distil_rank.generators.inherit import initial_student
 from distil_rank.generators.loss import Objective
-from distil_rank.generators.models import load, parameters, weights_sha256
-from distil_rank.generators.scores import (
+from distil_rank.generators.metrics import (
     Scores,
     bits_per_residue,
     divergence_from_teacher,
@@ -29,8 +26,9 @@ from distil_rank.generators.scores import (
     perplexity_ratio,
     score,
 )
+from distil_rank.generators.models import load, parameters, weights_sha256
 from distil_rank.generators.teachers import Cache, Live
-from distil_rank.core.records import write_json
+from distil_rank.generators.train import Schedule, fit, mean_nll
 
 SCHEMA = "distil-rank/generator-run/1"
 
@@ -61,7 +59,7 @@ class Run:
 
 
 class Bench:
-    """Everything loaded once per process: proteins, teacher, its targets and its scores on the test proteins."""
+    """Everything loaded once per process: proteins, teacher, its targets and its test scores."""
 
     def __init__(self, material: Material):
         self.material = material
@@ -69,11 +67,17 @@ class Bench:
         self.teacher.to(material.device)
         sequences = read_sequences(material.data)
         self.splits = prepare(
-            sequences, material.train_size_prop, material.held_out, material.seed, material.max_residues
+            sequences,
+            material.train_size_prop,
+            material.held_out,
+            material.seed,
+            material.max_residues,
         )
         context = self.teacher.config.n_positions
         parts = (self.splits.train, self.splits.validation, self.splits.test)
-        self.train, self.validation, self.test = (encode(part, self.tokenizer, context) for part in parts)
+        self.train, self.validation, self.test = (
+            encode(part, self.tokenizer, context) for part in parts
+        )
         self.source: Any = Cache(self.teacher, self.train) if material.cache else Live(self.teacher)
         self.test_targets = Cache(self.teacher, self.test) if material.cache else Live(self.teacher)
 
@@ -81,17 +85,22 @@ class Bench:
     def teacher_scores(self) -> Scores:
         return score(self.teacher, self.test, scaling=False)
 
-    def student(self, run: Run) -> Any:
+    def student(self, run: Run) -> tuple[Any, list[dict[str, float]]]:
         """A trained student and its log."""
-        student = initial_student(self.teacher, *run.shape, run.init, run.schedule.seed).to(self.material.device)
+        student = initial_student(self.teacher, *run.shape, run.init, run.schedule.seed)
+        student.to(self.material.device)
         log: list[dict[str, float]] = []
         fit(student, self.train, None, self.source, run.objective, run.schedule, report=log.append)
         return student, log
 
-    def outcome(self, run: Run) -> dict[str, Any]:
-        """What a run is judged by: likelihood on validation (for choices) and all of it on test (for claims)."""
+    def outcome(self, run: Run) -> Record:
+        """What a run is judged by: validation for choices, and all of it on test for claims."""
         student, log = self.student(run)
-        chosen_by = {"schema": SCHEMA, "run": describe(run), "validation_nll": mean_nll(student, self.validation)}
+        chosen_by = {
+            "schema": SCHEMA,
+            "run": describe(run),
+            "validation_nll": mean_nll(student, self.validation),
+        }
         if run.pilot:
             return chosen_by
         found = score(student, self.test, self.test_targets, scaling=False)
@@ -105,15 +114,12 @@ class Bench:
             "bits_per_residue": bits_per_residue(found),
             "ratio": perplexity_ratio(found, self.teacher_scores),
             "kl_to_teacher": divergence_from_teacher(found),
-            "ece": measured["ece"],
-            "noise_floor": measured["noise_floor"],
-            "ece_debiased": measured["ece_debiased"],
-            "signed_gap": measured["signed_gap"],
+            **{k: measured[k] for k in ("ece", "noise_floor", "ece_debiased", "signed_gap")},
             "curve": [[entry["step"], entry["loss"]] for entry in log[::every]],
         }
 
 
-def describe(run: Run) -> dict[str, Any]:
+def describe(run: Run) -> Record:
     return {
         "shape": list(run.shape),
         "objective": asdict(run.objective),
@@ -123,44 +129,57 @@ def describe(run: Run) -> dict[str, Any]:
     }
 
 
-def key(run: Run, material: Material) -> str:
-    """Name of a run's file: changes with its settings, the data and the teacher's weights, not with the cache."""
-    weights = Path(material.teacher) / "model.safetensors"
-    content = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else material.teacher
-    shared = asdict(replace(material, cache=True, device="cpu", teacher="", data=Path(material.data).name))
-    text = json.dumps([describe(run), shared, content], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+@cache
+def content(path: str) -> str:
+    """SHA-256 of a file, or of the weights in a folder; a name on the hub stands for itself."""
+    file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+    return sha256(file) if file.is_file() else path
+
+
+def request(run: Run, material: Material) -> list[Any]:
+    """Everything that changes what a run comes to: its settings, the data, the teacher's weights.
+
+    Not the cache or the device.
+    """
+    contents = {"teacher": content(material.teacher), "data": content(material.data)}
+    return [describe(run), asdict(material) | contents | {"cache": True, "device": "cpu"}]
 
 
 def make(
     runs: Sequence[Run], material: Material, work: Path, workers: int, bench: Bench | None = None
-) -> list[dict[str, Any]]:
-    """Outcomes of the runs, in order; those in `work` are read, the others made (by `workers` processes) and kept."""
-    if workers < 1:
-        raise InputError(f"workers must be at least 1, got {workers}")
-    work.mkdir(parents=True, exist_ok=True)
-    paths = [work / f"{key(run, material)}.json" for run in runs]
-    missing = {path: run for path, run in zip(paths, runs, strict=True) if not path.exists()}
+) -> list[Record]:
+    """Outcomes of the runs, in order; those in `work` are read, the others made and kept.
+
+    `workers` processes make them.
+    """
+    at_least(1, workers=workers)
+    results = resume.Cache(work)
+    requests = [request(run, material) for run in runs]
+    missing = [i for i, r in enumerate(requests) if not results.path("run", r).is_file()]
     if missing and sys.stderr.isatty():
         print(f"{len(missing)} of {len(runs)} runs to make", file=sys.stderr)
-    if missing:
-        bench = bench or Bench(material)
-    if missing and workers == 1:
-        assert bench is not None
-        for path, run in missing.items():
-            write_json(path, bench.outcome(run))
-    elif missing:
-        import multiprocessing
+    if missing and bench is None:
+        bench = Bench(material)
+    if missing and bench and workers > 1:
+        make_in_processes([runs[i] for i in missing], material, work, workers, bench)
+    makers = [partial(bench.outcome, run) if bench else dict for run in runs]
+    return [results.json("run", r, m) for r, m in zip(requests, makers)]
 
-        # a forked process shares what is loaded; a GPU does not survive a fork, and some systems have none
-        forks = material.device == "cpu" and "fork" in multiprocessing.get_all_start_methods()
-        context = multiprocessing.get_context("fork" if forks else "spawn")
-        if forks and bench is not None and not all(run.pilot for run in missing.values()):
-            _ = bench.teacher_scores  # once, here, and not in every process
-        given = (material, bench if forks else None)
-        with ProcessPoolExecutor(min(workers, len(missing)), context, _open_bench, given) as pool:
-            list(pool.map(_make_one, missing.values(), [str(path) for path in missing]))
-    return [json.loads(path.read_text()) for path in paths]
+
+def make_in_processes(
+    runs: Sequence[Run], material: Material, work: Path, workers: int, bench: Bench
+) -> None:
+    """Make and keep runs in several processes."""
+    import multiprocessing
+
+    # a forked process shares what is loaded; a GPU does not survive a fork, some systems have none
+    forks = material.device == "cpu" and "fork" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("fork" if forks else "spawn")
+    if forks and not all(run.pilot for run in runs):
+        _ = bench.teacher_scores  # once, here, and not in every process
+    given = (material, bench if forks else None)
+    with ProcessPoolExecutor(min(workers, len(runs)), context, _open_bench, given) as pool:
+        list(pool.map(_make_one, runs, repeat(material), repeat(work)))
 
 
 _bench: Bench | None = None
@@ -174,12 +193,13 @@ def _open_bench(material: Material, bench: Bench | None) -> None:
     _bench = bench or Bench(material)
 
 
-def _make_one(run: Run, path: str) -> None:
+def _make_one(run: Run, material: Material, work: Path) -> None:
     assert _bench is not None
-    write_json(path, _bench.outcome(run))
+    outcome = _bench.outcome
+    resume.Cache(work).json("run", request(run, material), lambda: outcome(run))
 
 
-def uncertainty_examples(bench: Bench, count: int = 6) -> list[dict[str, Any]]:
+def uncertainty_examples(bench: Bench, count: int = 6) -> list[Record]:
     """Entropies and weights along some test proteins, for the heat map."""
     import torch
 
@@ -189,7 +209,9 @@ def uncertainty_examples(bench: Bench, count: int = 6) -> list[dict[str, Any]]:
     middle = np.argsort(np.abs(lengths - np.median(lengths)), kind="stable")[:count]
     tokens, mask = bench.test.batch(middle)
     with torch.no_grad():
-        logits = bench.teacher(input_ids=tokens.to(bench.material.device), use_cache=False).logits.cpu()
+        logits = bench.teacher(
+            input_ids=tokens.to(bench.material.device), use_cache=False
+        ).logits.cpu()
     entropies = entropy(logits.flatten(0, 1)).view(tokens.shape)[:, :-1]
     counted = predictions(mask)
     weights = position_weights(entropies, counted)

@@ -1,0 +1,98 @@
+"""Write new proteins with a generator, as FASTA with the perplexity of each in its header.
+
+    distil-rank generator generate --model models/nano-student -n 100 --out new.fasta
+    distil-rank generator generate --model nferruz/ProtGPT2 --top-k 950 --repetition-penalty 1.2 \\
+        --out new.fasta
+
+Protein i depends on the seed and i; with `--dtype float64` the batch size changes nothing either. A
+run that was interrupted goes on with the next proteins when the same command is given again.
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from distil_rank.core.errors import InputError, at_least
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str  # a model by name, file or folder
+    out: Path  # where to write
+    n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 100  # proteins to write
+    max_new_tokens: int = 200  # longest protein written, in tokens
+    temperature: float = 1.0  # below 1: safer, above 1: more varied
+    top_k: int = 0  # draw among the k most probable tokens; 0: among all
+    repetition_penalty: float = 1.0  # above 1: fewer repeats
+    batch_size: int = 32
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"  # arithmetic
+    seed: int = 0  # of everything that is random
+    device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
+
+
+def run(config: Config) -> None:
+    from distil_rank.core.devices import pick_device
+    from distil_rank.core.records import require_writable
+    from distil_rank.core.resume import Checkpoint
+    from distil_rank.generators.models import load, weights_sha256
+    from distil_rank.generators.sample import Sampler
+    from distil_rank.proteins.fasta import Protein, write_fasta
+
+    at_least(1, n=config.n, batch_size=config.batch_size)
+    if config.out.is_dir():
+        raise InputError(f"a file to write required, got the folder {config.out}; add a file name")
+    device = pick_device(config.device)
+    sampler = Sampler(
+        config.max_new_tokens, config.temperature, config.top_k, config.repetition_penalty
+    )
+    model, tokenizer = load(config.model)
+    sampler.check(model.config.n_positions)
+    require_writable(config.out.parent)
+    request = (sampler, config.seed, config.dtype, config.batch_size, weights_sha256(model))
+    checkpoint = Checkpoint(config.out.with_name(config.out.name + ".partial"), request)
+    records = written(model.to(device), tokenizer, sampler, config, checkpoint)
+    kept = [r for r in records if r["sequence"]][: config.n]
+    if empty := sum(not r["sequence"] for r in records):
+        print(
+            f"note: {empty} empty protein{'s' * (empty > 1)} replaced by the next", file=sys.stderr
+        )
+    write_fasta(config.out, (Protein(*header(r), r["sequence"]) for r in kept))
+    checkpoint.clear()
+    print(f"{config.out}: {len(kept)} proteins")
+
+
+def written(
+    model: Any, tokenizer: Any, sampler: Any, config: Config, checkpoint: Any
+) -> list[dict[str, Any]]:
+    """Records of proteins, `config.n` of them not empty, saved after every batch.
+
+    InputError when the model writes nothing but empty ones.
+    """
+    from distil_rank.generators.sample import draw
+
+    state = checkpoint.load() or {"drawn": []}
+    records = state["drawn"]
+    found, limit = sum(bool(r["sequence"]) for r in records), 10 * config.n + 100
+    indices = range(len(records), limit)
+    drawing = draw(model, tokenizer, indices, sampler, config.seed, config.batch_size, config.dtype)
+    while found < config.n:
+        if (drawn := next(drawing, None)) is None:
+            raise InputError(
+                f"a model that writes proteins required, got mostly empty ones in {limit} draws;"
+                " train it further"
+            )
+        records.append(asdict(drawn))
+        found += bool(drawn.sequence)
+        if len(records) % config.batch_size == 0:
+            checkpoint.save(state)
+    return records
+
+
+def header(record: dict[str, Any]) -> tuple[str, str]:
+    """Identifier and FASTA header of a drawn protein."""
+    name, end = f"generated_{record['index']}", "yes" if record["ended"] else "no"
+    length, perplexity = len(record["sequence"]), f"{record['perplexity']:.3f}"
+    return name, f"{name} length={length} perplexity={perplexity} ended={end}"

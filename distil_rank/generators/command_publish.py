@@ -1,0 +1,251 @@
+"""Publish a student on the Hugging Face hub: card, weights, tokenizer, evaluation.
+
+    distil-rank generator publish --model models/tiny --repo you/tiny --evaluation tiny.json \\
+        --out upload --dry-run
+    distil-rank generator publish --model models/tiny --repo you/tiny --evaluation tiny.json \\
+        --out upload
+
+`--dry-run` works offline and leaves in `--out` exactly what would be uploaded. An evaluation of
+other weights is refused. Where the repository has a card, the new one compares with it.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from distil_rank.core.errors import InputError
+from distil_rank.core.records import Metric, Record, atomic, read_json, require_writable
+from distil_rank.core.tables import markdown, with_interval
+from distil_rank.generators.command_evaluate import SCHEMA as EVALUATION
+from distil_rank.generators.train import SCHEMA as TRAINING
+
+FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+SHOWN = {  # metric in the card: where it stands in an evaluation
+    "perplexity": ("student", "perplexity"),
+    "perplexity ratio to the teacher": ("ratio",),
+    "bits per residue": ("student", "bits_per_residue"),
+    "KL to the teacher (nats)": ("kl_to_teacher",),
+    "debiased ECE": ("student", "calibration", "as_is", "ece_debiased"),
+}
+CITATION = """@article{ferruz2022protgpt2,
+  title = {ProtGPT2 is a deep unsupervised language model for protein design},
+  author = {Ferruz, Noelia and Schmidt, Steffen and H{\\"o}cker, Birte},
+  journal = {Nature Communications}, volume = {13}, pages = {4348}, year = {2022}
+}"""
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str  # a model by name, file or folder
+    repo: str  # owner/name on the hub
+    evaluation: Path  # JSON of `generator evaluate` on these weights
+    out: Path  # where to write
+    dry_run: bool = False  # write the folder and stop
+    license: str = "mit"  # of the weights
+
+
+def run(config: Config) -> None:
+    if config.repo.count("/") != 1 or not all(config.repo.split("/")):
+        raise InputError(f"a repository like owner/name required, got {config.repo}")
+    training, evaluation = records(Path(config.model), config.evaluation)
+    previous = None if config.dry_run else card_on_the_hub(config.repo)
+    if config.out.is_dir() and any(config.out.iterdir()):
+        raise InputError(
+            f"an empty or new folder required, got {config.out} with files; choose another --out"
+        )
+    require_writable(config.out.parent)
+    with atomic(config.out) as folder:
+        folder.mkdir()
+        for name in FILES:
+            shutil.copyfile(Path(config.model) / name, folder / name)
+        (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=1) + "\n")
+        text = card(config.repo, training, evaluation, config.license, previous)
+        (folder / "README.md").write_text(text)
+        folder.chmod(0o755)
+        for path in folder.iterdir():  # whatever the umask: others read what is uploaded
+            path.chmod(0o644)
+    if config.dry_run:
+        print(f"{config.out}: {len(FILES) + 2} files; nothing was uploaded")
+        return
+    from huggingface_hub import HfApi
+
+    api, message = HfApi(), "Weights, card and evaluation"
+    with one_line_hub_errors(config.repo):
+        api.create_repo(config.repo, exist_ok=True)
+        done = api.upload_folder(
+            folder_path=config.out, repo_id=config.repo, commit_message=message
+        )
+    print(done)
+
+
+def records(model: Path, evaluation: Path) -> tuple[Record, Record]:
+    """Training and evaluation of a student. InputError where one is missing or of other weights."""
+    from distil_rank.generators.models import load, weights_sha256
+
+    missing = [name for name in (*FILES, "training.json") if not (model / name).is_file()]
+    if missing:
+        raise InputError(
+            f"a folder that `generator train` finished required, {model} lacks {', '.join(missing)}"
+        )
+    trained, evaluated = (
+        read_json(model / "training.json", TRAINING),
+        read_json(evaluation, EVALUATION),
+    )
+    own = weights_sha256(load(str(model))[0])
+    for what, path, other, remedy in (
+        ("an evaluation", evaluation, evaluated["student"]["weights_sha256"], "evaluate"),
+        ("a training record", model / "training.json", trained["weights_sha256"], "train"),
+    ):
+        if own != other:
+            raise InputError(
+                f"{what} of the weights in {model} ({own[:12]}) required, got one of other weights"
+                f" ({other[:12]}) in {path}; run `generator {remedy}` again"
+            )
+    return trained, evaluated
+
+
+def card(
+    repo: str, training: Record, evaluation: Record, license: str, previous: str | None = None
+) -> str:
+    """The model card with its model-index."""
+    from huggingface_hub import ModelCard
+
+    student, source = evaluation["student"], evaluation["data"]["source"]
+    teacher = training.get("teacher", {}).get("name")
+    metrics = {name: _at(evaluation, path) for name, path in SHOWN.items()}
+    meta = _metadata(repo, license, teacher, source, metrics)
+    objective = training.get("objective", {})
+    flags = {k: v for k, v in training["config"].items() if k not in ("out", "log_to", "device")}
+    shown = [[name, with_interval(metric, ".4f")] for name, metric in metrics.items()]
+    few = " (**underpowered**: fewer than 1,000)" if evaluation["underpowered"] else ""
+    text = f"""---
+{meta}
+---
+
+# {repo}
+
+A GPT-2 for proteins with {student["parameters"]["total"]:,} parameters, distilled from
+{teacher or "its teacher"} ({evaluation["compression"]["total"]:.1f} times smaller).
+
+```python
+from transformers import pipeline
+
+generator = pipeline("text-generation", model="{repo}")
+generator("<|endoftext|>", max_length={min(200, student["shape"]["n_positions"])}, do_sample=True)
+```
+
+## Evaluation
+
+On {evaluation["proteins"]:,} held-out proteins of {source}{few}.
+
+{markdown([["metric", "value [95 % interval]"], *shown])}
+
+{_comparison(metrics, previous)}## Training
+
+{training["data"]["n_train"]:,} proteins, {training["steps"]:,} steps; temperature
+{objective.get("temperature", "-")}, alpha {objective.get("alpha", "-")}. All settings:
+
+```json
+{json.dumps(flags, indent=1)}
+```
+
+Weights (hash of names, shapes and values): `{student["weights_sha256"]}`
+
+## Citation
+
+```bibtex
+{CITATION}
+```
+"""
+    return str(ModelCard(text))
+
+
+def _metadata(
+    repo: str, license: str, teacher: str | None, source: str, metrics: dict[str, Metric]
+) -> str:
+    """The head of the card as YAML, with the model-index."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="proteins",
+            dataset_name=source,
+            metric_type=name.replace(" ", "_").lower(),
+            metric_name=name,
+            metric_value=round(metric["value"], 6),
+        )
+        for name, metric in metrics.items()
+    ]
+    meta = ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["protein", "gpt2", "distillation"],
+        base_model=_hub_name(teacher),
+        model_name=repo.split("/")[1],
+        eval_results=results,
+    )
+    return meta.to_yaml()
+
+
+def _comparison(metrics: dict[str, Metric], previous: str | None) -> str:
+    """Old against new, from the model-index of the card that is there now."""
+    if previous is None:
+        return ""
+    from huggingface_hub import ModelCard
+
+    old = getattr(ModelCard(previous, ignore_metadata_errors=True).data, "eval_results", None) or []
+    before = {result.metric_name: result.metric_value for result in old}
+    rows = [
+        [name, f"{before[name]:.4f}", f"{metric['value']:.4f}"]
+        for name, metric in metrics.items()
+        if name in before
+    ]
+    if not rows:
+        return ""
+    table = markdown([["metric", "before", "now"], *rows])
+    return f"### Against the version before\n\n{table}\n\n"
+
+
+def _at(record: Record, path: tuple[str, ...]) -> Metric:
+    for name in path:
+        record = record[name]
+    return record  # type: ignore[return-value]
+
+
+def _hub_name(name: str | None) -> str | None:
+    """A teacher that can be linked on the hub; a local folder cannot."""
+    return name if name and name.count("/") == 1 and not Path(name).exists() else None
+
+
+def card_on_the_hub(repo: str) -> str | None:
+    """The card of the repository, None where it has none."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
+
+    with one_line_hub_errors(repo):
+        try:
+            return Path(hf_hub_download(repo, "README.md")).read_text()
+        except (RemoteEntryNotFoundError, RepositoryNotFoundError):
+            return None
+
+
+@contextmanager
+def one_line_hub_errors(repo: str) -> Iterator[None]:
+    """What the hub or the way to it refuses ends in one line."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # the bases: what the HTTP client itself raises, whichever it is
+    errors: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
+    try:
+        yield
+    except errors as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"the hub and the right to write {repo} required, got: {reason};"
+            " log in, or use --dry-run to work offline"
+        ) from None

@@ -1,0 +1,140 @@
+"""Generation: the same for any batch size, faithful to the distribution; and what is written."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from distil_rank.core.errors import InputError
+from distil_rank.generators import quality, sample
+from distil_rank.generators.sample import Sampler, choose, draw
+from tests.generators.conftest import toy_sequences
+
+SHORT = Sampler(max_new_tokens=59)
+
+
+def drawn(teacher, tokenizer, n=13, sampler=SHORT, **more):
+    return list(draw(teacher, tokenizer, range(n), sampler, **({"dtype": "float64"} | more)))
+
+
+def test_the_same_seed_gives_the_same_proteins_for_any_batch_size(teacher, tokenizer):
+    whole = drawn(teacher, tokenizer, batch_size=13)
+    for size in (1, 4, 16):
+        other = drawn(teacher, tokenizer, batch_size=size)
+        assert [d.sequence for d in other] == [d.sequence for d in whole]
+        assert [d.perplexity for d in other] == pytest.approx([d.perplexity for d in whole])
+    later = draw(teacher, tokenizer, range(5, 9), SHORT, dtype="float64")
+    assert [d.sequence for d in later] == [d.sequence for d in whole[5:9]]
+    other = drawn(teacher, tokenizer, seed=1)
+    assert [d.sequence for d in other] != [d.sequence for d in whole]
+    assert next(teacher.parameters()).dtype == torch.float32
+
+
+def test_perplexity_in_the_header_is_that_of_the_model_on_its_tokens(
+    teacher, tokenizer, monkeypatch
+):
+    chosen = []
+    monkeypatch.setattr(
+        sample, "choose", lambda *given: chosen.append(choose(*given)) or chosen[-1]
+    )
+    sampler = Sampler(19, temperature=0.7, top_k=9)
+    (generated,) = drawn(teacher, tokenizer, 1, sampler, seed=3)
+    ids = torch.tensor([[0, *map(int, chosen)]])
+    with torch.no_grad():
+        log_p = torch.log_softmax(teacher.double()(input_ids=ids).logits[0, :-1], -1)
+    nll = -log_p[torch.arange(len(chosen)), ids[0, 1:]].mean()
+    assert generated.perplexity == pytest.approx(float(nll.exp()), rel=1e-9)
+    assert generated.tokens == len(chosen)
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    n = 20000
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64)).expand(n, 4)
+    uniform = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tokens = torch.zeros(n, 1, dtype=torch.long)
+
+    def shares(**how):
+        counts = torch.bincount(choose(logits, tokens, uniform, Sampler(**how)), minlength=4)
+        return (counts / n).tolist()
+
+    assert shares() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.012)
+    assert shares(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.012)
+    assert shares(temperature=1e-3) == [1, 0, 0, 0]
+    penalized = shares(repetition_penalty=2.0)[0]  # log .5 doubled is log .25
+    assert penalized == pytest.approx(0.25 / 0.75, abs=0.012)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"max_new_tokens": 0},
+        {"max_new_tokens": 128},
+        {"temperature": 0.0},
+        {"top_k": -1},
+        {"repetition_penalty": 0.0},
+    ],
+)
+def test_bad_settings_are_refused(teacher, tokenizer, bad):
+    with pytest.raises(InputError, match=next(iter(bad)).replace("_", "-")):
+        drawn(teacher, tokenizer, sampler=Sampler(**({"max_new_tokens": 60} | bad)))
+
+
+def test_novelty_and_diversity_of_known_sets():
+    training = toy_sequences(30)
+    assert quality.novelty([training[4], "A" * 20], training)[0] == 0
+    assert quality.novelty(["AAAA"], ["AAAC", "WWWW"])[0] == pytest.approx(0.25)
+    assert quality.diversity(["AAAA", "AAAC"]) == pytest.approx(0.25)
+    assert quality.diversity(["AAAA"] * 3) == 0
+
+
+def test_novelty_of_200_against_1000_is_fast():
+    generated, training = toy_sequences(200, 1, 60, 250), toy_sequences(1000, 2, 60, 250)
+    quality.novelty(generated[:2], training[:2])
+    start = time.process_time()  # of this process alone, whatever else the machine does
+    assert quality.novelty(generated, training).shape == (200,)
+    assert time.process_time() - start <= 2.0
+
+
+def test_repeats_and_runs_of_known_sequences():
+    assert quality.repeated("ACDEFGHIKL") == 0 == quality.repeated("ACD")
+    assert quality.repeated("AAAAAAAA") == pytest.approx(0.8)
+    assert quality.longest_run("MAAAK") == 3 and quality.longest_run("") == 0
+
+
+def test_amino_acid_divergence_knows_its_noise():
+    rng = np.random.default_rng(0)
+    natural = toy_sequences(600, 3, 40, 120)
+    alike = quality.amino_acid_divergence(toy_sequences(150, 4, 40, 120), natural)
+    assert alike["value"] < 4 * alike["noise_floor"] and alike["low"] == 0
+    skewed = ["".join(rng.choice(list("AAAACDEFGHIKLMNPQRSTVWY"), 60)) for _ in range(150)]
+    found = quality.amino_acid_divergence(skewed, natural)
+    p = np.full(20, 1 / 23)
+    p[0] = 4 / 23
+    truth = (p * np.log(p * 20)).sum()
+    assert found["low"] <= truth <= found["high"] and found["low"] > found["noise_floor"]
+
+
+def test_length_matching_gives_natural_residues_of_the_lengths_asked_for():
+    natural = toy_sequences(50, 5, 30, 90)
+    matched = quality.length_matched([10, 45, 45], natural, np.random.default_rng(0))
+    assert [len(s) for s in matched] == [10, 45, 45]
+    assert all(any(t.startswith(s) for t in natural) for s in matched)
+
+
+def test_description_counts_what_is_wrong():
+    natural = toy_sequences(100, 6)
+    written, ended = ["ACDEFGHIKL", "AAAAAAAAAA", "AXA", ""], [True, True, False, True]
+    found = quality.describe(written, ended, natural, natural)
+    shares = [found[name]["value"] for name in ("validity", "ended", "long_runs")]
+    assert shares == [0.5, 0.75, 0.25] and found["exact_copies"] == 0
+    assert found["validity"]["low"] < 0.5 < found["validity"]["high"]
+    nothing = quality.describe(["", "X"], [True, True], natural, natural)
+    assert nothing["validity"]["value"] == 0 and "novelty" not in nothing
+
+
+def test_plddt_counts_only_atoms_that_exist():
+    plddt = torch.tensor([[[0.9, 0.8, 0.0], [0.5, 0.1, 0.3]]])
+    exists = torch.tensor([[[1, 1, 0], [1, 0, 0]]])
+    wanted = torch.tensor([(0.9 + 0.8 + 0.5) / 3])
+    torch.testing.assert_close(quality.mean_plddt(plddt, exists), wanted)
