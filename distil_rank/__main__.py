@@ -8,14 +8,8 @@ from distil_rank.core.errors import one_line_errors
 # command -> module with a frozen dataclass `Config` (its fields are the flags) and `run(config)`; and one line of help.
 # A module is imported only when its command is called, so `--help` answers at once.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "compress head": (
-        "distil_rank.compress.command_head",
-        "make a layer or a head smaller, with a certificate",
-    ),
-    "compress model": (
-        "distil_rank.compress.command_model",
-        "make a whole protein language model smaller",
-    ),
+    "compress head": ("distil_rank.compress.command_head", "make a layer or a head smaller, with a certificate"),
+    "compress model": ("distil_rank.compress.command_model", "make a whole protein language model smaller"),
     "embed": ("distil_rank.proteins.embeddings", "embed the proteins of a FASTA with an ESM-2 model"),
     "moments": ("distil_rank.proteins.moments", "count, mean and covariance of embeddings"),
     "nested fit": ("distil_rank.nested.fit", "fit a nested embedding of a model family (Reverse Distillation)"),
