@@ -61,7 +61,7 @@ class Config:
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
     recover: int = 0  # steps of distillation of the factors afterwards
     int8: bool = False  # eight-bit factors
-    prior: Path | None = None  # moments of other proteins, from --moments-out
+    prior: Path | None = None  # moments of other proteins, to blend in where they help
     moments_out: Path | None = None  # also write the model's moments, to be somebody's --prior
     dms: Path | None = None  # folder of mutation assays (NAME.csv with NAME.fasta): Spearman
     merge: bool = False  # also write merged/, a dense Hugging Face checkpoint

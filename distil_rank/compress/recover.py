@@ -51,6 +51,8 @@ def recover(
             "a model with low-rank layers required for recovery, all of them stayed dense"
         )
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
+    from tqdm import trange
+
     draws = generator(seed, "recovery batches")
     order = torch.randint(len(batches), (steps,), generator=draws).tolist()
     phases = torch.randint(PHASES, (steps,), generator=draws).tolist()
@@ -65,8 +67,6 @@ def recover(
             with torch.no_grad():
                 for p, value in zip(parameters, state["parameters"]):
                     p.copy_(value)
-    from tqdm import trange
-
     done = len(losses)
     with evaluating(dense), evaluating(student):
         for step in trange(done, steps, initial=done, total=steps, desc="recovery", disable=None):
@@ -82,16 +82,20 @@ def recover(
                 values = [p.detach() for p in parameters]
                 state = {"parameters": values, "optimizer": optimizer.state_dict()}
                 saved.save({**state, "losses": losses})
-        with torch.no_grad():
-            start, end = (
-                sum(float(_loss(architecture, dense, m, b, 0)) for b in batches[:CHECKED])
-                for m in (small, student)
-            )
+        start, end = (_first(architecture, dense, m, batches) for m in (small, student))
     if saved is not None:
         saved.clear()
     if not end < start:
         student = copy.deepcopy(small)
     return student.requires_grad_(False), losses
+
+
+@torch.no_grad()
+def _first(
+    architecture: Architecture, dense: nn.Module, model: nn.Module, batches: Sequence[Batch]
+) -> float:
+    """Loss of the first batches."""
+    return sum(float(_loss(architecture, dense, model, b, 0)) for b in batches[:CHECKED])
 
 
 def _loss(
