@@ -59,7 +59,7 @@ class Config:
     bytes: str | None = None  # or: bytes of all weights after, such as 400k or 2M
     # fit each layer for its own output (so with --fvu), the next linear layer's, or the head's
     metric: Literal["own", "next", "output"] | None = None
-    prior: Path | None = None  # moments of other proteins, from `distil-rank moments`
+    prior: Path | None = None  # moments of other proteins, to blend in where they help
     int8: bool = False  # eight-bit factors
     onnx: bool = False  # also write model.onnx
     held_out: float = 0.1  # share of the proteins kept aside

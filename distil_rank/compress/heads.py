@@ -64,6 +64,12 @@ def compress_head(
     shares out the ranks); by default for the output, or its own where `fvu` is asked of it. prior:
     moments of x from other proteins, blended in for the first layer (see `core.prior`). Layers that
     factors would not make smaller stay dense.
+
+    >>> x = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
+    >>> head = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    >>> small, certificate = compress_head(head, x, rank=2)
+    >>> small[0].rank, small(x).shape
+    (2, torch.Size([200, 3]))
     """
     request = Request(rank, fvu, speedup, bytes)
     request.check()

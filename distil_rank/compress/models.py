@@ -100,6 +100,13 @@ def compress_model(
     sequential: fit each block to what the compressed blocks before it do.
     prior: moments of other proteins by layer name, blended in where they help.
     never_slower: layers whose factors would not be smaller stay dense.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+    >>> batches = torch.randn(4, 50, 16, generator=torch.Generator().manual_seed(0))
+    >>> small, report = compress_model(model, list(batches), ratio=0.5)
+    >>> sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+    True
     """
     batches = list(batches)
     _check(batches, ratio, ranks, method)

@@ -161,6 +161,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """The module saved in a folder, in evaluation mode.
 
     `model` is a dense instance where its class is not known here.
+
+    >>> head = load("small/")  # doctest: +SKIP
     """
     folder = Path(path)
     description = read_json(folder / DESCRIPTION, SCHEMA)

@@ -25,17 +25,15 @@ class Config:
     teacher: str  # a generator by folder or name on the Hugging Face hub
     data: Path  # proteins: FASTA (plain or gzip), or CSV, TSV or parquet with a column `sequence`
     out: Path  # where to write
-    part: Literal["all", "test"] = (
-        "all"  # every protein, or the test part of the student's training
-    )
-    training: Path | None = (
-        None  # proteins that novelty is measured against; None: the training part
-    )
+    # every protein, or the test part of the student's training
+    part: Literal["all", "test"] = "all"
+    # proteins that novelty is measured against; None: the training part
+    training: Path | None = None
     max_length: int = 1022  # longest protein in residues
     generate: int = 200  # proteins written by either model
     structures: bool = False  # fold what is written with ESMFold (needs its weights), report pLDDT
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # arithmetic
-    seed: int = 0  # of everything that is random
+    seed: int = 0  # of everything random
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
 
 

@@ -27,9 +27,9 @@ class Config:
     temperature: float = 1.0  # below 1: safer, above 1: more varied
     top_k: int = 0  # draw among the k most probable tokens; 0: among all
     repetition_penalty: float = 1.0  # above 1: fewer repeats
-    batch_size: int = 32
+    batch_size: int = 32  # proteins per step
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"  # arithmetic
-    seed: int = 0  # of everything that is random
+    seed: int = 0  # of everything random
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
 
 

@@ -4,7 +4,8 @@
     distil-rank generator pretrain --data proteins.fasta --out models/teacher --tokenizer bpe
 
 Duplicates are removed; validation and test proteins have no relative above 30 % identity in
-training. An interrupted run goes on when the same command is given again.
+training. An interrupted run goes on when the same command is given again. The learning rate rises
+to 1e-3 where none is given.
 """
 
 from __future__ import annotations

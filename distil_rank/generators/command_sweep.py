@@ -54,11 +54,11 @@ class Config:
     n_head: int = 4  # attention heads
     n_embd: int = 256  # width of the network
     steps: int = 1000  # steps of the optimizer
-    batch_size: int = 32  # proteins per step, over all micro-batches and processes
+    batch_size: int = 32  # proteins per step
     train_size_prop: float = 1.0  # share of the training proteins that is used
     held_out: float = 0.1  # share of the proteins kept aside
     max_length: int = 1022  # longest protein in residues
-    seed: int = 0  # of everything that is random
+    seed: int = 0  # of everything random
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
 
 

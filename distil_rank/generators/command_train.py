@@ -7,6 +7,7 @@
 
 An interrupted run goes on where its checkpoint stands when the same command is given again. Sizes:
 tiny 4 layers, 4 heads, 512 wide; small 6, 8, 768; medium 12, 16, 1024; micro 4, 4, 256 for sweeps.
+The learning rate rises to 1e-3 where none is given.
 """
 
 from __future__ import annotations
@@ -64,16 +65,16 @@ class TrainingFlags:
     held_out: float = 0.1  # share of the proteins kept aside
     max_length: int = 1022  # longest protein in residues
     steps: int = 1000  # steps of the optimizer
-    batch_size: int = 32  # proteins per step, over all micro-batches and processes
+    batch_size: int = 32  # proteins per step
     accumulation: int = 1  # micro-batches per step and process
-    learning_rate: float | None = None  # peak; None: 1e-3, for finetune 3e-4
+    learning_rate: float | None = None  # peak; None: the command's own, named in its help
     warmup: float = 0.05  # share of the steps with rising learning rate
-    weight_decay: float = 0.01  # of AdamW
+    weight_decay: float = 0.01  # of the optimizer
     dtype: Dtype = "float32"  # arithmetic
     evaluate_every: int = 500  # steps between validations
     patience: int = 0  # validations without improvement before stopping; 0: never
     save_every: int = 200  # steps between checkpoints
-    seed: int = 0  # of everything that is random
+    seed: int = 0  # of everything random
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
     log_to: Literal["", "wandb", "trackio", "tensorboard"] = ""  # beside log.jsonl
     store_dtype: Literal["float32", "float16"] = "float32"  # of stored embeddings or weights

@@ -37,7 +37,14 @@ TENSORS = ("mean_prefix", "mean_large", "weight", "scale", "directions", "eigenv
 
 @dataclass(frozen=True)
 class NestedChain:
-    """Names and raw widths of the sizes, smallest first, and the stage between each two."""
+    """Names and raw widths of the sizes, smallest first, and the stage between each two.
+
+    >>> h = torch.randn(400, 12, generator=torch.Generator().manual_seed(0))
+    >>> chain = NestedChain.fit({"8M": h[:, :4], "35M": h})
+    >>> z = chain.embed({"8M": h[:, :4], "35M": h})
+    >>> z.shape, torch.equal(z[:, :4], h[:, :4])
+    (torch.Size([400, 12]), True)
+    """
 
     widths: dict[str, int]
     stages: tuple[Stage, ...]

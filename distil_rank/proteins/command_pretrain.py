@@ -41,19 +41,19 @@ from distil_rank.proteins.pretrain import batches, look_at_neighbours, new_model
 class Config:
     fasta: Annotated[Path, tyro.conf.Positional]  # FASTA of proteins to work on
     out: Path  # where to write
-    n_layer: int = 4  # transformer layers
-    n_head: int = 4  # attention heads; n_embd must be a multiple of twice as many
+    n_layer: int = 4  # layers of the network
+    n_head: int = 4  # attention heads
     n_embd: int = 64  # features d
     tokens: float = 8e6  # residues to train on, all epochs together
     batch_tokens: int = 4096  # tokens in one batch, padding included
     max_length: int = 1022  # longest protein in residues
-    learning_rate: float | None = None  # None: the command's own, named in its help
-    warmup: float = 0.05  # share of the training with a rising rate
-    weight_decay: float = 0.01  # of the matrices
+    learning_rate: float | None = None  # peak; None: the command's own, named in its help
+    warmup: float = 0.05  # share of the steps with rising learning rate
+    weight_decay: float = 0.01  # of the optimizer
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # arithmetic
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
     seed: int = 0  # of everything random
-    save_every: int = 200  # steps between saved states
+    save_every: int = 200  # steps between checkpoints
 
     @property
     def rate(self) -> float:

@@ -50,6 +50,10 @@ class EmbeddingStore:
     """Read a store written by `distil-rank embed`; `layer` is one of those stored, or the last.
 
     Raises InputError where there is no store or an unfinished one, or where it has no such layer.
+
+    >>> store = EmbeddingStore("store/")  # doctest: +SKIP
+    >>> store["P69905"].shape  # doctest: +SKIP
+    torch.Size([1, 320])
     """
 
     def __init__(self, path: str | Path, layer: int | None = None) -> None:
