@@ -38,11 +38,8 @@ def recover(
 
     AdamW, short warm-up, linear decay, on KL(dense || small) per token + MSE of the last hidden
     state / its variance, over residues; of masked models a seventh of the residues is masked, in a
-    new random phase every step. Where training has not lowered the loss of the first batches, the
-    copy is as `small` was.
+    new random phase every step. Unless that lowers the loss of the first batches, nothing changes.
     """
-    if steps < 1:
-        raise InputError(f"steps must be at least 1, got {steps}")
     student = copy.deepcopy(small).requires_grad_(False)
     layers = [m for m in student.modules() if isinstance(m, LowRankLinear)]
     parameters = [p.requires_grad_(True) for m in layers for p in m.parameters()]
@@ -85,8 +82,7 @@ def recover(
         start, end = (_first(architecture, dense, m, batches) for m in (small, student))
     if saved is not None:
         saved.clear()
-    if not end < start:
-        student = copy.deepcopy(small)
+    student = student if end < start else copy.deepcopy(small)
     return student.requires_grad_(False), losses
 
 
