@@ -162,7 +162,11 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 
     `model` is a dense instance where its class is not known here.
 
-    >>> head = load("small/")  # doctest: +SKIP
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> save(nn.Sequential(nn.Linear(8, 4), nn.ReLU()), folder)
+    >>> load(folder)(torch.zeros(1, 8)).shape
+    torch.Size([1, 4])
     """
     folder = Path(path)
     description = read_json(folder / DESCRIPTION, SCHEMA)

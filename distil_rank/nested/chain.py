@@ -40,10 +40,9 @@ class NestedChain:
     """Names and raw widths of the sizes, smallest first, and the stage between each two.
 
     >>> h = torch.randn(400, 12, generator=torch.Generator().manual_seed(0))
-    >>> chain = NestedChain.fit({"8M": h[:, :4], "35M": h})
-    >>> z = chain.embed({"8M": h[:, :4], "35M": h})
-    >>> z.shape, torch.equal(z[:, :4], h[:, :4])
-    (torch.Size([400, 12]), True)
+    >>> family = {"8M": h[:, :4], "35M": h}
+    >>> torch.equal(NestedChain.fit(family).embed(family)[:, :4], h[:, :4])
+    True
     """
 
     widths: dict[str, int]
@@ -98,7 +97,7 @@ class NestedChain:
             "scale_features": scale_features,
         }
         first, *others = widths
-        nested, shift = identity(widths[first])
+        nested, shift = torch.eye(widths[first]).double(), torch.zeros(widths[first]).double()
         stages, r2, smaller = [], {}, first
         for name in others:
             joint = joined_moments(moments, nested, shift, widths[name])
@@ -194,7 +193,8 @@ class NestedChain:
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Matrix (dim, sum of widths) and shift (dim,) from all sizes side by side to nested."""
-        nested, shift = identity(self.widths[self.sizes[0]])
+        width = self.widths[self.sizes[0]]
+        nested, shift = torch.eye(width).double(), torch.zeros(width).double()
         for stage in self.stages:
             nested, shift = stage.extended(nested, shift)
         return nested, shift
@@ -282,11 +282,6 @@ def _added(
         known = ", ".join(f"{name} (1 to {widths[name]})" for name in added)
         raise InputError(f"directions of {known} required, got {dict(directions)}")
     return {**added, **directions}
-
-
-def identity(width: int) -> tuple[Tensor, Tensor]:
-    """The affine map from the smallest raw embedding to itself."""
-    return torch.eye(width).double(), torch.zeros(width).double()
 
 
 def joined_moments(moments: Moments, nested: Tensor, shift: Tensor, width: int) -> Moments:

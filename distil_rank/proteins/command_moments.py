@@ -31,11 +31,12 @@ class Config:
     source: Annotated[Path, tyro.conf.Positional]  # a store, or a file of embeddings
     out: Path  # where to write
     layer: int | None = None  # which of several stored layers (default: the last one stored)
+    device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
 
 
 def run(config: Config) -> None:
     """Write `config.out`. InputError where there are no embeddings, or it cannot be written."""
-    with process_group("cpu") as group:
+    with process_group(config.device) as group:
         dim, batches, provenance = _open(config, group)
         if config.out.is_dir():
             raise InputError(
@@ -43,7 +44,7 @@ def run(config: Config) -> None:
                 " add moments.safetensors"
             )
         require_writable(config.out.parent)
-        moments = Moments(dim)
+        moments = Moments(dim, group.device)
         for rows in batches:
             moments.update(rows)
         moments = group.merge(moments)

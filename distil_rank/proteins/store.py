@@ -51,9 +51,15 @@ class EmbeddingStore:
 
     Raises InputError where there is no store or an unfinished one, or where it has no such layer.
 
-    >>> store = EmbeddingStore("store/")  # doctest: +SKIP
-    >>> store["P69905"].shape  # doctest: +SKIP
-    torch.Size([1, 320])
+    >>> import tempfile
+    >>> from distil_rank.proteins import command_embed
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "a.fasta").write_text(">first\\nMKTAYIAKQR\\n")
+    >>> quiet = dict(model="nano-64", out=folder / "store", device="cpu")
+    >>> command_embed.run(command_embed.Config(folder / "a.fasta", **quiet))  # doctest: +ELLIPSIS
+    /...
+    >>> EmbeddingStore(folder / "store")["first"].shape
+    torch.Size([64])
     """
 
     def __init__(self, path: str | Path, layer: int | None = None) -> None:

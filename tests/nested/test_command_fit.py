@@ -123,7 +123,7 @@ def test_killed_fit_goes_on(folder, tmp_path, monkeypatch):
 
 
 def command(*line):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     line = list(map(str, line))
     return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
 
