@@ -5,8 +5,8 @@
 All distinct sequences of the Pfam, Swiss-Prot and DeepLoc files (data/README.md).
 `models/nano-heldout.txt` lists the sequences drawn for holding out, by the first 12 digits of the
 SHA-256 of their letters: whole Pfam families and whole clusters of proteins that share words. What
-is left is trained on. Held out *for results* are those of the list that, by
-`distil_rank.proteins.splits`, are in no cluster with a trained protein.
+is left is trained on. Held out *for results* are those of the list that have no near relative among
+the trained proteins (`distil_rank.proteins.splits`), nor among those who have one.
 """
 
 import gzip
@@ -21,7 +21,7 @@ import numpy as np
 
 from distil_rank.core.records import ROOT, sha256
 from distil_rank.proteins.fasta import Protein, clean_sequence, read_fasta, write_fasta
-from distil_rank.proteins.splits import cluster
+from distil_rank.proteins.splits import components, near_relatives
 
 DATA = Path(os.environ.get("DISTIL_RANK_DATA", ROOT.parent / "shared" / "data")) / "proteins"
 DEEPLOC = ("deeploc_test_set.fasta", "deeploc_our_val_set.fasta")
@@ -68,7 +68,8 @@ def split() -> Split:
     every = proteins()
     listed = set(LIST.read_text().split())
     drawn = np.array([protein.id in listed for protein in every])
-    labels = cluster([protein.sequence for protein in every], candidates="words")
+    pairs = near_relatives([protein.sequence for protein in every], queries=np.flatnonzero(drawn))
+    labels = components(len(every), pairs)
     trained = np.isin(labels, labels[~drawn])
     held_out = np.flatnonzero(~trained)
     return Split(

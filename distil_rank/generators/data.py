@@ -8,7 +8,6 @@ predicted, so a model learns to stop.
 from __future__ import annotations
 
 import hashlib
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -103,17 +102,16 @@ def prepare(
     `held_out` is the share of validation, and of test; clusters of relatives are never cut. The
     split is made before the share is taken: validation and test are equal for every `proportion`.
     """
-    from distil_rank.proteins.splits import cluster, split
+    from distil_rank.proteins.splits import split
 
     check_shares(proportion, held_out)
-    method = "mmseqs" if shutil.which("mmseqs") else "words"
 
     def parts(kept: list[str]) -> list[list[str]]:
-        indices = split(cluster(kept, identity, method), (held_out, held_out), seed)
-        return [[kept[i] for i in part] for part in indices]
+        drawn = split(kept, (held_out, held_out), seed, identity)
+        made.update(drawn.method)
+        return [[kept[i] for i in part] for part in drawn.parts]
 
-    made = {
-        "method": method,
+    made: Record = {
         "identity": identity,
         "held_out": held_out,
         "seed": seed,

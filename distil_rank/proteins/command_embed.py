@@ -16,10 +16,10 @@ keeps the first residues, `window` cross-fades overlapping windows (mean and res
 residues, bos the average over windows). What happens to unusual letters in sequences is told in
 distil_rank/proteins/fasta.py. Models: distil_rank/proteins/checkpoints.py.
 
---split 0.2 also writes embeddings_train.pt, embeddings_val.pt and embeddings.json into the store's
-folder, where no val protein is a near relative of a train protein (distil_rank/proteins/splits.py),
-for `python main.py --train ... --val ...`. Memory is one batch beside the model, whatever the
-number of proteins; --split needs all sequences and vectors at once.
+--split 0.2 also writes embeddings_train.pt, embeddings_val.pt, the ids of their rows (.txt) and
+embeddings.json into the store's folder, where no val protein is a near relative of a train protein
+(distil_rank/proteins/splits.py), for `python main.py --train ... --val ...`. Memory is one batch
+beside the model, whatever the number of proteins; --split needs all sequences and vectors at once.
 """
 
 import hashlib
@@ -41,10 +41,11 @@ from distil_rank.core.errors import InputError, at_least
 from distil_rank.core.locks import LOCK, only_writer
 from distil_rank.core.records import Record, read_json, require_writable, write_json
 from distil_rank.proteins.checkpoints import Loaded, load_model, locate
-from distil_rank.proteins.embedding_files import plan_split, write_split
+from distil_rank.proteins.embedding_files import write_split
 from distil_rank.proteins.esm2 import ESM2
 from distil_rank.proteins.pooling import embed
 from distil_rank.proteins.sharding import Shards, Survey
+from distil_rank.proteins.splits import split
 from distil_rank.proteins.store import (
     PROVENANCE,
     SCHEMA,
@@ -100,7 +101,7 @@ def run(config: Config) -> None:
         plan = None
         if first and config.split is not None:  # before the work, because it may be impossible
             sequences = [protein.sequence for shard in source.read() for protein in shard]
-            plan = plan_split(sequences, config.split, config.seed)
+            plan = split(sequences, [config.split], config.seed)
         _check_folder(config.out, provenance)
         require_writable(config.out)
         with only_writer(config.out) if first else nullcontext():
@@ -113,9 +114,10 @@ def run(config: Config) -> None:
             took = f"{perf_counter() - start:.1f} s"
             print(f"{config.out}: {survey.proteins} proteins, {survey.residues} residues, {took}")
             if plan is not None:
-                train, val = write_split(EmbeddingStore(config.out), plan, config.fasta.name)
-                parts = f"{len(plan.train)} train and {len(plan.val)} val proteins"
-                print(f"{parts} from {plan.clusters} clusters; now run")
+                how = (config.fasta.name, config.split, config.seed)
+                train, val = write_split(EmbeddingStore(config.out), plan, *how)
+                parts = " and ".join(f"{len(p)} {n}" for p, n in zip(plan.parts, ("train", "val")))
+                print(f"{parts} proteins from {plan.clusters} clusters; now run")
                 print(f"  python main.py --train {train} --val {val}")
 
 

@@ -4,21 +4,16 @@ Formats: .pt, .npy, .npz (key X) and .safetensors.
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from distil_rank.core.errors import InputError
-from distil_rank.core.records import Record, atomic, write_json
+from distil_rank.core.records import Record, atomic, write_json, write_text
 from distil_rank.core.weights import read_tensors
-from distil_rank.proteins.splits import cluster, split
+from distil_rank.proteins.splits import Split
 from distil_rank.proteins.store import EmbeddingStore
-
-IDENTITY = 0.3  # above it, proteins are near relatives (proteins/splits.py)
 
 
 def load_matrix(path: str | Path) -> Tensor:
@@ -69,42 +64,27 @@ def provenance(path: str | Path) -> Record:
     return known if isinstance(known, dict) else {}
 
 
-@dataclass(frozen=True)
-class Split:
-    """Sorted positions of the train and val proteins, and how they were drawn."""
-
-    train: NDArray[np.int64]
-    val: NDArray[np.int64]
-    clusters: int  # of near relatives
-    fraction: float
-    seed: int
-
-
-def plan_split(sequences: list[str], fraction: float, seed: int) -> Split:
-    """Cluster the proteins and draw whole clusters for val. InputError when that is impossible."""
-    labels = cluster(sequences, identity=IDENTITY)
-    train, val = split(labels, [fraction], seed)
-    return Split(train, val, int(labels.max()) + 1, fraction, seed)
-
-
-def write_split(store: EmbeddingStore, plan: Split, source: str) -> tuple[Path, Path]:
+def write_split(
+    store: EmbeddingStore, plan: Split, source: str, fraction: float, seed: int
+) -> tuple[Path, Path]:
     """Write embeddings_{train,val}.pt (n, d) and embeddings.json into the store's folder.
 
-    Both matrices are in memory while this runs: 4 bytes per protein and feature in float32.
+    embeddings_{train,val}.txt name the protein of each row. Both matrices are in memory while this
+    runs: 4 bytes per protein and feature in float32.
     """
     paths = store.path / "embeddings_train.pt", store.path / "embeddings_val.pt"
-    rows = torch.cat(list(store.batches()))
-    for path, positions in zip(paths, (plan.train, plan.val)):
+    rows, ids = torch.cat(list(store.batches())), store.ids
+    for path, positions in zip(paths, plan.parts):
         with atomic(path) as temporary:
             torch.save(rows[torch.from_numpy(positions)], temporary)
+        write_text(path.with_suffix(".txt"), "".join(f"{ids[i]}\n" for i in positions))
     model = ("model", "weights_sha256", "pool", "layers", "dtype", "compute", "long", "max_length")
-    drawn = {"fraction": plan.fraction, "identity": IDENTITY, "seed": plan.seed}
     record = {
         "source": source,
         **{key: store.provenance[key] for key in (*model, "proteins_sha256")},
-        "split": {**drawn, "clusters": plan.clusters},
-        "n_train": len(plan.train),
-        "n_val": len(plan.val),
+        "split": {"fraction": fraction, "seed": seed, "clusters": plan.clusters, **plan.method},
+        "n_train": len(plan.parts[0]),
+        "n_val": len(plan.parts[1]),
     }
     write_json(store.path / "embeddings.json", record)
     return paths

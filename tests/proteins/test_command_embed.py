@@ -119,12 +119,16 @@ def test_split_writes_what_main_py_reads_and_cuts_no_family(config, families, tm
     where = {tuple(store[i].tolist()): store.ids[i].partition("-")[0] for i in range(90)}
     families_of = [{where[tuple(row.tolist())] for row in rows} for rows in (x, x_val)]
     assert len(families_of[0]) + len(families_of[1]) == 30 and not families_of[0] & families_of[1]
+    for name, rows in (("train", x), ("val", x_val)):
+        ids = (store.path / f"embeddings_{name}.txt").read_text().split()
+        assert torch.equal(torch.stack([store[id] for id in ids]).float(), rows)
     known = provenance(store.path / "embeddings_train.pt")
     assert (known["source"], known["model"], known["n_val"]) == (
         "families.fasta",
         "tiny",
         len(x_val),
     )
+    assert known["split"]["method"] == "pyswrd"
     assert f"main.py --train {store.path}/embeddings_train.pt" in capsys.readouterr().out
 
 

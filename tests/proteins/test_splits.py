@@ -1,5 +1,5 @@
+import os
 import random
-import shutil
 import subprocess
 from itertools import combinations
 
@@ -10,16 +10,15 @@ from hypothesis import strategies as st
 
 from distil_rank.core.errors import InputError
 from distil_rank.proteins import splits
-from distil_rank.proteins.fasta import AMINO_ACIDS, read_fasta
-from distil_rank.proteins.splits import cluster, related, split
-from tests.proteins.reference_alignment import local_alignment
+from distil_rank.proteins.fasta import AMINO_ACIDS
+from distil_rank.proteins.splits import components, near_relatives, split
 
 
 def draw(rng: random.Random, length: int) -> str:
     return "".join(rng.choices(AMINO_ACIDS, k=length))
 
 
-def mutate(rng: random.Random, sequence: str, identity: float, indels: int = 0) -> str:
+def mutate(rng: random.Random, sequence: str, identity: float, indels: int = 2) -> str:
     """A relative with this fraction of positions kept, and a few short insertions and deletions."""
     letters = list(sequence)
     for i in rng.sample(range(len(letters)), round((1 - identity) * len(letters))):
@@ -32,75 +31,70 @@ def mutate(rng: random.Random, sequence: str, identity: float, indels: int = 0) 
     return "".join(letters)
 
 
-@pytest.mark.parametrize("identity", [0.25, 0.35, 0.5, 0.9])
-def test_related_agrees_with_the_slow_alignment(identity):
-    rng = random.Random(f"related {identity}")
-    for length in (15, 40, 60):
-        a = draw(rng, length)
-        for b in (
-            mutate(rng, a, identity, indels=1),
-            draw(rng, 60),
-            draw(rng, 30) + mutate(rng, a, identity),
-        ):
-            scores = local_alignment(a, b)
-            short = min(a, b, key=len)
-            least = min(60, local_alignment(short, short).score / 2)
-            reached = scores.score >= least
-            if not reached:
-                assert not related(a, b)
-            elif len(scores.identities) == 1:  # several best alignments may differ in identity
-                (matches, columns), *_ = scores.identities
-                assert related(a, b) == (matches >= 0.3 * columns and 2 * columns >= len(short))
-            assert related(a, b) == related(b, a)
+@pytest.fixture(scope="module")
+def parents() -> list[str]:
+    rng = random.Random("parents")
+    return [draw(rng, 200) for _ in range(25)]
+
+
+def planted(parents: list[str], identity: float) -> list[str]:
+    rng = random.Random(f"planted {identity}")
+    return [*parents, *(mutate(rng, parent, identity) for parent in parents)]
+
+
+@pytest.mark.parametrize(("identity", "least"), [(0.5, 0.9), (0.7, 1.0), (0.9, 1.0)])
+def test_planted_relatives_are_found(parents, identity, least):
+    labels = components(50, near_relatives(planted(parents, identity)))
+    assert (labels[:25] == labels[25:]).mean() >= least
+    assert len(set(labels[:25])) >= 24  # strangers stay apart
+
+
+def test_mmseqs_finds_what_alignment_of_every_pair_finds(parents, monkeypatch, tmp_path):
+    (tmp_path / "mmseqs").write_text("#!/bin/sh\nexit 1\n")  # what is installed has no say
+    (tmp_path / "mmseqs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    sequences = planted(parents, 0.6)
+    exhaustive = near_relatives(sequences)
+    monkeypatch.setattr(splits, "EXHAUSTIVE", 0)
+    found = near_relatives(sequences, queries=np.arange(25), slack=1)
+    assert {(i, i + 25) for i in range(25)} <= set(map(tuple, found.tolist()))
+    assert len(set(map(tuple, found.tolist())) ^ set(map(tuple, exhaustive.tolist()))) <= 2
+
+
+def test_short_alignments_and_other_identities_are_no_relation():
+    rng = random.Random(3)
+    domain = draw(rng, 80)
+    inside = draw(rng, 200) + mutate(rng, domain, 0.6) + draw(rng, 300)
+    assert near_relatives([inside, domain]).tolist() == [[0, 1]]
+    assert near_relatives([inside, domain], identity=0.9).tolist() == []
+    assert near_relatives([inside, domain + draw(rng, 120)]).tolist() == []  # 80 of 200 residues
 
 
 def test_equal_sequences_are_always_together_even_without_a_word():
-    assert cluster(["A", "", "C", "A", "", "XXXX", "XXXX"], candidates="words").tolist() == [
-        0,
-        1,
-        2,
-        0,
-        1,
-        3,
-        3,
-    ]
+    sequences = ["A", "", "C", "A", "", "XXXX", "XXXX"]
+    assert components(7, near_relatives(sequences)).tolist() == [0, 1, 2, 0, 1, 3, 3]
 
 
-@pytest.mark.parametrize(("identity", "least"), [(0.4, 0.8), (0.5, 0.95), (0.7, 1.0), (0.9, 1.0)])
-def test_planted_relatives_are_found(identity, least):
-    """Uniform random substitutions, the hardest kind: real ones are mostly in loops."""
-    rng = random.Random(f"planted {identity}")
-    parents = [draw(rng, 270) for _ in range(60)]
-    labels = cluster(
-        [*parents, *(mutate(rng, p, identity, indels=2) for p in parents)], candidates="words"
-    )
-    assert (labels[:60] == labels[60:]).mean() >= least
-    assert len(set(labels[:60])) == 60  # strangers stay apart
+def test_what_the_sensitive_search_finds_is_not_held_out(monkeypatch):
+    """The fast search finds nothing, the other one every neighbor: pairs (0, 1), (2, 3), ..."""
+    rng = random.Random(5)
+    sequences = [draw(rng, 20) for _ in range(200)]
+
+    def found(_, __, queries=None):
+        asked = [] if queries is None else queries
+        return np.array([(i, i ^ 1) for i in asked], dtype=np.int64).reshape(-1, 2)
+
+    monkeypatch.setattr(splits, "near_relatives", found)
+    monkeypatch.setattr(splits, "EXHAUSTIVE", 0)
+    train, val = split(sequences, [0.5]).parts
+    assert len(val) > 50 and not {i ^ 1 for i in val.tolist()} & set(train.tolist())
 
 
-def test_a_domain_is_found_inside_a_longer_protein():
-    rng = random.Random(3)
-    domain = draw(rng, 80)
-    labels = cluster(
-        [draw(rng, 200) + mutate(rng, domain, 0.6) + draw(rng, 300), domain], candidates="words"
-    )
-    assert labels[0] == labels[1]
-
-
-def test_the_order_of_sequences_and_batches_change_no_cluster(monkeypatch):
-    rng = random.Random(4)
-    family = [draw(rng, 120) for _ in range(15)]
-    sequences = [mutate(rng, p, rng.uniform(0.3, 0.9)) for p in family for _ in range(6)]
-    labels = cluster(sequences, candidates="words")
-    order = rng.sample(range(len(sequences)), len(sequences))
-    again = cluster([sequences[i] for i in order], candidates="words")
-    assert groups(again) == {frozenset(order.index(i) for i in group) for group in groups(labels)}
-    monkeypatch.setattr(splits, "_HITS_AT_ONCE", 50)
-    np.testing.assert_array_equal(cluster(sequences, candidates="words"), labels)
-
-
-def groups(labels: np.ndarray) -> set[frozenset[int]]:
-    return {frozenset(np.flatnonzero(labels == label).tolist()) for label in set(labels.tolist())}
+def random_split(monkeypatch, labels: list[int], fractions, seed=0):
+    """A split of proteins whose clusters are given."""
+    pairs = np.array([(labels.index(name), i) for i, name in enumerate(labels)], dtype=np.int64)
+    monkeypatch.setattr(splits, "near_relatives", lambda *_: pairs.reshape(-1, 2))
+    return split(["AC"] * len(labels), fractions, seed)
 
 
 @settings(max_examples=40)
@@ -110,68 +104,44 @@ def groups(labels: np.ndarray) -> set[frozenset[int]]:
     seed=st.integers(0, 5),
 )
 def test_split_cuts_no_cluster_and_loses_nobody(labels, fractions, seed):
-    names = np.unique(labels, return_inverse=True)[1]
-    try:
-        parts = split(names, fractions, seed)
-    except InputError:
-        return
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        try:
+            parts = random_split(monkeypatch, labels, fractions, seed).parts
+        except InputError:
+            return
+        again = random_split(monkeypatch, labels, fractions, seed).parts
+    names = np.array(labels)
     assert sorted(np.concatenate(parts).tolist()) == list(range(len(names)))
     for one, other in combinations(parts, 2):
         assert not set(names[one]) & set(names[other])
     assert all(len(part) <= round(share * len(names)) for part, share in zip(parts[1:], fractions))
-    for part, again in zip(parts, split(names, fractions, seed)):
-        np.testing.assert_array_equal(part, again)
+    assert all(map(np.array_equal, parts, again))
 
 
-def test_singletons_are_split_in_the_asked_shares_and_the_seed_matters():
-    labels = np.arange(1000)
-    train, val, test = split(labels, [0.1, 0.25])
+def test_singletons_are_split_in_the_asked_shares_and_the_seed_matters(monkeypatch):
+    labels = list(range(1000))
+    train, val, test = random_split(monkeypatch, labels, [0.1, 0.25]).parts
     assert (len(train), len(val), len(test)) == (650, 100, 250)
-    assert set(val) != set(split(labels, [0.1, 0.25], seed=1)[1])
+    assert set(val) != set(random_split(monkeypatch, labels, [0.1, 0.25], seed=1).parts[1])
 
 
 @pytest.mark.parametrize("fractions", [[], [0.0], [1.0], [0.5, 0.5], [-0.1]])
 def test_impossible_fractions_are_refused(fractions):
     with pytest.raises(InputError, match="fractions above 0"):
-        split(np.arange(9), fractions)
+        split(["ACD"] * 9, fractions)
 
 
-def test_one_giant_cluster_cannot_be_split():
+def test_one_giant_cluster_cannot_be_split_and_an_identity_has_a_range():
     with pytest.raises(InputError, match="more diverse"):
-        split(np.zeros(100, dtype=np.int64), [0.2])
-
-
-@pytest.mark.parametrize("identity", [0, 1.1])
-def test_impossible_identity_is_refused(identity):
-    with pytest.raises(InputError, match="identity in"):
-        cluster(["A"], identity)
-
-
-@pytest.mark.skipif(shutil.which("mmseqs") is None, reason="MMseqs2 is not installed")
-def test_mmseqs_finds_planted_relatives():
-    rng = random.Random(5)
-    parents = [draw(rng, 200) for _ in range(20)]
-    labels = cluster(
-        [*parents, *(mutate(rng, p, 0.5, indels=2) for p in parents)], candidates="mmseqs"
-    )
-    assert (labels[:20] == labels[20:]).all()
-    assert len(set(labels)) == 20
+        split(["ACD"] * 100, [0.2])
+    for identity in (0, 1.1):
+        with pytest.raises(InputError, match="identity in"):
+            split(["A", "C"], [0.5], identity=identity)
 
 
 def test_a_failing_mmseqs_is_reported(monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "no space left")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(splits, "EXHAUSTIVE", 0)
     with pytest.raises(InputError, match="no space left"):
-        cluster(["ACD", "ACE"], candidates="mmseqs")
-
-
-@pytest.mark.slow
-def test_held_out_real_proteins_have_no_near_relative_in_training(shared_data):
-    proteins = list(read_fasta(shared_data / "proteins" / "deeploc_test_set.fasta"))
-    sequences = [protein.sequence for protein in proteins if len(protein.sequence) <= 700]
-    train, val = split(cluster(sequences, candidates="words"), [0.2])
-    rng = random.Random(6)
-    checked = [(i, j) for i in rng.sample(val.tolist(), 40) for j in train.tolist()]
-    straddling = [(i, j) for i, j in checked if related(sequences[i], sequences[j])]
-    assert len(checked) > 50_000
-    assert len({i for i, _ in straddling}) <= 2
+        near_relatives(["ACD", "ACE"])
