@@ -35,14 +35,8 @@ from distil_rank.core.records import ROOT, environment, read_json, write_json
 from distil_rank.nested.chain import NestedChain
 from distil_rank.nested.probe import RidgePath
 from distil_rank.nested.rows import TensorRows, joint_moments
-from distil_rank.proteins.store import (
-    INDEX,
-    PROVENANCE,
-    SCHEMA,
-    IndexWriter,
-    ShardWriter,
-    shard_path,
-)
+from distil_rank.proteins.store import PROVENANCE, SCHEMA, ShardWriter, shard_path
+from distil_rank.proteins.store_index import INDEX, IndexWriter
 
 RECORD = "distil-rank/benchmark-nested/1"
 OUT = ROOT / "benchmarks" / "results" / "nested.json"

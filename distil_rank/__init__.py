@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from distil_rank.core.lowrank import truncated_svd
     from distil_rank.core.moments import Moments
     from distil_rank.nested.chain import NestedChain
+    from distil_rank.proteins.api import embed
+    from distil_rank.proteins.checkpoints import load_model
     from distil_rank.proteins.store import EmbeddingStore
 
 __all__ = [
@@ -22,7 +24,9 @@ __all__ = [
     "compress_head",
     "compress_linear",
     "compress_model",
+    "embed",
     "load",
+    "load_model",
     "truncated_svd",
 ]
 
@@ -34,7 +38,9 @@ _HOMES = {
     "compress_head": "compress.heads",
     "compress_linear": "core.certificates",
     "compress_model": "compress.models",
+    "embed": "proteins.api",
     "load": "compress.storage",
+    "load_model": "proteins.checkpoints",
     "truncated_svd": "core.lowrank",
 }
 

@@ -24,7 +24,6 @@ from distil_rank.core.devices import Group, process_group
 from distil_rank.core.errors import InputError
 from distil_rank.core.records import (
     Record,
-    atomic,
     read_json,
     require_writable,
     sha256,
@@ -34,14 +33,8 @@ from distil_rank.nested.chain import FILE, NestedChain
 from distil_rank.nested.rows import StoreRows
 from distil_rank.nested.sources import chain_models, raw_store
 from distil_rank.proteins.sharding import Shards
-from distil_rank.proteins.store import (
-    INDEX,
-    PROVENANCE,
-    SCHEMA,
-    EmbeddingStore,
-    ShardWriter,
-    shard_path,
-)
+from distil_rank.proteins.store import PROVENANCE, SCHEMA, EmbeddingStore, ShardWriter, shard_path
+from distil_rank.proteins.store_index import INDEX, copy_index
 
 ROWS = 4096  # rows mapped at a time
 
@@ -163,7 +156,8 @@ def _fill(
         writer.close()
     group.barrier()
     if group.rank == 0:
-        with atomic(config.out / INDEX) as temporary:  # the same proteins in the same shards
-            shutil.copyfile(first.store.path / INDEX, temporary)
+        copy_index(
+            first.store.path, config.out, [shard_path(config.out, i) for i in range(len(sizes))]
+        )
         shutil.rmtree(config.out / "raw")
     group.barrier()

@@ -78,6 +78,10 @@ def load_model(
 
     `dtype` is that of its linear layers; all else is float32. Raises InputError for an unknown
     name, a missing or damaged checkpoint and one that is not ESM-2.
+
+    >>> loaded = load_model("nano-64")
+    >>> loaded.name, loaded.model.width
+    ('nano-64', 64)
     """
     path = locate(name)
     if path.is_dir():

@@ -8,7 +8,8 @@
 Interrupted, even killed? Run the same command again: whole shards are kept, missing and damaged
 ones are computed, and the store is, byte for byte, what a single run with the same number of
 threads writes. Under torchrun each rank computes every n-th shard of the one store, so several
-machines need a common file system. One run at a time writes in a store.
+machines need a common file system. One run at a time writes in a store. --verify also compares the
+content of finished shards with the checksums in the index, and computes damaged ones again.
 
 A mean is over residues only: never <cls>, <eos> or padding. Proteins longer than --max-length
 (ESM-2 was trained on up to 1,022 residues) are an error unless --long says what to do: `truncate`
@@ -39,7 +40,7 @@ import tyro
 from distil_rank.core.devices import Group, process_group
 from distil_rank.core.errors import InputError, at_least
 from distil_rank.core.locks import LOCK, only_writer
-from distil_rank.core.records import Record, read_json, require_writable, write_json
+from distil_rank.core.records import Record, read_json, require_writable, sha256, write_json
 from distil_rank.proteins.checkpoints import Loaded, load_model, locate
 from distil_rank.proteins.embedding_files import write_split
 from distil_rank.proteins.esm2 import ESM2
@@ -50,12 +51,11 @@ from distil_rank.proteins.store import (
     PROVENANCE,
     SCHEMA,
     EmbeddingStore,
-    IndexWriter,
     ShardWriter,
     is_whole,
-    open_index,
     shard_path,
 )
+from distil_rank.proteins.store_index import IndexWriter, checksums, open_index
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
     split: float | None = None  # also write embeddings_{train,val}.pt, with this share in val
     seed: int = 0  # of everything random
+    verify: bool = False  # compare the content of finished shards with their checksums too
 
     @property
     def shards(self) -> Shards:
@@ -203,12 +204,13 @@ def _complete(
     dtype = getattr(torch, config.store_dtype)
 
     def missing() -> list[int]:
+        known = checksums(config.out) if config.verify else {}
+        paths = [shard_path(config.out, number) for number in range(len(survey.shards))]
         return [
             number
-            for number, rows in enumerate(survey.shards)
-            if not is_whole(
-                shard_path(config.out, number), provenance["layers"], rows, model.width, dtype
-            )
+            for number, (path, rows) in enumerate(zip(paths, survey.shards))
+            if not is_whole(path, provenance["layers"], rows, model.width, dtype)
+            or (number in known and sha256(path) != known[number])
         ]
 
     needed, indexed = missing(), _index_is_whole(config.out, provenance)
@@ -216,7 +218,7 @@ def _complete(
     if needed or not indexed:
         if indexed and group.rank == 0:
             _warn(f"{len(needed)} missing or damaged shards of {config.out} are embedded again")
-        _fill(config, model, provenance, set(needed[group.rank :: group.world]), group)
+        _fill(config, model, provenance, needed, group)
     if group.rank == 0 and (missing() or not _index_is_whole(config.out, provenance)):
         raise InputError(
             f"all shards and proteins in {config.out} required, got fewer;"
@@ -224,10 +226,13 @@ def _complete(
         )
 
 
-def _fill(config: Config, model: ESM2, provenance: Record, shards: set[int], group: Group) -> None:
-    """Compute `shards` and, on the first rank, write the index when all ranks are done."""
+def _fill(
+    config: Config, model: ESM2, provenance: Record, computed: list[int], group: Group
+) -> None:
+    """Compute those shards and, on the first rank, write the index when all ranks are done."""
     from tqdm import tqdm
 
+    shards = set(computed[group.rank :: group.world])
     source = config.shards
     index = IndexWriter(config.out) if group.rank == 0 else None
     position = 0
@@ -258,6 +263,12 @@ def _fill(config: Config, model: ESM2, provenance: Record, shards: set[int], gro
                 writer.close()
     group.barrier()
     if index is not None:
+        known = checksums(config.out)  # what stays as it was keeps its checksum
+        for number in range(provenance["shards"]):
+            fresh = number in computed or number not in known
+            index.add_shard(
+                number, sha256(shard_path(config.out, number)) if fresh else known[number]
+            )
         index.close()
     group.barrier()
 
@@ -268,7 +279,7 @@ def _index_is_whole(folder: Path, provenance: Record) -> bool:
         with closing(open_index(folder)) as index:
             found = index.execute("SELECT count(*), max(position) + 1, sum(rows) FROM protein")
             expected = (provenance["proteins"], provenance["proteins"], provenance["rows"])
-            return found.fetchone() == expected
+            return found.fetchone() == expected and len(checksums(folder)) == provenance["shards"]
     except sqlite3.Error:
         return False
 

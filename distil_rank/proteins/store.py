@@ -3,6 +3,7 @@
     store = EmbeddingStore("store/")
     len(store), store.provenance["model"], store.dim
     store["P69905"], store[0], "P69905" in store  # (d,) or, in a store of residues, (l, d)
+    store[:100], store[["P69905", 7]], store.to_numpy()  # (n, d), or a list of (l, d)
     for rows in store.batches(): ...  # (n, d), in order: proteins, or residues one after the other
     for index, vectors in store.residues(): ...  # (protein index, (l, d)), in order
 
@@ -11,39 +12,39 @@
 | `store.json` | provenance: model, weights, pooling, layers, dtype, long sequences, proteins |
 | `shard-00000.safetensors` ... | one tensor `layer_N` (rows, d) per layer, in order |
 | `index.sqlite` | table `protein`: position, id, length, rows, sha256, shard, first row |
+|  | table `shard`: number, sha256 of the file |
 
-Memory does not grow with the number of proteins, neither here nor while writing.
+Shards are mapped, not read: memory grows by 24 bytes per protein once one is asked for, and not at
+all while writing. A store can be pickled, and read by several threads and processes.
 """
 
 import json
+import operator
 import os
 import sqlite3
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from distil_rank.core.errors import InputError
 from distil_rank.core.records import Record, atomic, read_json
+from distil_rank.proteins.store_index import INDEX, open_index
 
 SCHEMA = "distil-rank/embeddings/1"
-PROVENANCE, INDEX = "store.json", "index.sqlite"
+PROVENANCE = "store.json"
 _SAFETENSORS_DTYPE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05d}.safetensors"
-
-
-def open_index(folder: Path) -> sqlite3.Connection:
-    """The finished index of a store, read-only."""
-    uri = (folder / INDEX).resolve().as_uri()
-    return sqlite3.connect(f"{uri}?mode=ro&immutable=1", uri=True)
 
 
 class EmbeddingStore:
@@ -52,11 +53,10 @@ class EmbeddingStore:
     Raises InputError where there is no store or an unfinished one, or where it has no such layer.
 
     >>> import tempfile
-    >>> from distil_rank.proteins import command_embed
+    >>> from distil_rank.proteins.command_embed import Config, run
     >>> folder = Path(tempfile.mkdtemp())
     >>> _ = (folder / "a.fasta").write_text(">first\\nMKTAYIAKQR\\n")
-    >>> quiet = dict(model="nano-64", out=folder / "store", device="cpu")
-    >>> command_embed.run(command_embed.Config(folder / "a.fasta", **quiet))  # doctest: +ELLIPSIS
+    >>> run(Config(folder / "a.fasta", "nano-64", folder / "store"))  # doctest: +ELLIPSIS
     /...
     >>> EmbeddingStore(folder / "store")["first"].shape
     torch.Size([64])
@@ -73,10 +73,29 @@ class EmbeddingStore:
         layers = self.provenance["layers"]
         if layer is not None and layer not in layers:
             raise InputError(f"a layer of {layers} required, got {layer}; embed again with it")
-        self._tensor = f"layer_{layers[-1] if layer is None else layer}"
-        self._index = open_index(self.path)
-        # A file handle of safetensors maps its shard; keep a few, not one per shard.
-        self._shard = lru_cache(maxsize=4)(self._open_shard)
+        self._layer = layers[-1] if layer is None else layer
+        self._maps: dict[int, Tensor] = {}
+        self._connection: tuple[int, sqlite3.Connection] | None = None
+
+    def __getstate__(self) -> tuple[Path, int]:
+        return self.path, self._layer
+
+    def __setstate__(self, state: tuple[Path, int]) -> None:
+        EmbeddingStore.__init__(self, *state)
+
+    @property
+    def _index(self) -> sqlite3.Connection:
+        """The connection of this process: one that was there before a fork is not used."""
+        if self._connection is None or self._connection[0] != os.getpid():
+            self._connection = os.getpid(), open_index(self.path)
+        return self._connection[1]
+
+    @cached_property
+    def _places(self) -> NDArray[np.int64]:
+        """(shard, first row, rows) of every protein (n, 3)."""
+        places = self._index.execute("SELECT shard, first_row, rows FROM protein ORDER BY position")
+        flat = (number for place in places for number in place)
+        return np.fromiter(flat, np.int64, 3 * len(self)).reshape(-1, 3)
 
     def __len__(self) -> int:
         return self.provenance["proteins"]
@@ -123,29 +142,53 @@ class EmbeddingStore:
         cursor = self._index.execute(query, (range(len(self))[position],))
         return dict(zip((column[0] for column in cursor.description), cursor.fetchone()))
 
-    def __getitem__(self, key: str | int) -> Tensor:
+    def __getitem__(self, key: str | int | slice | Sequence[str | int]) -> Tensor | list[Tensor]:
         """Vector (d,) or residues (l, d) of a protein by id or by position.
 
+        Of a slice or several keys, vectors (n, d), or a list of (l, d) in a store of residues.
         KeyError for an unknown or repeated id.
         """
-        if isinstance(key, str):
-            found = self.positions(key)
-            if len(found) != 1:
-                raise KeyError(
-                    f"exactly one protein of id {key!r} required, got {len(found)}:"
-                    " use store.positions(id)"
-                )
-            key = found[0]
-        entry = self.describe(key)
-        rows = self._rows(entry["shard"], entry["first_row"], entry["rows"])
-        return rows if self.pool == "residues" else rows[0]
+        if isinstance(key, int | str):
+            return self._one(self._position(key) if isinstance(key, str) else key)
+        if isinstance(key, slice):
+            key = range(len(self))[key]
+        elif not isinstance(key, Sequence | np.ndarray | Tensor) or np.ndim(key) == 0:
+            return self._one(operator.index(key))
+        wanted = (self._position(k) if isinstance(k, str) else operator.index(k) for k in key)
+        found = [self._one(position) for position in wanted]
+        if self.pool == "residues":
+            return found
+        return torch.stack(found) if found else self._mapped(0)[:0].clone()
+
+    def _position(self, id: str) -> int:
+        found = self.positions(id)
+        if len(found) != 1:
+            raise KeyError(
+                f"exactly one protein of id {id!r} required, got {len(found)}:"
+                " use store.positions(id)"
+            )
+        return found[0]
+
+    def _one(self, position: int) -> Tensor:
+        if not -len(self) <= position < len(self):
+            raise IndexError(f"a position below {len(self)} required, got {position}")
+        shard, first, rows = self._places[position].tolist()
+        if shard not in self._maps:
+            self._maps[shard] = self._mapped(shard)
+        vectors = self._maps[shard]
+        found = vectors[first : first + rows] if self.pool == "residues" else vectors[first]
+        return found.clone()
+
+    def to_numpy(self) -> NDArray[Any]:
+        """All vectors (rows, d) in memory, in order; bfloat16, which NumPy lacks, as float32."""
+        vectors = torch.cat(list(self.batches()))
+        return (vectors.float() if vectors.dtype == torch.bfloat16 else vectors).numpy()
 
     def batches(self, rows: int = 8192, rank: int = 0, world: int = 1) -> Iterator[Tensor]:
         """Vectors (n <= rows, d) in order. With several ranks, each gets every `world`-th shard."""
         for shard in range(rank, self.provenance["shards"], world):
-            size = self._shard(shard).get_slice(self._tensor).get_shape()[0]
-            for start in range(0, size, rows):
-                yield self._rows(shard, start, min(rows, size - start))
+            for vectors in self._mapped(shard).split(rows):
+                yield vectors.clone()
 
     def residues(self) -> Iterator[tuple[int, Tensor]]:
         """(protein index, vectors (l, d)) in order; l is 1 unless this is a store of residues.
@@ -153,22 +196,41 @@ class EmbeddingStore:
         Stores of the same proteins from several models are aligned row by row.
         """
         query = "SELECT position, shard, first_row, rows FROM protein ORDER BY position"
+        current, vectors = -1, torch.empty(0)
         for position, shard, start, rows in self._index.execute(query):
-            yield position, self._rows(shard, start, rows)
+            if shard != current:
+                current, vectors = shard, self._mapped(shard)
+            yield position, vectors[start : start + rows].clone()
 
-    def _open_shard(self, shard: int) -> Any:
-        from safetensors import SafetensorError, safe_open
-
+    def _mapped(self, shard: int) -> Tensor:
         path = shard_path(self.path, shard)
         try:
-            return safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
+            return _mapped(path, f"layer_{self._layer}")
+        except (OSError, ValueError, KeyError, RuntimeError, struct.error) as error:
             raise InputError(
                 f"a whole shard required, got {path} ({error}); run the same embed command again"
             ) from error
 
-    def _rows(self, shard: int, start: int, rows: int) -> Tensor:
-        return self._shard(shard).get_slice(self._tensor)[start : start + rows]
+
+def _mapped(path: Path, name: str) -> Tensor:
+    """A tensor of a safetensors file; what is written to it stays in this process."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        size = path.stat().st_size
+        if length > size:
+            raise ValueError("no safetensors header")
+        header = json.loads(file.read(length))
+    start, stop = header[name]["data_offsets"]
+    end = max(entry["data_offsets"][1] for entry in header.values())
+    if size != 8 + length + end:
+        raise ValueError(f"{size} bytes instead of {8 + length + end}")
+    storage = torch.UntypedStorage.from_file(str(path), False, size)
+    dtype = {name: dtype for dtype, name in _SAFETENSORS_DTYPE.items()}[header[name]["dtype"]]
+    whole = torch.empty(0, dtype=dtype).set_(storage)
+    first = (8 + length) // dtype.itemsize
+    return whole[first + start // dtype.itemsize : first + stop // dtype.itemsize].view(
+        header[name]["shape"]
+    )
 
 
 def shard_header(layers: Sequence[int], rows: int, dim: int, dtype: torch.dtype) -> bytes:
@@ -233,33 +295,4 @@ class ShardWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        self._stack.close()
-
-
-class IndexWriter:
-    """Write the index protein by protein; it gets its name when everything is in it."""
-
-    def __init__(self, folder: Path) -> None:
-        self._stack = ExitStack()
-        self._temporary = self._stack.enter_context(atomic(folder / INDEX))
-        self._database = sqlite3.connect(self._temporary)
-        # a crash leaves a temporary file that nobody reads: no journal needed
-        self._database.executescript(
-            "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -8000;"
-            " CREATE TABLE protein (position INTEGER PRIMARY KEY, id TEXT NOT NULL,"
-            " length INTEGER NOT NULL, rows INTEGER NOT NULL, sha256 TEXT NOT NULL,"
-            " shard INTEGER NOT NULL, first_row INTEGER NOT NULL)"
-        )
-
-    def add(self, *entry: int | str) -> None:
-        """position, id, length, rows, sha256, shard, first row."""
-        self._database.execute("INSERT INTO protein VALUES (?, ?, ?, ?, ?, ?, ?)", entry)
-
-    def close(self) -> None:
-        """The index is on disk before it gets its name."""
-        self._database.execute("CREATE INDEX protein_id ON protein (id)")
-        self._database.commit()
-        self._database.close()
-        with self._temporary.open("rb") as file:
-            os.fsync(file.fileno())
         self._stack.close()

@@ -7,6 +7,8 @@ import shutil
 import signal
 import socket
 import sqlite3
+import subprocess
+import sys
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -19,9 +21,11 @@ from distil_rank.core.devices import process_group
 from distil_rank.core.errors import InputError
 from distil_rank.core.locks import only_writer
 from distil_rank.core.moments import Moments
+from distil_rank.core.records import ROOT
 from distil_rank.proteins import command_moments
 from distil_rank.proteins.command_embed import Config, run
-from distil_rank.proteins.store import INDEX, EmbeddingStore, IndexWriter, shard_path
+from distil_rank.proteins.store import EmbeddingStore, shard_path
+from distil_rank.proteins.store_index import INDEX, IndexWriter
 from tests.proteins import reference
 from tests.proteins.reference import contents
 
@@ -41,6 +45,8 @@ def _damage(folder: Path, what: str) -> None:
         shard.unlink()
     elif what == "truncated shard":
         shard.write_bytes(content[:-1])
+    elif what == "flipped bit":
+        shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     elif what == "other header":
         shard.write_bytes(content.replace(b"layer_3", b"layer_1"))
     elif what == "truncated index":
@@ -52,13 +58,20 @@ def _damage(folder: Path, what: str) -> None:
 
 @pytest.mark.parametrize(
     "what",
-    ["missing shard", "truncated shard", "other header", "truncated index", "shortened index"],
+    [
+        "missing shard",
+        "truncated shard",
+        "flipped bit",
+        "other header",
+        "truncated index",
+        "shortened index",
+    ],
 )
 def test_a_damaged_store_is_made_whole_again(config, whole, tmp_path, capsys, what):
     shutil.copytree(whole, tmp_path / "store")
     _damage(tmp_path / "store", what)
     kept = shard_path(tmp_path / "store", 1).stat().st_mtime_ns
-    run(replace(config, out=tmp_path / "store"))
+    run(replace(config, out=tmp_path / "store", verify=what == "flipped bit"))
     assert contents(tmp_path / "store") == contents(whole)
     assert shard_path(tmp_path / "store", 1).stat().st_mtime_ns == kept
     assert ("1 missing or damaged shards" in capsys.readouterr().err) == ("index" not in what)
@@ -70,6 +83,21 @@ def test_one_run_at_a_time_writes_in_a_store(config, whole, tmp_path):
     with only_writer(out), pytest.raises(InputError, match=f"held by process {os.getpid()}"):
         run(replace(config, out=out))
     run(replace(config, out=out))
+    assert contents(out) == contents(whole)
+
+
+def test_of_two_real_commands_one_writes_and_the_other_says_who(config, whole, tmp_path):
+    out = tmp_path / "store"
+    flags = ["--model", config.model, "--out", out, "--long", "window", "--device", "cpu"]
+    for name in ("max_length", "shard_residues", "batch_tokens"):
+        flags += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+    command = [sys.executable, "-m", "distil_rank", "embed", config.fasta, *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(2)]
+    said = [process.communicate(timeout=300)[1] for process in both]
+    for process, text in zip(both, said):
+        assert process.returncode == 0 or (process.returncode == 2 and "held by process" in text)
+    assert 0 in [process.returncode for process in both]
     assert contents(out) == contents(whole)
 
 

@@ -1,6 +1,9 @@
 import hashlib
+import pickle
 import random
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -75,6 +78,37 @@ def test_repeated_and_unknown_ids_are_not_guessed(store):
     with pytest.raises(IndexError):
         store[len(IDS)]
     assert torch.equal(store[-1], store[len(IDS) - 1])
+
+
+def same(one, other) -> bool:
+    return len(one) == len(other) and all(map(torch.equal, one, other))
+
+
+def test_slices_and_several_keys(store):
+    each = [store[i] for i in range(len(store))]
+    assert same(store[2:5], each[2:5]) and same(store[::-2], each[::-2]) and len(store[3:3]) == 0
+    for keys in (["a/b", 7, -1], np.array([1, 7, 7]), torch.tensor([1, 7, 7])):
+        assert same(store[keys], [each[1], each[7], each[7]])
+    assert isinstance(store[:2], list if store.pool == "residues" else torch.Tensor)
+    with pytest.raises(KeyError):
+        store[["a/b", "nobody"]]
+    assert np.array_equal(store.to_numpy(), torch.cat(list(store.batches())).numpy())
+
+
+def test_what_a_reader_writes_into_a_vector_stays_with_him(store):
+    before = store[3].clone()
+    store[3].zero_()
+    assert torch.equal(store[3], before)
+
+
+def test_threads_workers_and_pickles_read_the_same(store):
+    each = [store[i] for i in range(len(store))]
+    assert same([pickle.loads(pickle.dumps(store))[i] for i in range(len(store))], each)
+    with ThreadPoolExecutor(4) as pool:
+        keys = [*range(len(store)), "a/b"] * 50
+        assert same(list(pool.map(store.__getitem__, keys)), [*each, each[1]] * 50)
+    loader = torch.utils.data.DataLoader(store, batch_size=None, num_workers=2)
+    assert same(list(loader), each)
 
 
 def test_batches_and_residues_run_in_order_whatever_the_batch(store):

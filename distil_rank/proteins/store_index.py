@@ -1,0 +1,70 @@
+"""The index of a store: which protein is where, and the checksum of each shard."""
+
+import os
+import shutil
+import sqlite3
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+from distil_rank.core.records import atomic, sha256
+
+INDEX = "index.sqlite"
+
+
+def open_index(folder: Path) -> sqlite3.Connection:
+    """The finished index of a store, read-only."""
+    uri = (folder / INDEX).resolve().as_uri()
+    return sqlite3.connect(f"{uri}?mode=ro&immutable=1", uri=True, check_same_thread=False)
+
+
+def checksums(folder: Path) -> dict[int, str]:
+    """SHA-256 of each shard by the index; empty where there is no readable one."""
+    try:
+        with closing(open_index(folder)) as index:
+            return dict(index.execute("SELECT number, sha256 FROM shard"))
+    except sqlite3.Error:
+        return {}
+
+
+def copy_index(source: Path, folder: Path, shards: list[Path]) -> None:
+    """The index of `source` for other shards of the same proteins."""
+    with atomic(folder / INDEX) as temporary:
+        shutil.copyfile(source / INDEX, temporary)
+        rows = [(number, sha256(path)) for number, path in enumerate(shards)]
+        with closing(sqlite3.connect(temporary)) as index, index:
+            index.execute("PRAGMA journal_mode = OFF")
+            index.executemany("REPLACE INTO shard VALUES (?, ?)", rows)
+
+
+class IndexWriter:
+    """Write the index protein by protein; it gets its name when everything is in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._stack = ExitStack()
+        self._temporary = self._stack.enter_context(atomic(folder / INDEX))
+        self._database = sqlite3.connect(self._temporary)
+        # a crash leaves a temporary file that nobody reads: no journal needed
+        self._database.executescript(
+            "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -8000;"
+            " CREATE TABLE protein (position INTEGER PRIMARY KEY, id TEXT NOT NULL,"
+            " length INTEGER NOT NULL, rows INTEGER NOT NULL, sha256 TEXT NOT NULL,"
+            " shard INTEGER NOT NULL, first_row INTEGER NOT NULL);"
+            " CREATE TABLE shard (number INTEGER PRIMARY KEY, sha256 TEXT NOT NULL)"
+        )
+
+    def add(self, *entry: int | str) -> None:
+        """position, id, length, rows, sha256, shard, first row."""
+        self._database.execute("INSERT INTO protein VALUES (?, ?, ?, ?, ?, ?, ?)", entry)
+
+    def add_shard(self, number: int, digest: str) -> None:
+        """The checksum of a shard's file."""
+        self._database.execute("INSERT INTO shard VALUES (?, ?)", (number, digest))
+
+    def close(self) -> None:
+        """The index is on disk before it gets its name."""
+        self._database.execute("CREATE INDEX protein_id ON protein (id)")
+        self._database.commit()
+        self._database.close()
+        with self._temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        self._stack.close()
