@@ -15,13 +15,20 @@ What happens to a letter on its way to a model (`clean_sequence`; the alphabet i
 
 import gzip
 import re
+import shutil
+import sys
+import tempfile
 import zlib
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from gzip import GzipFile
+from io import TextIOWrapper
 from pathlib import Path
+from typing import IO, Any
 
 from distil_rank.core.errors import InputError
 from distil_rank.core.records import atomic
@@ -48,39 +55,69 @@ class Protein:
 def read_fasta(path: str | Path) -> Iterator[Protein]:
     """Records of a FASTA file, plain or gzip, in file order and as written (nothing cleaned).
 
-    The file is checked as a whole before this returns (one streaming pass: a truncated gzip or a
-    binary file raises InputError here, not after an hour of work); records are then streamed, and
-    no index file is written.
+    `-` is standard input; that and pipes are kept in a temporary file, to be read again. A byte
+    order mark and every kind of line end are understood. The file is checked as a whole before this
+    returns (one streaming pass: a truncated gzip or a binary file raises InputError here, not after
+    an hour of work); records are then streamed, and no index file is written.
     """
-    _check(Path(path))
-    return _records(Path(path))
+    path = Path(path)
+    if str(path) == "-" or path.is_fifo():
+        path = Path(_kept(str(path)).name)
+    _check(path)
+    return _records(path)
+
+
+@cache
+def _kept(pipe: str) -> Any:
+    """What came through a pipe, which can be read once, in a file that ends with the process."""
+    with sys.stdin.buffer if pipe == "-" else open(pipe, "rb") as source:
+        file = tempfile.NamedTemporaryFile(suffix=".fasta")  # noqa: SIM115
+        shutil.copyfileobj(source, file)
+        file.flush()
+    return file
+
+
+def _opened(path: Path) -> IO[bytes]:
+    with path.open("rb") as probe:
+        zipped = probe.read(2) == b"\x1f\x8b"
+    return gzip.open(path, "rb") if zipped else path.open("rb")  # type: ignore[return-value]
 
 
 def _records(path: Path) -> Iterator[Protein]:
-    import pyfastx
-
+    header: str | None = None
+    lines: list[str] = []
     try:
-        for name, sequence, comment in pyfastx.Fastx(str(path), format="fasta", comment=True):
-            yield Protein(name, f"{name} {comment}" if comment else name, sequence)
-    except (RuntimeError, UnicodeDecodeError) as error:
+        with TextIOWrapper(_opened(path), encoding="utf-8-sig") as text:  # every line end is \n
+            for line in text:
+                if line.startswith(">"):
+                    if header is not None:
+                        yield _record(header, lines)
+                    header, lines = line[1:].rstrip("\n"), []
+                else:
+                    lines.append("".join(line.split()))
+        if header is not None:
+            yield _record(header, lines)
+    except UnicodeDecodeError as error:
         raise InputError(
             f"required a FASTA file in UTF-8, got {path} ({error}); check the file"
         ) from error
 
 
+def _record(header: str, lines: list[str]) -> Protein:
+    return Protein(re.split(r"\s", header, maxsplit=1)[0], header, "".join(lines))
+
+
 def _check(path: Path) -> None:
-    """One pass over the bytes, because pyfastx ends silently at a truncated gzip or a NUL byte."""
+    """One pass over the bytes."""
     remedy = "give a FASTA file (lines `>id description`, then the sequence), plain or gzip"
     if not path.is_file():
         found = "a folder or special file" if path.exists() else "nothing there"
         raise InputError(f"required a FASTA file at {path}, got {found}; {remedy}")
     try:
-        with path.open("rb") as probe:
-            opener = gzip.open if probe.read(2) == b"\x1f\x8b" else open
-        with opener(path, "rb") as file:
+        with _opened(path) as file:
             start = b""
             while chunk := file.read(1 << 20):
-                start = start or chunk.lstrip()[:1]
+                start = start or chunk.removeprefix(BOM_UTF8).lstrip()[:1]
                 odd = "" if start in (b"", b">") else "does not begin with '>'"
                 odd = "holds binary data" if not odd and b"\0" in chunk else odd
                 if odd:

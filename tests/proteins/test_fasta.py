@@ -1,4 +1,8 @@
 import gzip
+import io
+import os
+import threading
+from codecs import BOM_UTF8
 
 import pytest
 from hypothesis import given
@@ -41,12 +45,29 @@ def test_gzip_is_recognised_by_content_and_written_without_a_time_stamp(tmp_path
     assert (tmp_path / "x.gz").read_bytes() == (tmp_path / "y.gz").read_bytes()
 
 
-def test_windows_lines_and_missing_final_newline(tmp_path):
-    (tmp_path / "a.fasta").write_bytes(b"\r\n>a b\r\nAC\r\nDE\r\n>b\r\nWY")
-    assert list(read_fasta(tmp_path / "a.fasta")) == [
-        Protein("a", "a b", "ACDE"),
-        Protein("b", "b", "WY"),
-    ]
+AB = [Protein("a", "a b\tc", "ACDE"), Protein("b", "b", "WY")]
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"], ids=["unix", "windows", "old mac"])
+@pytest.mark.parametrize("mark", [b"", BOM_UTF8], ids=["", "byte order mark"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+def test_line_ends_and_byte_order_mark(tmp_path, end, mark, pack):
+    content = mark + b"\n>a b\tc\nAC\nDE\n>b\nWY".replace(b"\n", end)
+    (tmp_path / "a.fasta").write_bytes(pack(content))
+    assert list(read_fasta(tmp_path / "a.fasta")) == AB
+
+
+def test_a_pipe_and_standard_input_are_read_as_often_as_asked(tmp_path, monkeypatch):
+    content = b">a b\tc\nAC\nDE\n>b\nWY\n"
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(
+        target=(tmp_path / "pipe").write_bytes, args=(gzip.compress(content),)
+    )
+    writer.start()
+    assert [list(read_fasta(tmp_path / "pipe")) for _ in range(2)] == [AB, AB]
+    writer.join()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert [list(read_fasta("-")) for _ in range(2)] == [AB, AB]
 
 
 @pytest.mark.parametrize(
