@@ -115,8 +115,9 @@ def run(config: Config) -> None:
             took = f"{perf_counter() - start:.1f} s"
             print(f"{config.out}: {survey.proteins} proteins, {survey.residues} residues, {took}")
             if plan is not None:
-                how = (config.fasta.name, config.split, config.seed)
-                train, val = write_split(EmbeddingStore(config.out), plan, *how)
+                drawn = {"fraction": config.split, "seed": config.seed}
+                store = EmbeddingStore(config.out)
+                train, val = write_split(store, plan, config.fasta.name, drawn)
                 parts = " and ".join(f"{len(p)} {n}" for p, n in zip(plan.parts, ("train", "val")))
                 print(f"{parts} proteins from {plan.clusters} clusters; now run")
                 print(f"  python main.py --train {train} --val {val}")

@@ -65,7 +65,7 @@ def provenance(path: str | Path) -> Record:
 
 
 def write_split(
-    store: EmbeddingStore, plan: Split, source: str, fraction: float, seed: int
+    store: EmbeddingStore, plan: Split, source: str, drawn: Record
 ) -> tuple[Path, Path]:
     """Write embeddings_{train,val}.pt (n, d) and embeddings.json into the store's folder.
 
@@ -82,7 +82,7 @@ def write_split(
     record = {
         "source": source,
         **{key: store.provenance[key] for key in (*model, "proteins_sha256")},
-        "split": {"fraction": fraction, "seed": seed, "clusters": plan.clusters, **plan.method},
+        "split": {**drawn, "clusters": plan.clusters, **plan.method},
         "n_train": len(plan.parts[0]),
         "n_val": len(plan.parts[1]),
     }

@@ -209,9 +209,10 @@ def by_mmseqs(
         query, target, hits = (Path(folder, name) for name in ("query", "target", "hits"))
         for path, positions in ((query, asked), (target, searched)):
             write_fasta(path, (Protein(str(i), str(i), sequences[i]) for i in positions))
-        command = [binary, "easy-search", query, target, hits, Path(folder, "work")]
-        command += ["-s", str(sensitivity), "-e", str(evalue), "--alignment-mode", "3", "-v", "1"]
-        command += ["--split-memory-limit", "1500M", "--format-output", COLUMNS]
+        files = map(str, (query, target, hits, Path(folder, "work")))
+        command = [str(binary), "easy-search", *files, "-s", str(sensitivity), "-e", str(evalue)]
+        command += ["--alignment-mode", "3", "--split-memory-limit", "1500M", "-v", "1"]
+        command += ["--format-output", COLUMNS]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as error:

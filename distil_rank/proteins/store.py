@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex, cast
 
 import numpy as np
 import torch
@@ -152,8 +152,8 @@ class EmbeddingStore:
             return self._one(self._position(key) if isinstance(key, str) else key)
         if isinstance(key, slice):
             key = range(len(self))[key]
-        elif not isinstance(key, Sequence | np.ndarray | Tensor) or np.ndim(key) == 0:
-            return self._one(operator.index(key))
+        elif np.ndim(key) == 0:
+            return self._one(operator.index(cast(SupportsIndex, key)))
         wanted = (self._position(k) if isinstance(k, str) else operator.index(k) for k in key)
         found = [self._one(position) for position in wanted]
         if self.pool == "residues":
@@ -224,7 +224,7 @@ def _mapped(path: Path, name: str) -> Tensor:
     end = max(entry["data_offsets"][1] for entry in header.values())
     if size != 8 + length + end:
         raise ValueError(f"{size} bytes instead of {8 + length + end}")
-    storage = torch.UntypedStorage.from_file(str(path), False, size)
+    storage: Any = torch.UntypedStorage.from_file(str(path), False, size)
     dtype = {name: dtype for dtype, name in _SAFETENSORS_DTYPE.items()}[header[name]["dtype"]]
     whole = torch.empty(0, dtype=dtype).set_(storage)
     first = (8 + length) // dtype.itemsize
