@@ -12,8 +12,6 @@ def documentation(record: Record) -> str:
     """Every table of a probe."""
     parts = [fitted(record), stage_table(record), spearman_table(record)]
     parts += [comparison_table(record), verdicts(record)]
-    if record.get("single_pass"):
-        parts.append(single_pass_table(record))
     if record.get("locations"):
         parts.append(location_table(record))
     return "\n\n".join(parts)
@@ -118,17 +116,6 @@ def outcome(row: Record) -> str:
     if not decided(row):
         return "cannot be told apart from"
     return "is better than" if row["difference"]["value"] > 0 else "is worse than"
-
-
-def single_pass_table(record: Record) -> str:
-    single = record["single_pass"]
-    rows = [["block", "R² fitted", "R² held out"]]
-    for size, value in single["r2"]["fit"].items():
-        held_out = single["r2"].get("held_out")
-        rows.append([size, f"{value:.3f}", f"{held_out[size]:.3f}" if held_out else ""])
-    layers = ", ".join(map(str, single["layers"]))
-    intro = f"Single pass from layers {layers} of the largest model, rank {single['rank']}:"
-    return f"{intro}\n\n{markdown(rows)}"
 
 
 def location_table(record: Record) -> str:

@@ -39,8 +39,6 @@ from distil_rank.nested.features import Representation, raw_features, representa
 from distil_rank.nested.locations import Located, accuracies, composition, hits, read_locations
 from distil_rank.nested.probe import score_assay
 from distil_rank.nested.report import SCHEMA, SUMMARY, comparison_table, draw
-from distil_rank.nested.single_pass import FILE as SINGLE_PASS
-from distil_rank.nested.single_pass import SinglePass
 from distil_rank.nested.sources import chain_models
 from distil_rank.proteins.variants import Assay, read_assays
 
@@ -64,16 +62,12 @@ def run(config: Config) -> None:
     loaders = list(chain_models(chain, config.models).values())
     assays = read_assays(config.dms, config.mutants, config.seed)
     located = read_locations(config.locations, config.max_proteins, config.seed)
-    single = SinglePass.load(config.chain) if (config.chain / SINGLE_PASS).exists() else None
     moments, held_out = (Moments.load(config.chain / name) for name in (MOMENTS, HELD_OUT))
     require_writable(config.out)
     cache = Cache(require_writable(config.chain / "probe"))
     with process_group(config.device) as group:
-        compared = representations(chain, moments, held_out, single, seed=config.seed)
-        layers = single.layers if single else ()
-        embedded = partial(
-            raw_features, loaders=loaders, layers=layers, cache=cache, device=group.device
-        )
+        compared = representations(chain, moments, held_out, seed=config.seed)
+        embedded = partial(raw_features, loaders=loaders, cache=cache, device=group.device)
 
         def scored(assay: Assay) -> Record:
             names = [r.name for r in compared]
@@ -100,7 +94,6 @@ def run(config: Config) -> None:
                 "data": _data(config, chain, assays),
                 "chain": _described(chain),
                 **summary(chain, compared, scores, config.seed),
-                "single_pass": single and {"layers": single.layers, **single.record},
                 "environment": environment(group.device),
                 "machine_dependent": ["environment"],
             }

@@ -90,8 +90,6 @@ def planned_pairs(chain: NestedChain, names: Sequence[str]) -> list[tuple[str, s
         if size == largest:
             controls += [f"raw_{chain.sizes[0]}", "concatenation", "one-hot"]
         pairs += [(f"{own}_{size}", name) for name in controls if name in names]
-    if "single-pass" in names:
-        pairs += [("single-pass", f"{own}_{largest}"), ("single-pass", f"raw_{largest}")]
     return pairs
 
 

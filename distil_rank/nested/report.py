@@ -29,10 +29,9 @@ KINDS = {
     "naive-pca": ("naive PCA of all", PALETTE[4]),
     "random-completion": ("random completion", PALETTE[7]),
     "concatenation": ("concatenation", RED),
-    "single-pass": ("single pass", PALETTE[2]),
     "one-hot": ("one-hot", PALE),
 }
-MARKERS = {"concatenation": "D", "single-pass": "s", "one-hot": "x"}
+MARKERS = {"concatenation": "D", "one-hot": "x"}
 
 
 def fitted_text(chain: NestedChain, out: Path) -> str:
