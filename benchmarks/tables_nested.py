@@ -12,6 +12,8 @@ def documentation(record: Record) -> str:
     """Every table of a probe."""
     parts = [fitted(record), stage_table(record), spearman_table(record)]
     parts += [comparison_table(record), verdicts(record)]
+    if "leaderboard" in record:
+        parts.append(leaderboard_table(record))
     if record.get("locations"):
         parts.append(location_table(record))
     return "\n\n".join(parts)
@@ -63,25 +65,28 @@ def spearman_table(record: Record) -> str:
     return markdown(rows)
 
 
+def leaderboard_table(record: Record) -> str:
+    """Means as ProteinGym ranks models, by scheme and function type, of the chain and controls."""
+    rows: list[list[str]] = []
+    for pool, named in record["leaderboard"].items():
+        for name, cell in named.items():
+            rows = rows or [["embedding", "", *cell]]
+            rows.append([POOLS[pool], name, *(f"{value:.3f}" for value in cell.values())])
+    return f"Mean over assays of a protein, proteins of a function, functions:\n\n{markdown(rows)}"
+
+
 def verdicts(record: Record) -> str:
-    """The questions of the method, answered where Holm's p and the number of assays allow it."""
-    own, sizes = record["chain"]["regression"], list(record["chain"]["dims"])
-    last, dim = sizes[-1], record["chain"]["dims"][sizes[-1]]
-    other = "nested-ols" if own != "nested-ols" else "nested-pcr"
-    questions = {
-        f"raw_{last}": f"the raw {last}",
-        f"naive-pca_dim{dim}": "naive PCA of the concatenation",
-        f"random-completion_{last}": "a random completion of the prefix",
-        f"{other}_{last}": f"its ablation {other}",
-    }
-    by_pair = {(row["ours"], row["theirs"]): row for row in record["comparisons"]}
+    """The contrasts, answered where Holm's p and the number of assays allow it."""
     lines = [power(record)]
+    for row in record["comparisons"]:
+        if "holm_p" in row:
+            pool, _, ours = row["ours"].partition("/")
+            theirs, shown = (
+                row["theirs"].partition("/")[2],
+                with_interval(row["difference"], "+.3f"),
+            )
+            lines.append(f"* {POOLS[pool]}: {ours} {outcome(row)} {theirs} ({shown}).")
     for pool, words in POOLS.items():
-        for theirs, question in questions.items():
-            row = by_pair.get((f"{pool}/{own}_{last}", f"{pool}/{theirs}"))
-            if row:
-                shown = with_interval(row["difference"], "+.3f")
-                lines.append(f"* {words}: {own}_{last} {outcome(row)} {question} ({shown}).")
         for kind, chain in record["monotonicity"][pool].items():
             shown = with_interval(chain["monotone"], ".2f")
             lines.append(

@@ -57,7 +57,7 @@ class Config:
     components: str = "mp"  # of pcr: mp (Marchenko-Pastur edge), held-out, or a number
     scale_features: bool = False  # work in standard deviations: outlier features do not rule
     held_out: float = 0.1  # share of the proteins kept aside
-    directions: tuple[int, ...] = ()  # new directions of every size but the first (default: k_p - k_r)
+    directions: tuple[int, ...] = ()  # of every size but the first (none: what its width adds)
     rows: Literal["residues", "mean", "bos"] = "residues"  # what the chain is fitted on
     max_proteins: int | None = None  # at most this many proteins, drawn at random
     seed: int = 0  # of everything random
@@ -71,6 +71,10 @@ def run(config: Config) -> None:
     """Fit and write a chain. InputError before anything is written where that can be known."""
     sources, components = _check(config)
     given = _open(config)
+    sizes = list(given or sources)
+    if config.directions and len(config.directions) != len(sizes) - 1:
+        required = f"directions of {', '.join(sizes[1:])} required"
+        raise InputError(f"{required}, got {len(config.directions)} numbers")
     require_writable(config.out)
     with process_group(config.device) as group:
         stores = given or _embed(config, sources, group)

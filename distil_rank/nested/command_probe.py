@@ -2,14 +2,15 @@
 
     distil-rank nested probe dms/ --chain chain/ --out results/
     distil-rank nested probe dms/ --chain chain/ --mutants 200 --locations a.fasta b.fasta --out r/
-    torchrun --nproc-per-node 4 -m distil_rank nested probe dms/ --chain chain/ --out results/
+    torchrun --nproc-per-node 2 -m distil_rank nested probe dms/ --chain chain/ --out results/
 
-dms/ holds NAME.csv (mutant,score) beside NAME.fasta (the wild type). Every mutant is embedded with
-every size; ridge on mean-pooled and on mutated-position embeddings, three cross-validation schemes
+dms/ holds ProteinGym's files as they are (with DMS_substitutions.csv there or beside it), or
+NAME.csv (mutant,score) beside NAME.fasta (the wild type). Every mutant is embedded with every size;
+ridge on mean-pooled and on mutated-position embeddings, three cross-validation schemes
 (random, modulo, contiguous), penalty by nested cross-validation, Spearman over all out-of-fold
-predictions of an assay. The unit of every interval and test is the assay. Writes
-OUT/nested_summary.json and draws OUT/nested_report.png from it. Interrupted? Run the same command
-again: what has been embedded and scored is kept in CHAIN/probe/, which may be deleted.
+predictions of an assay, in units of the training folds. The unit of every interval and test is the
+assay. Writes OUT/nested_summary.json and draws OUT/nested_report.png from it. Interrupted? Run the
+same command again: what has been embedded and scored is kept in CHAIN/probe/, which may be deleted.
 """
 
 from collections.abc import Sequence
@@ -79,7 +80,8 @@ def run(config: Config) -> None:
 
             return cache.json(assay.name, request, make)
 
-        for assay in assays[group.rank :: group.world]:
+        longest = sorted(assays, key=lambda a: -len(a.mutants) * len(a.wild_type))
+        for assay in longest[group.rank :: group.world]:
             scored(assay)
         group.barrier()
         if group.rank == 0:
@@ -93,7 +95,7 @@ def run(config: Config) -> None:
                 "seeds": [config.seed],
                 "data": _data(config, chain, assays),
                 "chain": _described(chain),
-                **summary(chain, compared, scores, config.seed),
+                **summary(chain, compared, assays, scores, config.seed),
                 "environment": environment(group.device),
                 "machine_dependent": ["environment"],
             }
@@ -138,6 +140,8 @@ def _data(config: Config, chain: NestedChain, assays: Sequence[Assay]) -> Record
                 "measured": assay.measured,
                 "used": len(assay.mutants),
                 "length": len(assay.wild_type),
+                "official_folds": sorted(assay.folds),
+                "function": assay.function,
             }
             for assay in assays
         ],

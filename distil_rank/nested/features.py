@@ -89,17 +89,16 @@ def representations(
 ) -> list[Representation]:
     """The chain and its baselines, all fitted on the same rows.
 
-    `moments` are of all sizes side by side (more may follow), `held_out` those of the proteins left
-    out, for a chain whose components were chosen on them. The chain's own regression, the other one
+    `moments` are of all sizes side by side, `held_out` those of the proteins left out, for a chain
+    whose components were chosen on them. The chain's own regression, the other one
     of PCR and OLS, raw sizes, concatenation, naive PCA of it at each scale, and random
     orthogonal completions.
     """
     widths, sizes, dims = chain.widths, chain.sizes, curve_dims(chain)
     total = sum(widths.values())
-    if moments.dim < total:
+    if moments.dim != total:
         required = f"moments of {total} features required for this chain"
         raise InputError(f"{required}, got {moments.dim}; fit it again")
-    own = moments.part(slice(0, total))
     found = [Representation(f"raw_{n}", "raw", w, itemgetter(n)) for n, w in widths.items()]
     joined = lambda raws: torch.cat([raws[n] for n in sizes], -1)  # noqa: E731
     found.append(Representation("concatenation", "concatenation", total, joined))
@@ -107,9 +106,8 @@ def representations(
     added = {name: stage.added for name, stage in zip(sizes[1:], chain.stages)}
 
     def refitted(seed: int | None = None, **changes: str) -> NestedChain:
-        other = None if held_out is None else held_out.part(slice(0, total))
-        chosen = {**options, **changes, "directions": added}
-        return NestedChain.fit_moments(own, widths, **chosen, held_out=other, random_seed=seed)
+        chosen = {**options, **changes, "directions": added, "held_out": held_out}
+        return NestedChain.fit_moments(moments, widths, **chosen, random_seed=seed)
 
     found += nested(chain.kind, chain, dims)
     other = other_regression(options["regression"])
@@ -118,7 +116,7 @@ def representations(
     for draw in range(draws):  # as the chain in everything but the directions
         random = refitted(seed + draw)
         found += nested("random-completion", random, list(chain.dims.values())[1:], draw)
-    found += naive_pca(own, chain, dims)
+    found += naive_pca(moments, chain, dims)
     return found
 
 

@@ -26,7 +26,7 @@ KINDS = {
     "nested-ols": ("nested (OLS)", PALETTE[5]),
     "nested-ridge": ("nested (ridge)", BLUE),
     "raw": ("raw", INK),
-    "naive-pca": ("naive PCA of all", PALETTE[4]),
+    "naive-pca": ("naive PCA", PALETTE[4]),
     "random-completion": ("random completion", PALETTE[7]),
     "concatenation": ("concatenation", RED),
     "one-hot": ("one-hot", PALE),
@@ -49,7 +49,7 @@ def fitted_text(chain: NestedChain, out: Path) -> str:
 
 
 def comparison_table(record: Record) -> str:
-    """The planned comparisons, paired over assays."""
+    """The contrasts with their tests and the pairs described, paired over assays."""
     rows = [["embedding", "ours − theirs", "difference", "win rate", "Wilcoxon p", "Holm p"]]
     for row in record["comparisons"]:
         pool, _, ours = row["ours"].partition("/")
@@ -59,16 +59,15 @@ def comparison_table(record: Record) -> str:
                 f"{ours} − {row['theirs'].partition('/')[2]}",
                 with_interval(row["difference"], "+.3f"),
                 with_interval(row["win_rate"], ".2f"),
-                f"{row['wilcoxon_p']:.3f}",
-                f"{row['holm_p']:.3f}",
+                *(f"{row[p]:.3f}" if p in row else "" for p in ("wilcoxon_p", "holm_p")),
             ]
         )
     return markdown(rows)
 
 
 def decided(row: Record) -> bool:
-    """Whether a comparison may be called better or worse: Holm's p below .05, six assays."""
-    return row["holm_p"] < 0.05 and row["difference"]["n"] >= 6
+    """Whether a contrast may be called better or worse: Holm's p below .05, six assays."""
+    return row.get("holm_p", 1) < 0.05 and row["difference"]["n"] >= 6
 
 
 def stage_scores(chain: Record) -> Record:
@@ -120,16 +119,18 @@ def title(record: Record) -> str:
 
 def caption(record: Record) -> str:
     data, chain, assays = record["data"]["chain"], record["chain"], record["data"]["assays"]
-    mutants, limit = sum(a["used"] for a in assays), record["config"]["mutants"] or "all"
+    mutants, limit = sum(a["used"] for a in assays), record["config"]["mutants"]
+    drawn = f"at most {limit} each, seed {record['seeds'][0]}" if limit else "all"
     regression, rows = chain["regression"].partition("-")[2].upper(), chain["rows"]
+    tested = sum("holm_p" in row for row in record["comparisons"])
     return (
         f"Chain: {regression}, fitted on {rows['fit']:,.0f} residues, scored on"
         f" {rows['held_out']:,.0f} held-out residues ({data.get('proteins', 0):,} proteins in all)."
-        f" Probe: {len(assays)} assays, {mutants:,} single mutants (at most {limit} each, seed"
-        f" {record['seeds'][0]}), ridge, penalty by nested cross-validation.\n"
+        f" Probe: {len(assays)} assays, {mutants:,} mutants ({drawn}), ridge, penalty by nested"
+        " cross-validation.\n"
         "Spearman over all out-of-fold predictions, mean over random, modulo and contiguous folds,"
         " then over assays. Bars and bands: 95 % intervals over assays (R²: over proteins;"
-        " accuracy: over test proteins). Holm: over all comparisons."
+        f" accuracy: over test proteins). Holm: over {tested} contrasts."
     )
 
 
@@ -240,7 +241,7 @@ def schemes(axis: Any, record: Record, pool: str) -> None:
 
 
 def forest(axis: Any, record: Record, pool: str) -> None:
-    """Every planned comparison: difference with interval, win rate and Holm-corrected p."""
+    """Every comparison: difference with interval, win rate, and Holm's p of the contrasts."""
     rows = [r for r in record["comparisons"] if r["ours"].startswith(f"{pool}/")][::-1]
     beside: Any = {"transform": axis.get_yaxis_transform(), "fontsize": 9}
     for i, row in enumerate(rows):
@@ -249,7 +250,8 @@ def forest(axis: Any, record: Record, pool: str) -> None:
         axis.plot([d["low"], d["high"]], [i, i], color=color, lw=2.2)
         face = color if sure else "white"
         axis.plot(d["value"], i, "o", ms=8, mfc=face, mec=color, mew=1.8, zorder=3)
-        p = "p < .001" if row["holm_p"] < 0.001 else f"p = {row['holm_p']:.3f}".replace("0.", ".")
+        holm = row.get("holm_p")
+        p = "" if holm is None else "p < .001" if holm < 0.001 else f"p = {holm:.3f}"
         text = f"{d['value']:+.3f}   {w['value']:>4.0%} [{w['low']:.0%}, {w['high']:.0%}]   {p}"
         axis.text(1.015, i, text, va="center", **beside)
     axis.axvline(0, color=INK, lw=1)
@@ -258,7 +260,7 @@ def forest(axis: Any, record: Record, pool: str) -> None:
     axis.set_ylim(-0.7, len(rows) - 0.3)
     axis.tick_params(axis="y", length=0)
     axis.grid(axis="y", visible=False)
-    axis.set_xlabel("difference in Spearman (filled: Holm p < .05, six assays or more)")
+    axis.set_xlabel("difference in Spearman (p: contrasts, by Holm; filled: p < .05)")
     axis.set_title(f"Paired over assays, {POOLS[pool]}")
     head = "diff.      win rate [95 %]       Holm"
     axis.text(1.015, len(rows) - 0.4, head, va="bottom", color=QUIET, **beside)
