@@ -153,6 +153,14 @@ def benchmark(record: Record) -> str:
         for residues, peak in found["peak_bytes"].items():
             what = f"peak memory over {int(residues):,} residues (of which imports {imports})"
             rows.append([what, f"{peak / 1e6:.0f} MB", f"{found['bar'] / 1e6:.0f} MB"])
+    if found := record.get("probe"):
+        for name, bars in (("one-hot", found["leaderboard"]), ("noise", {})):
+            for scheme, value in found[name].items():
+                bar = f"{bars[scheme]:.2f}" if bars else "below .02 either way"
+                what = f"Spearman of {name}, {scheme} folds, {len(found['mutants'])} assays"
+                rows.append([what, f"{value:.3f}", bar])
+        rate = found["false_verdicts"]
+        rows.append(["false verdicts at 12 assays", f"{rate['share']:.1%}", f"{rate['bar']:.0%}"])
     for case in record.get("ridge", {}).get("cases", []):
         ratio_row(f"ridge path, {case['n']:,} mutants x {case['d']:,}", case["ratio"])
     return markdown(rows)
