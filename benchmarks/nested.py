@@ -11,9 +11,9 @@ memory  peak resident memory of the same stage read from embedding stores on dis
         residues.
 ridge   nested cross-validation over 5 x 4 folds and 21 penalties, against a loop of scikit-learn's
         Ridge, same predictions.
-probe   one-hot and ten draws of Gaussian noise as features of every assay in --dms, whole, beside
-        ProteinGym's leaderboard; the share of simulated probes of 12 assays without any difference
-        in which one of six contrasts gets a verdict.
+probe   one-hot and five draws of Gaussian noise as features of every assay in --dms, at most
+        --mutants of each drawn at random, beside ProteinGym's leaderboard; the share of simulated
+        probes of 12 assays, all alike, in which one of six contrasts gets a verdict.
 
 Writes benchmarks/results/nested.json and prints it.
 """
@@ -58,6 +58,7 @@ SMALL, LARGE, PROTEIN = 320, 480, 250  # widths, residues per protein
 @dataclass(frozen=True)
 class Config:
     only: tuple[Literal["stream", "memory", "ridge", "probe"], ...] = ("stream", "memory", "ridge")
+    mutants: int = 2000  # of an assay in `probe`
     dms: Path = ROOT.parent / "shared" / "data" / "dms"  # assays of `probe`
     rows: int = 200_000  # residues of the timing; both sides are linear in it
     rounds: int = 3  # interleaved repetitions
@@ -250,14 +251,14 @@ def probe(config: Config) -> dict[str, Any]:
     torch.set_num_threads(1)
     scores: dict[str, list[dict[str, float]]] = {"one-hot": [], "noise": []}
     mutants = {}
-    for assay in read_assays(config.dms):
+    for assay in read_assays(config.dms, config.mutants):
         mutants[assay.name] = n = len(assay.mutants)
         draw = generator(0, "noise", assay.name)
-        noise = [score_features(torch.randn(n, 64, generator=draw), assay) for _ in range(10)]
+        noise = [score_features(torch.randn(n, 64, generator=draw), assay) for _ in range(5)]
         scores["noise"].append({s: float(np.mean([found[s] for found in noise])) for s in SCHEMES})
         scores["one-hot"].append(score_features(one_hot(assay), assay))
         print(assay.name, scores["one-hot"][-1], scores["noise"][-1], flush=True)
-    rng, names, false, simulated = np.random.default_rng(0), "abcdefg", 0, 1000
+    rng, names, false, simulated = np.random.default_rng(0), "abcdefg", 0, 500
     for _ in range(simulated):
         drawn = {name: rng.standard_normal(12).tolist() for name in names}
         false += any(map(decided, compare(drawn, [("a", other) for other in names[1:]], seed=0)))

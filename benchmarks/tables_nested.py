@@ -41,16 +41,15 @@ def stage_table(record: Record) -> str:
     names = list(chain["dims"])
     where = "held-out" if chain["held_out_r2"] else "fitted"
     head = ["stage", "dims", "regression", f"{where} R² from the prefix"]
-    rows = [[*head, "with the new directions", "residual left"]]
+    rows = [[*head, "with the new directions"]]
     for before, size, fit in zip(names, names[1:], chain["fits"]):
         r2 = stage_scores(chain)[size]
         how = fit["regression"]
         if fit["components"]:
             how += f", {fit['components']} of {fit['rank']} components"
-        left = chain["residual_spectrum"][size][chain["added"][size]]
         dims = f"{chain['dims'][before]} → {chain['dims'][size]}"
         shown = [with_interval(r2[kind], ".3f") for kind in ("regression", "reconstruction")]
-        rows.append([f"{before} → {size}", dims, how, *shown, f"{left:.1%}"])
+        rows.append([f"{before} → {size}", dims, how, *shown])
     return markdown(rows)
 
 

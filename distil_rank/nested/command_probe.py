@@ -108,7 +108,6 @@ def run(config: Config) -> None:
 
 def _described(chain: NestedChain) -> Record:
     """What the report shows of a chain."""
-    stages = dict(zip(chain.sizes[1:], chain.stages))
     return {
         "regression": chain.kind,
         "dims": chain.dims,
@@ -117,15 +116,7 @@ def _described(chain: NestedChain) -> Record:
         "rows": chain.record["rows"],
         "r2": chain.record["r2"],
         "held_out_r2": chain.record.get("held_out_r2", {}),
-        "residual_spectrum": {n: _spectrum(stage.eigenvalues) for n, stage in stages.items()},
-        "added": {n: stage.added for n, stage in stages.items()},
     }
-
-
-def _spectrum(eigenvalues: Tensor) -> list[float]:
-    """Share of the residual's variance beyond the first i directions, i = 0 ... k, rounded."""
-    tails = eigenvalues.flip(0).cumsum(0).flip(0) / eigenvalues.sum()
-    return [float(f"{v:.5g}") for v in [*tails.tolist(), 0.0]]
 
 
 def _data(config: Config, chain: NestedChain, assays: Sequence[Assay]) -> Record:
@@ -166,7 +157,7 @@ def _locations(
         if r.draw in (None, 0)
     }
     features["composition"] = composition(train), composition(test)
-    correct = {name: hits(a, b, located, config.seed) for name, (a, b) in features.items()}
+    correct = {name: hits(a, b, located) for name, (a, b) in features.items()}
     own = f"{chain.kind}_{chain.sizes[-1]}"
     most = int(train.labels.bincount().argmax())
     return {

@@ -63,7 +63,7 @@ def compare(
     from statsmodels.stats.multitest import multipletests
 
     raw = [wilcoxon(scores[a], scores[b]) for a, b in contrasts]
-    tests = [
+    tests: list[Record] = [
         {"wilcoxon_p": p, "holm_p": float(adjusted)}
         for p, adjusted in zip(raw, multipletests(raw, method="holm")[1])
     ]

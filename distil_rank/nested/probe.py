@@ -170,24 +170,6 @@ class RidgePath:
             predictions[part] = self._fits(target, rest, part, self.penalties[choice, None])[0]
         return predictions.view(y.shape), self.penalties[best]
 
-    def choose(self, y: Tensor, folds: Tensor) -> Tensor:
-        """The penalty (a scalar tensor) with the least squared error over these folds; y (n, c)."""
-        error = torch.zeros(len(self.penalties), dtype=torch.float64)
-        for fold in folds.unique():
-            rows = torch.nonzero(folds == fold)[:, 0]
-            error += (self.leave_out(y, rows) - y[rows]).square().sum((1, 2))
-        return self.penalties[error.argmin()]
-
-    def predict(self, y: Tensor, penalty: Tensor, features: Tensor) -> Tensor:
-        """Predictions (m, c) at new features (m, d) of the fit of y (n, c) on all rows."""
-        mean = y.double().mean(0)
-        centered = y - mean
-        if self._products is None:
-            weights = solve(symmetric_product(self._x.T, self._x), penalty, self._x.T @ centered)
-        else:
-            weights = self._x.T @ solve(self._products, penalty, centered)
-        return (features.double() - self._mean) @ weights + mean
-
     def _fits(
         self, y: Tensor, train: Tensor, test: Tensor, penalties: Tensor | None = None
     ) -> Tensor:

@@ -90,13 +90,11 @@ def draw(folder: Path) -> Path:
         figure.set_layout_engine("constrained")
         parts: Any = figure.subfigures(3, 1, height_ratios=[1, 1.1, 1.55], hspace=0.03)
         top, middle, bottom = parts
-        upper = top.subplots(1, 3)
+        upper = top.subplots(1, 3 if record.get("locations") else 2)
         stages(upper[0], record)
-        spectra(upper[1], record)
+        schemes(upper[1], record, "site")
         if record.get("locations"):
             located(upper[2], record)
-        else:
-            schemes(upper[2], record, "site")
         axes = middle.subplots(1, 2)
         for axis, pool in zip(axes, POOLS):
             cells = {name: cell["mean"] for name, cell in record["spearman"][pool].items()}
@@ -159,29 +157,6 @@ def stages(axis: Any, record: Record) -> None:
     axis.grid(axis="x", visible=False)
     axis.legend(loc="center left")
     axis.set_title("The prefix predicts, the new block completes")
-
-
-def spectra(axis: Any, record: Record) -> None:
-    """Residual variance that is left after the first directions of every stage."""
-    found, kept = record["chain"]["residual_spectrum"], []
-    for i, (size, tails) in enumerate(found.items()):
-        color, added = PALETTE[i % len(PALETTE)], record["chain"]["added"][size]
-        shown = [k for k, t in enumerate(tails) if t > 1e-8]
-        axis.plot(shown, [tails[k] for k in shown], color=color, lw=2, label=f"residual of {size}")
-        kept.append(max(tails[added], 1e-8))
-        axis.plot(added, kept[-1], "o", color=color, ms=8, mec="white", zorder=3)
-        text: Any = {"xytext": (-8, -8), "ha": "right", "va": "top"}
-        if i == len(found) - 1:  # right of all other curves
-            text = {"xytext": (8, 8), "ha": "left", "va": "bottom"}
-        label = f"{added} kept,\n{tails[added]:.2g} left"
-        where = (added, kept[-1])
-        axis.annotate(label, where, textcoords="offset points", color=color, fontsize=9, **text)
-    axis.set_yscale("log")
-    axis.set_ylim(min(kept) / 5, 1.5)
-    axis.set_xlabel("residual directions")
-    axis.set_ylabel("share of residual variance left")
-    axis.legend(loc="upper right")
-    axis.set_title("Spectrum of the residuals")
 
 
 def by_dimension(axis: Any, record: Record, cells: Mapping[str, Record]) -> None:

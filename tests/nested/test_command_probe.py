@@ -97,7 +97,6 @@ def test_record(probed):
     assert described >= {"mean/raw_b", "site/nested-ols_c", "site/one-hot"}
     assert set(record["monotonicity"]["site"]) == {"nested", "raw"}
     assert len(record["monotonicity"]["site"]["nested"]["steps"]) == 2
-    assert set(record["chain"]["residual_spectrum"]) == {"b", "c"}
     located = record["locations"]
     assert located["classes"] == ["Cell.membrane", "Nucleus"]
     assert located["results"]["composition"]["accuracy"]["value"] > 0.9

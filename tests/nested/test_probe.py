@@ -61,19 +61,6 @@ def test_leaving_out_equals_refitting(n, d, outputs, seed, data):
         torch.testing.assert_close(path.leave_out(y, rows)[i], slow, rtol=1e-6, atol=1e-6)
 
 
-def test_prediction_of_new_rows_and_choice():
-    x, y = problem(80, 30, 2)
-    path = RidgePath(x[:60])
-    penalty = path.choose(y[:60], torch.arange(60) % 4)
-    assert penalty in path.penalties
-    centred = x[:60] - x[:60].mean(0)
-    weights = torch.linalg.solve(
-        centred.T @ centred + penalty * torch.eye(30).double(), centred.T @ y[:60]
-    )
-    expected = (x[60:] - x[:60].mean(0)) @ weights + y[:60].mean(0)
-    torch.testing.assert_close(path.predict(y[:60], penalty, x[60:]), expected)
-
-
 def test_the_outer_fold_is_never_seen():
     """Whatever the labels of the outer fold, its predictions stay."""
     x, y = problem(50, 20)
