@@ -226,7 +226,13 @@ def forest(axis: Any, record: Record, pool: str) -> None:
         face = color if sure else "white"
         axis.plot(d["value"], i, "o", ms=8, mfc=face, mec=color, mew=1.8, zorder=3)
         holm = row.get("holm_p")
-        p = "" if holm is None else "p < .001" if holm < 0.001 else f"p = {holm:.3f}"
+        p = (
+            ""
+            if holm is None
+            else "p < .001"
+            if holm < 0.001
+            else f"p = {holm:.3f}".replace("0.", ".")
+        )
         text = f"{d['value']:+.3f}   {w['value']:>4.0%} [{w['low']:.0%}, {w['high']:.0%}]   {p}"
         axis.text(1.015, i, text, va="center", **beside)
     axis.axvline(0, color=INK, lw=1)
