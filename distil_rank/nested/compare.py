@@ -6,7 +6,6 @@ Scores of an assay are Spearman by pool, representation and scheme (`probe.score
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -63,14 +62,14 @@ def compare(
     from statsmodels.stats.multitest import multipletests
 
     raw = [wilcoxon(scores[a], scores[b]) for a, b in contrasts]
-    tests: list[Record] = [
-        {"wilcoxon_p": p, "holm_p": float(adjusted)}
-        for p, adjusted in zip(raw, multipletests(raw, method="holm")[1])
+    holm = multipletests(raw, method="holm")[1]
+    pairs = [*contrasts, *described]
+    rows: list[Record] = [
+        {"ours": a, "theirs": b, **paired(scores[a], scores[b], seed)} for a, b in pairs
     ]
-    return [
-        {"ours": a, "theirs": b, **paired(scores[a], scores[b], seed), **test}
-        for (a, b), test in zip_longest([*contrasts, *described], tests, fillvalue={})
-    ]
+    for row, p, adjusted in zip(rows, raw, holm):
+        row |= {"wilcoxon_p": p, "holm_p": float(adjusted)}
+    return rows
 
 
 def monotonicity(chain: Sequence[Sequence[float]], seed: int) -> Record:
