@@ -11,6 +11,9 @@ memory  peak resident memory of the same stage read from embedding stores on dis
         residues.
 ridge   nested cross-validation over 5 x 4 folds and 21 penalties, against a loop of scikit-learn's
         Ridge, same predictions.
+probe   one-hot and five draws of Gaussian noise as features of every assay in --dms, at most
+        --mutants of each drawn at random, beside ProteinGym's leaderboard; the share of simulated
+        probes of 12 assays, all alike, in which one of six contrasts gets a verdict.
 
 Writes benchmarks/results/nested.json and prints it.
 """
@@ -33,10 +36,13 @@ import tyro
 from distil_rank.core.randomness import generator
 from distil_rank.core.records import ROOT, environment, read_json, write_json
 from distil_rank.nested.chain import NestedChain
-from distil_rank.nested.probe import RidgePath
+from distil_rank.nested.compare import compare
+from distil_rank.nested.probe import SCHEMES, RidgePath, one_hot, score_features
+from distil_rank.nested.report import decided
 from distil_rank.nested.rows import TensorRows, joint_moments
 from distil_rank.proteins.store import PROVENANCE, SCHEMA, ShardWriter, shard_path
 from distil_rank.proteins.store_index import INDEX, IndexWriter
+from distil_rank.proteins.variants import read_assays
 
 RECORD = "distil-rank/benchmark-nested/1"
 OUT = ROOT / "benchmarks" / "results" / "nested.json"
@@ -45,7 +51,9 @@ SMALL, LARGE, PROTEIN = 320, 480, 250  # widths, residues per protein
 
 @dataclass(frozen=True)
 class Config:
-    only: tuple[Literal["stream", "memory", "ridge"], ...] = ("stream", "memory", "ridge")
+    only: tuple[Literal["stream", "memory", "ridge", "probe"], ...] = ("stream", "memory", "ridge")
+    mutants: int = 2000  # of an assay in `probe`
+    dms: Path = ROOT.parent / "shared" / "data" / "dms"  # assays of `probe`
     rows: int = 200_000  # residues of the timing; both sides are linear in it
     rounds: int = 3  # interleaved repetitions
     residues: tuple[int, ...] = field(default=(250_000, 1_000_000))  # of the memory measurement
@@ -55,17 +63,12 @@ def arrays(rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Raw embeddings (rows, 320) and (rows, 480), float32, with a common part."""
     draw = generator(0, "benchmark")
     latent = torch.randn(rows, 200, generator=draw) * torch.logspace(0, -1, 200)
-    small = (
-        latent @ torch.randn(200, SMALL, generator=draw)
-        + 0.3 * torch.randn(rows, SMALL, generator=draw)
-        + 1
-    )
-    large = (
-        latent @ torch.randn(200, LARGE, generator=draw)
-        + 0.3 * torch.randn(rows, LARGE, generator=draw)
-        + 1
-    )
-    return small.numpy(), large.numpy()
+
+    def one(width: int) -> np.ndarray:
+        mixed = latent @ torch.randn(200, width, generator=draw)
+        return (mixed + 0.3 * torch.randn(rows, width, generator=draw) + 1).numpy()
+
+    return one(SMALL), one(LARGE)
 
 
 def ours(small: np.ndarray, large: np.ndarray) -> float:
@@ -119,27 +122,11 @@ def write_store(folder: Path, width: int, residues: int) -> None:
     per_shard = 131_072 // PROTEIN
     proteins = residues // PROTEIN
     shards = -(-proteins // per_shard)
-    provenance = {
-        "schema": SCHEMA,
-        "model": f"noise-{width}",
-        "weights_sha256": "",
-        "pool": "residues",
-        "layers": [1],
-    }
-    provenance |= {
-        "dim": width,
-        "dtype": "float32",
-        "compute": "float32",
-        "long": "error",
-        "max_length": 1022,
-    }
-    provenance |= {
-        "proteins": proteins,
-        "residues": proteins * PROTEIN,
-        "rows": proteins * PROTEIN,
-        "shards": shards,
-    }
-    provenance |= {"proteins_sha256": ""}
+    layout = {"pool": "residues", "layers": [1], "dim": width, "dtype": "float32"}
+    origin = {"model": f"noise-{width}", "weights_sha256": "", "proteins_sha256": ""}
+    options = {"compute": "float32", "long": "error", "max_length": 1022, "shards": shards}
+    sizes = {"proteins": proteins, **dict.fromkeys(("residues", "rows"), proteins * PROTEIN)}
+    provenance = {"schema": SCHEMA, **layout, **origin, **options, **sizes}
     write_json(folder / PROVENANCE, provenance)
     draw = generator(width, "store")
     noise = torch.randn(per_shard * PROTEIN, width, generator=draw)
@@ -227,9 +214,8 @@ def ridge(config: Config) -> dict[str, Any]:
     rows = []
     for n, d in ((400, 320), (400, 1280), (1000, 1280)):
         x = torch.randn(n, d, generator=draw, dtype=torch.float64) * torch.logspace(0, -2, d)
-        y = x @ torch.randn(d, generator=draw, dtype=torch.float64) + torch.randn(
-            n, generator=draw, dtype=torch.float64
-        )
+        y = x @ torch.randn(d, generator=draw, dtype=torch.float64)
+        y += torch.randn(n, generator=draw, dtype=torch.float64)
         fold = torch.arange(n) % 5
         RidgePath(x[:50]).nested(y[:50], fold[:50])  # warm
         seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
@@ -245,27 +231,48 @@ def ridge(config: Config) -> dict[str, Any]:
             seconds["theirs"].append(time.perf_counter() - start)
         ratios = [b / a for a, b in zip(seconds["ours"], seconds["theirs"])]
         assert np.allclose(chosen.numpy(), slow_chosen)
-        rows.append(
-            {
-                "n": n,
-                "d": d,
-                "seconds": seconds,
-                "ratio": {
-                    "median": median(ratios),
-                    "low": min(ratios),
-                    "high": max(ratios),
-                    "bar": 10,
-                },
-                "largest_difference": float(np.abs(fast.numpy() - slow).max() / np.abs(slow).max()),
-            }
-        )
+        ratio = {"median": median(ratios), "low": min(ratios), "high": max(ratios), "bar": 10}
+        difference = float(np.abs(fast.numpy() - slow).max() / np.abs(slow).max())
+        case = {"n": n, "d": d, "seconds": seconds, "ratio": ratio}
+        rows.append({**case, "largest_difference": difference})
     return {"threads": 1, "cases": rows}
+
+
+LEADERBOARD = {"random": 0.58, "modulo": 0.02, "contiguous": 0.06}  # one-hot, of ProteinGym
+
+
+def probe(config: Config) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    scores: dict[str, list[dict[str, float]]] = {"one-hot": [], "noise": []}
+    mutants = {}
+    for assay in read_assays(config.dms, config.mutants):
+        mutants[assay.name] = n = len(assay.mutants)
+        draw = generator(0, "noise", assay.name)
+        noise = [score_features(torch.randn(n, 64, generator=draw), assay) for _ in range(5)]
+        scores["noise"].append({s: float(np.mean([found[s] for found in noise])) for s in SCHEMES})
+        scores["one-hot"].append(score_features(one_hot(assay), assay))
+        print(assay.name, scores["one-hot"][-1], scores["noise"][-1], flush=True)
+    rng, names, false, simulated = np.random.default_rng(0), "abcdefg", 0, 500
+    for _ in range(simulated):
+        drawn = {name: rng.standard_normal(12).tolist() for name in names}
+        false += any(map(decided, compare(drawn, [("a", other) for other in names[1:]], seed=0)))
+    return {
+        "mutants": mutants,
+        **{
+            name: {s: float(np.mean([row[s] for row in found])) for s in SCHEMES}
+            for name, found in scores.items()
+        },
+        "leaderboard": LEADERBOARD,
+        "by_assay": scores,
+        "false_verdicts": {"share": false / simulated, "simulated": simulated, "bar": 0.05},
+    }
 
 
 MEASUREMENTS: dict[str, Callable[[Config], dict[str, Any]]] = {
     "stream": stream,
     "memory": memory,
     "ridge": ridge,
+    "probe": probe,
 }
 
 

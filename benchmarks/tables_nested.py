@@ -12,8 +12,8 @@ def documentation(record: Record) -> str:
     """Every table of a probe."""
     parts = [fitted(record), stage_table(record), spearman_table(record)]
     parts += [comparison_table(record), verdicts(record)]
-    if record.get("single_pass"):
-        parts.append(single_pass_table(record))
+    if "leaderboard" in record:
+        parts.append(leaderboard_table(record))
     if record.get("locations"):
         parts.append(location_table(record))
     return "\n\n".join(parts)
@@ -41,16 +41,15 @@ def stage_table(record: Record) -> str:
     names = list(chain["dims"])
     where = "held-out" if chain["held_out_r2"] else "fitted"
     head = ["stage", "dims", "regression", f"{where} R² from the prefix"]
-    rows = [[*head, "with the new directions", "residual left"]]
+    rows = [[*head, "with the new directions"]]
     for before, size, fit in zip(names, names[1:], chain["fits"]):
         r2 = stage_scores(chain)[size]
         how = fit["regression"]
         if fit["components"]:
             how += f", {fit['components']} of {fit['rank']} components"
-        left = chain["residual_spectrum"][size][chain["added"][size]]
         dims = f"{chain['dims'][before]} → {chain['dims'][size]}"
         shown = [with_interval(r2[kind], ".3f") for kind in ("regression", "reconstruction")]
-        rows.append([f"{before} → {size}", dims, how, *shown, f"{left:.1%}"])
+        rows.append([f"{before} → {size}", dims, how, *shown])
     return markdown(rows)
 
 
@@ -65,25 +64,28 @@ def spearman_table(record: Record) -> str:
     return markdown(rows)
 
 
+def leaderboard_table(record: Record) -> str:
+    """Means as ProteinGym ranks models, by scheme and function type, of the chain and controls."""
+    rows: list[list[str]] = []
+    for pool, named in record["leaderboard"].items():
+        for name, cell in named.items():
+            rows = rows or [["embedding", "", *cell]]
+            rows.append([POOLS[pool], name, *(f"{value:.3f}" for value in cell.values())])
+    return f"Mean over assays of a protein, proteins of a function, functions:\n\n{markdown(rows)}"
+
+
 def verdicts(record: Record) -> str:
-    """The questions of the method, answered where Holm's p and the number of assays allow it."""
-    own, sizes = record["chain"]["regression"], list(record["chain"]["dims"])
-    last, dim = sizes[-1], record["chain"]["dims"][sizes[-1]]
-    other = "nested-ols" if own != "nested-ols" else "nested-pcr"
-    questions = {
-        f"raw_{last}": f"the raw {last}",
-        f"naive-pca_dim{dim}": "naive PCA of the concatenation",
-        f"random-completion_{last}": "a random completion of the prefix",
-        f"{other}_{last}": f"its ablation {other}",
-    }
-    by_pair = {(row["ours"], row["theirs"]): row for row in record["comparisons"]}
+    """The contrasts, answered where Holm's p and the number of assays allow it."""
     lines = [power(record)]
+    for row in record["comparisons"]:
+        if "holm_p" in row:
+            pool, _, ours = row["ours"].partition("/")
+            theirs, shown = (
+                row["theirs"].partition("/")[2],
+                with_interval(row["difference"], "+.3f"),
+            )
+            lines.append(f"* {POOLS[pool]}: {ours} {outcome(row)} {theirs} ({shown}).")
     for pool, words in POOLS.items():
-        for theirs, question in questions.items():
-            row = by_pair.get((f"{pool}/{own}_{last}", f"{pool}/{theirs}"))
-            if row:
-                shown = with_interval(row["difference"], "+.3f")
-                lines.append(f"* {words}: {own}_{last} {outcome(row)} {question} ({shown}).")
         for kind, chain in record["monotonicity"][pool].items():
             shown = with_interval(chain["monotone"], ".2f")
             lines.append(
@@ -120,17 +122,6 @@ def outcome(row: Record) -> str:
     return "is better than" if row["difference"]["value"] > 0 else "is worse than"
 
 
-def single_pass_table(record: Record) -> str:
-    single = record["single_pass"]
-    rows = [["block", "R² fitted", "R² held out"]]
-    for size, value in single["r2"]["fit"].items():
-        held_out = single["r2"].get("held_out")
-        rows.append([size, f"{value:.3f}", f"{held_out[size]:.3f}" if held_out else ""])
-    layers = ", ".join(map(str, single["layers"]))
-    intro = f"Single pass from layers {layers} of the largest model, rank {single['rank']}:"
-    return f"{intro}\n\n{markdown(rows)}"
-
-
 def location_table(record: Record) -> str:
     found = record["locations"]
     rows = [["embedding", "accuracy", f"difference to {found['reference']}"]]
@@ -161,6 +152,14 @@ def benchmark(record: Record) -> str:
         for residues, peak in found["peak_bytes"].items():
             what = f"peak memory over {int(residues):,} residues (of which imports {imports})"
             rows.append([what, f"{peak / 1e6:.0f} MB", f"{found['bar'] / 1e6:.0f} MB"])
+    if found := record.get("probe"):
+        for name, bars in (("one-hot", found["leaderboard"]), ("noise", {})):
+            for scheme, value in found[name].items():
+                bar = f"{bars[scheme]:.2f}" if bars else "below .02 either way"
+                what = f"Spearman of {name}, {scheme} folds, {len(found['mutants'])} assays"
+                rows.append([what, f"{value:.3f}", bar])
+        rate = found["false_verdicts"]
+        rows.append(["false verdicts at 12 assays", f"{rate['share']:.1%}", f"{rate['bar']:.0%}"])
     for case in record.get("ridge", {}).get("cases", []):
         ratio_row(f"ridge path, {case['n']:,} mutants x {case['d']:,}", case["ratio"])
     return markdown(rows)

@@ -35,6 +35,17 @@ def pcr(z, x, components):
     return basis @ np.linalg.lstsq(centred(z) @ basis, centred(x), rcond=None)[0]
 
 
+def published_components(z):
+    """The rule of the released code, from all the data: noise is the median below a first edge."""
+    n, k = z.shape
+    values = np.linalg.svd(centred(z), compute_uv=False) ** 2 / (n - 1)
+    edge = (1 + np.sqrt(k / n)) ** 2
+    noise = np.median(values[values / values.mean() < edge])
+    kept = np.count_nonzero(values > noise * edge)
+    shares = np.cumsum(values) / values.sum()
+    return kept or next(q for q in range(1, k + 1) if shares[q - 1] >= 0.95)
+
+
 def stage(z, x, coefficients, added):
     """Residual, its principal directions (k_x, added) and all its variances, by SVD."""
     residual = centred(x) - centred(z) @ coefficients

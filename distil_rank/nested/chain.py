@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -52,14 +53,14 @@ class NestedChain:
     @classmethod
     def fit(
         cls,
-        stores: Mapping[str, Rows | Tensor],
+        stores: Mapping[str, Rows | Tensor | np.ndarray],
         regression: str = "pcr",
         components: str | int = "mp",
         scale_features: bool = False,
         directions: Mapping[str, int] | None = None,
         held_out: float = 0.1,
     ) -> NestedChain:
-        """Fit on row-wise aligned embeddings by size, smallest first: tensors (n, k) or stores.
+        """Fit on row-wise aligned embeddings by size, smallest first: arrays (n, k) or stores.
 
         `directions` gives the number of new directions of a size where it should not be k_p - k_r.
         A fraction `held_out` of the proteins (by sequence) is left for R^2 and for
@@ -150,7 +151,10 @@ class NestedChain:
         return [n for i, n in enumerate(self.sizes) if i == 0 or dims[self.sizes[i - 1]] < dim]
 
     def embed(
-        self, raws: Mapping[str, Tensor], dim: int | None = None, normalize: bool = False
+        self,
+        raws: Mapping[str, Tensor | np.ndarray],
+        dim: int | None = None,
+        normalize: bool = False,
     ) -> Tensor:
         """Nested embedding (..., dim) of raw embeddings (..., k) by size.
 
@@ -158,11 +162,8 @@ class NestedChain:
         chain); models beyond it are not needed. `normalize` divides by the L2 norm after the cut.
         """
         needed = self.sizes_for(dim)
-        for name in needed:
-            self._check(name, raws)
-        z = raws[needed[0]]
-        for name, stage in zip(needed[1:], self.stages):
-            x = raws[name]
+        z, *others = (self._checked(name, raws.get(name)) for name in needed)
+        for name, x, stage in zip(needed[1:], others, self.stages):
             if x.shape[:-1] != z.shape[:-1] or x.device != z.device:
                 got = f"{tuple(x.shape)} of {name} for {tuple(z.shape)} so far"
                 raise InputError(f"row-wise aligned embeddings required, got {got}")
@@ -177,8 +178,9 @@ class NestedChain:
         z = z[..., :dim]
         return torch.nn.functional.normalize(z, dim=-1) if normalize else z
 
-    def reconstruct(self, z: Tensor, size: str) -> Tensor:
+    def reconstruct(self, z: Tensor | np.ndarray, size: str) -> Tensor:
         """Raw embedding of one size (..., k_p) from a nested one that reaches into it."""
+        z = torch.as_tensor(z)
         if size not in self.widths:
             raise InputError(f"one of the sizes {', '.join(self.sizes)} required, got {size!r}")
         index = self.sizes.index(size)
@@ -191,17 +193,10 @@ class NestedChain:
         block = z[..., prefix : prefix + stage.added]
         return stage.reconstruct(z[..., :prefix], block).to(z.dtype)
 
-    def affine(self) -> tuple[Tensor, Tensor]:
-        """Matrix (dim, sum of widths) and shift (dim,) from all sizes side by side to nested."""
-        width = self.widths[self.sizes[0]]
-        nested, shift = torch.eye(width).double(), torch.zeros(width).double()
-        for stage in self.stages:
-            nested, shift = stage.extended(nested, shift)
-        return nested, shift
-
-    def _check(self, name: str, raws: Mapping[str, Tensor]) -> None:
-        x, width, got = raws.get(name), self.widths[name], None
-        if x is None:
+    def _checked(self, name: str, raw: Tensor | np.ndarray | None) -> Tensor:
+        width, got = self.widths[name], None
+        x = torch.empty(0) if raw is None else torch.as_tensor(raw)
+        if raw is None:
             got = f"none of {name}; embed with that model too"
         elif not x.is_floating_point() or x.shape[-1] != width:
             got = f"{x.dtype} {tuple(x.shape)}"
@@ -210,6 +205,7 @@ class NestedChain:
         if got:
             required = f"finite float embeddings of {width} features required for {name}"
             raise InputError(f"{required}, got {got}")
+        return x
 
     def config(self) -> Record:
         """What the saved chain says of itself (also `config.json` beside the tensors)."""
@@ -240,8 +236,18 @@ class NestedChain:
     @classmethod
     def load(cls, folder: str | Path) -> NestedChain:
         """Read a chain written by `save`."""
-        remedy = "fit one with `distil-rank nested fit`"
-        tensors, config = read_file(Path(folder) / FILE, SCHEMA, "config", "chain folder", remedy)
+        path, reason = Path(folder) / FILE, None
+        try:
+            with safe_open(path, framework="pt") as file:
+                config = json.loads((file.metadata() or {}).get("config", "{}"))
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            if config.get("schema") != SCHEMA:
+                reason = f"schema {config.get('schema')} instead of {SCHEMA}"
+        except (OSError, SafetensorError, ValueError) as error:
+            reason = str(error)
+        if reason:
+            remedy = "fit one with `distil-rank nested fit`"
+            raise InputError(f"a chain folder required, got {path} ({reason}); {remedy}")
         stages = tuple(
             Stage(**{key: tensors[f"{i}.{key}"] for key in TENSORS}, fit=Fit(**fit))
             for i, fit in enumerate(config["fits"])
@@ -250,21 +256,6 @@ class NestedChain:
         return cls(
             empty.widths, stages, {k: v for k, v in config.items() if k not in empty.config()}
         )
-
-
-def read_file(
-    path: Path, schema: str, entry: str, what: str, remedy: str
-) -> tuple[dict[str, Tensor], Record]:
-    """Tensors and one header entry, which holds the schema (so in files of every release)."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(entry, "{}"))
-            if header.get("schema") == schema:
-                return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118
-            reason = f"schema {header.get('schema')} instead of {schema}"
-    except (OSError, SafetensorError, ValueError) as error:
-        reason = str(error)
-    raise InputError(f"a {what} required, got {path} ({reason}); {remedy}")
 
 
 def _added(

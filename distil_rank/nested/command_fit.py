@@ -1,7 +1,7 @@
 """Fit a nested embedding of a model family: each prefix is the smaller models' embedding.
 
     distil-rank nested fit proteins.fasta --family esm2 --upto 650M --out chain/
-    distil-rank nested fit proteins.fasta --family nano --single-pass --out chain/
+    distil-rank nested fit proteins.fasta --family nano --directions 32 64 --out chain/
     distil-rank nested fit proteins.fasta --models small.pt medium.pt large.pt --out chain/
     distil-rank nested fit --stores small/ medium/ large/ --out chain/
     torchrun --nproc-per-node 4 -m distil_rank nested fit proteins.fasta --family esm2 --out chain/
@@ -33,7 +33,6 @@ from distil_rank.nested.chain import NestedChain
 from distil_rank.nested.evaluate import held_out_scores
 from distil_rank.nested.report import fitted_text
 from distil_rank.nested.rows import StoreRows, as_rows, check_order, joint_moments
-from distil_rank.nested.single_pass import SinglePass, default_layers, hidden_names
 from distil_rank.nested.sources import (
     family_sources,
     named_sources,
@@ -42,7 +41,6 @@ from distil_rank.nested.sources import (
     store_provenance,
 )
 from distil_rank.nested.stage import COMPONENTS, check_regression
-from distil_rank.proteins.checkpoints import load_model
 
 MOMENTS, HELD_OUT = "moments.safetensors", "held_out.safetensors"
 
@@ -59,7 +57,7 @@ class Config:
     components: str = "mp"  # of pcr: mp (Marchenko-Pastur edge), held-out, or a number
     scale_features: bool = False  # work in standard deviations: outlier features do not rule
     held_out: float = 0.1  # share of the proteins kept aside
-    single_pass: bool = False  # also fit the map from the largest model's layers to the embedding
+    directions: tuple[int, ...] = ()  # of every size but the first (none: what its width adds)
     rows: Literal["residues", "mean", "bos"] = "residues"  # what the chain is fitted on
     max_proteins: int | None = None  # at most this many proteins, drawn at random
     seed: int = 0  # of everything random
@@ -73,19 +71,18 @@ def run(config: Config) -> None:
     """Fit and write a chain. InputError before anything is written where that can be known."""
     sources, components = _check(config)
     given = _open(config)
+    sizes = list(given or sources)
+    if config.directions and len(config.directions) != len(sizes) - 1:
+        required = f"directions of {', '.join(sizes[1:])} required"
+        raise InputError(f"{required}, got {len(config.directions)} numbers")
     require_writable(config.out)
     with process_group(config.device) as group:
         stores = given or _embed(config, sources, group)
-        hidden = _hidden(stores, config)
-        fitted, held_out = _gather(config, {**stores, **hidden}, group)
+        fitted, held_out = _gather(config, stores, group)
         if group.rank == 0:
             chain = _fit(config, stores, sources, components, fitted, held_out)
-            if hidden:
-                layers = list(stores.values())[-1].store.provenance["layers"]
-                SinglePass.fit(chain, fitted, layers, held_out=held_out).save(config.out)
-            columns = {"sizes": list(stores), "hidden": list(hidden)}
-            fitted.save(config.out / MOMENTS, rows="fitted", **columns)
-            held_out.save(config.out / HELD_OUT, rows="held out", **columns)
+            fitted.save(config.out / MOMENTS, rows="fitted", sizes=list(stores))
+            held_out.save(config.out / HELD_OUT, rows="held out", sizes=list(stores))
             chain.save(config.out)
             print(fitted_text(chain, config.out))
         group.barrier()
@@ -144,14 +141,10 @@ def _embed(config: Config, sources: Mapping[str, str], group: Group) -> dict[str
         group.barrier()
     stores = {}
     for size, model in sources.items():
-        layers: tuple[int, ...] = (-1,)
-        if config.single_pass and size == list(sources)[-1]:
-            layers = default_layers(load_model(model).model.depth)
         stores[size] = raw_store(
             fasta,
             model,
             config.out / "stores" / size,
-            layers=layers,
             pool=config.rows,
             store_dtype=config.store_dtype,
             long=config.long,
@@ -159,19 +152,6 @@ def _embed(config: Config, sources: Mapping[str, str], group: Group) -> dict[str
             device=config.device,
         )
     return stores
-
-
-def _hidden(stores: Mapping[str, StoreRows], config: Config) -> dict[str, StoreRows]:
-    """The hidden layers of the largest model that its store holds."""
-    if not config.single_pass:
-        return {}
-    size, rows = list(stores.items())[-1]
-    layers = rows.store.provenance["layers"]
-    if len(layers) < 2:
-        required = "hidden layers in the last store required"
-        raise InputError(f"{required}, got layer {layers} alone; embed with several --layers")
-    path = rows.store.path
-    return {n: StoreRows(path, layer) for n, layer in zip(hidden_names(size, layers), layers)}
 
 
 def _partial(config: Config, group: Group) -> Path:
@@ -201,10 +181,9 @@ def _fit(
 ) -> NestedChain:
     """The chain, with all that it remembers of its origin."""
     widths = {name: rows.dim for name, rows in stores.items()}
-    own = slice(0, sum(widths.values()))
-    fitted, held_out = fitted.part(own), held_out.part(own)
     options = config.regression, components, config.scale_features
-    chain = NestedChain.fit_moments(fitted, widths, *options, held_out=held_out)
+    directions = dict(zip(list(stores)[1:], config.directions))
+    chain = NestedChain.fit_moments(fitted, widths, *options, directions, held_out)
     first = next(iter(stores.values())).store.provenance
     data = {key: first[key] for key in ("proteins", "residues", "proteins_sha256")}
     if config.fasta is not None:

@@ -2,14 +2,15 @@
 
     distil-rank nested probe dms/ --chain chain/ --out results/
     distil-rank nested probe dms/ --chain chain/ --mutants 200 --locations a.fasta b.fasta --out r/
-    torchrun --nproc-per-node 4 -m distil_rank nested probe dms/ --chain chain/ --out results/
+    torchrun --nproc-per-node 2 -m distil_rank nested probe dms/ --chain chain/ --out results/
 
-dms/ holds NAME.csv (mutant,score) beside NAME.fasta (the wild type). Every mutant is embedded with
-every size; ridge on mean-pooled and on mutated-position embeddings, three cross-validation schemes
+dms/ holds ProteinGym's files as they are (with DMS_substitutions.csv there or beside it), or
+NAME.csv (mutant,score) beside NAME.fasta (the wild type). Every mutant is embedded with every size;
+ridge on mean-pooled and on mutated-position embeddings, three cross-validation schemes
 (random, modulo, contiguous), penalty by nested cross-validation, Spearman over all out-of-fold
-predictions of an assay. The unit of every interval and test is the assay. Writes
-OUT/nested_summary.json and draws OUT/nested_report.png from it. Interrupted? Run the same command
-again: what has been embedded and scored is kept in CHAIN/probe/, which may be deleted.
+predictions of an assay, in units of the training folds. The unit of every interval and test is the
+assay. Writes OUT/nested_summary.json and draws OUT/nested_report.png from it. Interrupted? Run the
+same command again: what has been embedded and scored is kept in CHAIN/probe/, which may be deleted.
 """
 
 from collections.abc import Sequence
@@ -39,8 +40,6 @@ from distil_rank.nested.features import Representation, raw_features, representa
 from distil_rank.nested.locations import Located, accuracies, composition, hits, read_locations
 from distil_rank.nested.probe import score_assay
 from distil_rank.nested.report import SCHEMA, SUMMARY, comparison_table, draw
-from distil_rank.nested.single_pass import FILE as SINGLE_PASS
-from distil_rank.nested.single_pass import SinglePass
 from distil_rank.nested.sources import chain_models
 from distil_rank.proteins.variants import Assay, read_assays
 
@@ -64,16 +63,12 @@ def run(config: Config) -> None:
     loaders = list(chain_models(chain, config.models).values())
     assays = read_assays(config.dms, config.mutants, config.seed)
     located = read_locations(config.locations, config.max_proteins, config.seed)
-    single = SinglePass.load(config.chain) if (config.chain / SINGLE_PASS).exists() else None
     moments, held_out = (Moments.load(config.chain / name) for name in (MOMENTS, HELD_OUT))
     require_writable(config.out)
     cache = Cache(require_writable(config.chain / "probe"))
     with process_group(config.device) as group:
-        compared = representations(chain, moments, held_out, single, seed=config.seed)
-        layers = single.layers if single else ()
-        embedded = partial(
-            raw_features, loaders=loaders, layers=layers, cache=cache, device=group.device
-        )
+        compared = representations(chain, moments, held_out, seed=config.seed)
+        embedded = partial(raw_features, loaders=loaders, cache=cache, device=group.device)
 
         def scored(assay: Assay) -> Record:
             names = [r.name for r in compared]
@@ -85,7 +80,8 @@ def run(config: Config) -> None:
 
             return cache.json(assay.name, request, make)
 
-        for assay in assays[group.rank :: group.world]:
+        longest = sorted(assays, key=lambda a: -len(a.mutants) * len(a.wild_type))
+        for assay in longest[group.rank :: group.world]:
             scored(assay)
         group.barrier()
         if group.rank == 0:
@@ -99,8 +95,7 @@ def run(config: Config) -> None:
                 "seeds": [config.seed],
                 "data": _data(config, chain, assays),
                 "chain": _described(chain),
-                **summary(chain, compared, scores, config.seed),
-                "single_pass": single and {"layers": single.layers, **single.record},
+                **summary(chain, compared, assays, scores, config.seed),
                 "environment": environment(group.device),
                 "machine_dependent": ["environment"],
             }
@@ -113,7 +108,6 @@ def run(config: Config) -> None:
 
 def _described(chain: NestedChain) -> Record:
     """What the report shows of a chain."""
-    stages = dict(zip(chain.sizes[1:], chain.stages))
     return {
         "regression": chain.kind,
         "dims": chain.dims,
@@ -122,15 +116,7 @@ def _described(chain: NestedChain) -> Record:
         "rows": chain.record["rows"],
         "r2": chain.record["r2"],
         "held_out_r2": chain.record.get("held_out_r2", {}),
-        "residual_spectrum": {n: _spectrum(stage.eigenvalues) for n, stage in stages.items()},
-        "added": {n: stage.added for n, stage in stages.items()},
     }
-
-
-def _spectrum(eigenvalues: Tensor) -> list[float]:
-    """Share of the residual's variance beyond the first i directions, i = 0 ... k, rounded."""
-    tails = eigenvalues.flip(0).cumsum(0).flip(0) / eigenvalues.sum()
-    return [float(f"{v:.5g}") for v in [*tails.tolist(), 0.0]]
 
 
 def _data(config: Config, chain: NestedChain, assays: Sequence[Assay]) -> Record:
@@ -145,6 +131,8 @@ def _data(config: Config, chain: NestedChain, assays: Sequence[Assay]) -> Record
                 "measured": assay.measured,
                 "used": len(assay.mutants),
                 "length": len(assay.wild_type),
+                "official_folds": sorted(assay.folds),
+                "function": assay.function,
             }
             for assay in assays
         ],
@@ -169,7 +157,7 @@ def _locations(
         if r.draw in (None, 0)
     }
     features["composition"] = composition(train), composition(test)
-    correct = {name: hits(a, b, located, config.seed) for name, (a, b) in features.items()}
+    correct = {name: hits(a, b, located) for name, (a, b) in features.items()}
     own = f"{chain.kind}_{chain.sizes[-1]}"
     most = int(train.labels.bincount().argmax())
     return {

@@ -16,6 +16,7 @@ from distil_rank.core.records import Metric, Record, interval
 from distil_rank.nested.chain import NestedChain
 from distil_rank.nested.features import POOLS, Representation, other_regression
 from distil_rank.nested.probe import SCHEMES
+from distil_rank.proteins.variants import Assay
 
 
 def over_assays(values: ArrayLike, seed: int) -> Metric:
@@ -40,30 +41,34 @@ def wilcoxon(ours: ArrayLike, theirs: ArrayLike) -> float:
     return 1.0 if not difference.any() else float(stats.wilcoxon(difference).pvalue)
 
 
-def compare(
-    scores: Mapping[str, Sequence[float]], pairs: Sequence[tuple[str, str]], seed: int
-) -> list[Record]:
-    """One row per pair (ours, theirs), paired over assays; Holm's correction is over the pairs.
+def paired(ours: Sequence[float], theirs: Sequence[float], seed: int) -> Record:
+    """Difference and win rate over assays, in one order of assays. Ties are half a win."""
+    difference = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
+    wins = float((difference > 0).sum() + 0.5 * (difference == 0).sum())
+    return {"difference": over_assays(difference, seed), "win_rate": share(wins, len(difference))}
 
-    `scores[name]` holds one value per assay, in one order of assays. Ties are half a win.
+
+def compare(
+    scores: Mapping[str, Sequence[float]],
+    contrasts: Sequence[tuple[str, str]],
+    seed: int,
+    described: Sequence[tuple[str, str]] = (),
+) -> list[Record]:
+    """One row per pair (ours, theirs) of scores by assay.
+
+    Tests are of the contrasts alone, and Holm's correction is over them; the other pairs are
+    described by the same figures without p.
     """
     from statsmodels.stats.multitest import multipletests
 
-    raw = [wilcoxon(scores[a], scores[b]) for a, b in pairs]
-    rows = []
-    for (a, b), p, adjusted in zip(pairs, raw, multipletests(raw, method="holm")[1]):
-        difference = np.asarray(scores[a], dtype=float) - np.asarray(scores[b], dtype=float)
-        wins = float((difference > 0).sum() + 0.5 * (difference == 0).sum())
-        rows.append(
-            {
-                "ours": a,
-                "theirs": b,
-                "difference": over_assays(difference, seed),
-                "win_rate": share(wins, len(difference)),
-                "wilcoxon_p": p,
-                "holm_p": float(adjusted),
-            }
-        )
+    raw = [wilcoxon(scores[a], scores[b]) for a, b in contrasts]
+    holm = multipletests(raw, method="holm")[1]
+    pairs = [*contrasts, *described]
+    rows: list[Record] = [
+        {"ours": a, "theirs": b, **paired(scores[a], scores[b], seed)} for a, b in pairs
+    ]
+    for row, p, adjusted in zip(rows, raw, holm):
+        row |= {"wilcoxon_p": p, "holm_p": float(adjusted)}
     return rows
 
 
@@ -80,28 +85,51 @@ def monotonicity(chain: Sequence[Sequence[float]], seed: int) -> Record:
     }
 
 
-def planned_pairs(chain: NestedChain, names: Sequence[str]) -> list[tuple[str, str]]:
-    """The comparisons asked beforehand: the chain against every control at its width; ablations."""
-    pairs, own, largest = [], chain.kind, chain.sizes[-1]
+Pairs = list[tuple[str, str]]
+
+
+def planned_pairs(chain: NestedChain) -> tuple[Pairs, Pairs]:
+    """The contrasts, six over both pools, chosen before any score was seen; pairs to describe.
+
+    Contrasts are of the whole chain with what it must beat at its width: the raw largest model,
+    naive PCA of all models, a random completion of the same prefix.
+    """
+    contrasts, described, own, largest = [], [], chain.kind, chain.sizes[-1]
     other = other_regression(chain.record["options"]["regression"])
     for size in chain.sizes[1:]:
-        controls = [f"raw_{size}", f"random-completion_{size}", f"naive-pca_dim{chain.dims[size]}"]
-        controls.append(f"nested-{other}_{size}")
+        controls = [f"raw_{size}", f"naive-pca_dim{chain.dims[size]}", f"random-completion_{size}"]
+        rest = [f"nested-{other}_{size}"]
         if size == largest:
-            controls += [f"raw_{chain.sizes[0]}", "concatenation", "one-hot"]
-        pairs += [(f"{own}_{size}", name) for name in controls if name in names]
-    if "single-pass" in names:
-        pairs += [("single-pass", f"{own}_{largest}"), ("single-pass", f"raw_{largest}")]
-    return pairs
+            contrasts = [(f"{own}_{size}", name) for name in controls]
+            controls, rest = [], [*rest, f"raw_{chain.sizes[0]}", "concatenation", "one-hot"]
+        described += [(f"{own}_{size}", name) for name in (*controls, *rest)]
+    return contrasts, described
+
+
+def leaderboard(values: Sequence[float], assays: Sequence[Assay]) -> dict[str, float]:
+    """Mean by function type, and of these, as ProteinGym ranks models.
+
+    Assays of a protein and a function count once.
+    """
+    groups: dict[str, dict[str, list[float]]] = {}
+    for value, assay in zip(values, assays):
+        proteins = groups.setdefault(assay.function, {})
+        proteins.setdefault(assay.protein or assay.name, []).append(value)
+    means = {
+        function: float(np.mean([np.mean(found) for found in proteins.values()]))
+        for function, proteins in sorted(groups.items())
+    }
+    return {"mean": float(np.mean(list(means.values()))), **means}
 
 
 def summary(
     chain: NestedChain,
     compared: Sequence[Representation],
+    assays: Sequence[Assay],
     scores: Mapping[str, Record],
     seed: int,
 ) -> Record:
-    """Means over assays of the scores by assay, and every planned comparison.
+    """Means over assays of the scores by assay, every planned comparison, ProteinGym's means.
 
     Random completions count as one representation: the mean of the draws.
     """
@@ -124,18 +152,19 @@ def summary(
         }
         for pool, named in cells.items()
     }
-    pairs = planned_pairs(chain, list(rows))
+    pairs = (
+        [(f"{p}/{a}", f"{p}/{b}") for p in POOLS for a, b in part] for part in planned_pairs(chain)
+    )
+    contrasts, described = pairs
     flat = {f"{pool}/{name}": v for pool, named in by_assay.items() for name, v in named.items()}
     families = {"nested": chain.kind, "raw": "raw"}
-    return {
+    record = {
         "representations": list(rows.values()),
-        "assays": list(scores),
+        "assays": [assay.name for assay in assays],
         "schemes": list(SCHEMES),
         "spearman": means,
         "spearman_by_assay": by_assay,
-        "comparisons": compare(
-            flat, [(f"{p}/{a}", f"{p}/{b}") for p in POOLS for a, b in pairs], seed
-        ),
+        "comparisons": compare(flat, contrasts, seed, described),
         "monotonicity": {
             pool: {
                 family: monotonicity([named[f"{kind}_{size}"] for size in chain.sizes], seed)
@@ -144,6 +173,18 @@ def summary(
             for pool, named in by_assay.items()
         },
     }
+    if any(assay.function for assay in assays):
+        record["leaderboard"] = {
+            pool: {
+                name: {
+                    **leaderboard(cell.mean(1), assays),
+                    **{s: leaderboard(c, assays)["mean"] for s, c in zip(SCHEMES, cell.T)},
+                }
+                for name, cell in named.items()
+            }
+            for pool, named in cells.items()
+        }
+    return record
 
 
 def _cells(scores: Mapping[str, Record], pool: str, name: str) -> NDArray[np.float64]:

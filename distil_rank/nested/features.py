@@ -15,7 +15,6 @@ from distil_rank.core.errors import InputError
 from distil_rank.core.moments import Moments
 from distil_rank.core.resume import Cache
 from distil_rank.nested.chain import NestedChain
-from distil_rank.nested.single_pass import SinglePass, hidden_names
 from distil_rank.nested.sources import Loader
 from distil_rank.nested.stage import fixed_signs
 from distil_rank.proteins.pooling import embed
@@ -30,7 +29,7 @@ class Representation:
     """`features` maps raw embeddings (n, k) by size to (n, dim)."""
 
     name: str
-    kind: str  # raw, concatenation, nested-*, naive-pca, random-completion, single-pass
+    kind: str  # raw, concatenation, nested-*, naive-pca, random-completion
     dim: int
     features: Features
     draw: int | None = None  # number of the random completion
@@ -41,24 +40,20 @@ def raw_features(
     sequences: Sequence[str],
     positions: Positions,
     loaders: Sequence[Loader],
-    layers: Sequence[int],
     cache: Cache,
     device: torch.device | str = "cpu",
 ) -> dict[str, dict[str, Tensor]]:
-    """By pool, raw embeddings (n, k) of every size, and the largest's `layers` as `SIZE@LAYER`.
+    """By pool, raw embeddings (n, k) of every size.
 
     `mean` is over all residues, `site` over the given positions of each sequence (absent without
     positions).
     """
     found: dict[str, dict[str, Tensor]] = {pool: {} for pool in POOLS[: 2 if positions else 1]}
     for loader in loaders:
-        chosen = tuple(layers) if loader is loaders[-1] and layers else (-1,)
-        request = sequences, positions, chosen, loader.weights or loader.source
-        make = partial(pooled, loader, sequences, positions, chosen, device)
-        for pool, by_layer in cache.tensors(f"{name}.{loader.size}", request, make).items():
-            found[pool][loader.size] = by_layer[-1]  # the last layer is always among them, last
-            if len(chosen) > 1:
-                found[pool] |= dict(zip(hidden_names(loader.size, chosen), by_layer))
+        request = sequences, positions, loader.weights or loader.source
+        make = partial(pooled, loader, sequences, positions, device)
+        for pool, x in cache.tensors(f"{name}.{loader.size}", request, make).items():
+            found[pool][loader.size] = x
     return found
 
 
@@ -66,17 +61,16 @@ def pooled(
     loader: Loader,
     sequences: Sequence[str],
     positions: Positions,
-    layers: Sequence[int],
     device: torch.device | str,
 ) -> dict[str, Tensor]:
-    """Vectors (layers, n, d) by pool."""
+    """Vectors (n, d) by pool."""
     model = loader.load(device).model
-    shape = len(layers), len(sequences), model.width
+    shape = len(sequences), model.width
     result = {pool: torch.empty(shape) for pool in POOLS[: 2 if positions else 1]}
-    for i, vectors in embed(model, sequences, "residues", layers):
-        result["mean"][:, i] = vectors.mean(1)
+    for i, (vectors,) in embed(model, sequences, "residues", (-1,)):
+        result["mean"][i] = vectors.mean(0)
         if positions:
-            result["site"][:, i] = vectors[:, list(positions[i])].mean(1)
+            result["site"][i] = vectors[list(positions[i])].mean(0)
     return result
 
 
@@ -90,23 +84,21 @@ def representations(
     chain: NestedChain,
     moments: Moments,
     held_out: Moments | None = None,
-    single_pass: SinglePass | None = None,
     draws: int = 3,
     seed: int = 0,
 ) -> list[Representation]:
     """The chain and its baselines, all fitted on the same rows.
 
-    `moments` are of all sizes side by side (more may follow), `held_out` those of the proteins left
-    out, for a chain whose components were chosen on them. The chain's own regression, the other one
-    of PCR and OLS, raw sizes, concatenation, naive PCA of it at each scale, random orthogonal
-    completions, and the single pass when there is one.
+    `moments` are of all sizes side by side, `held_out` those of the proteins left out, for a chain
+    whose components were chosen on them. The chain's own regression, the other one
+    of PCR and OLS, raw sizes, concatenation, naive PCA of it at each scale, and random
+    orthogonal completions.
     """
     widths, sizes, dims = chain.widths, chain.sizes, curve_dims(chain)
     total = sum(widths.values())
-    if moments.dim < total:
+    if moments.dim != total:
         required = f"moments of {total} features required for this chain"
         raise InputError(f"{required}, got {moments.dim}; fit it again")
-    own = moments.part(slice(0, total))
     found = [Representation(f"raw_{n}", "raw", w, itemgetter(n)) for n, w in widths.items()]
     joined = lambda raws: torch.cat([raws[n] for n in sizes], -1)  # noqa: E731
     found.append(Representation("concatenation", "concatenation", total, joined))
@@ -114,9 +106,8 @@ def representations(
     added = {name: stage.added for name, stage in zip(sizes[1:], chain.stages)}
 
     def refitted(seed: int | None = None, **changes: str) -> NestedChain:
-        other = None if held_out is None else held_out.part(slice(0, total))
-        chosen = {**options, **changes, "directions": added}
-        return NestedChain.fit_moments(own, widths, **chosen, held_out=other, random_seed=seed)
+        chosen = {**options, **changes, "directions": added, "held_out": held_out}
+        return NestedChain.fit_moments(moments, widths, **chosen, random_seed=seed)
 
     found += nested(chain.kind, chain, dims)
     other = other_regression(options["regression"])
@@ -125,11 +116,7 @@ def representations(
     for draw in range(draws):  # as the chain in everything but the directions
         random = refitted(seed + draw)
         found += nested("random-completion", random, list(chain.dims.values())[1:], draw)
-    found += naive_pca(own, chain, dims)
-    if single_pass is not None:
-        names = hidden_names(sizes[-1], single_pass.layers)
-        features = lambda raws: single_pass.embed([raws[n] for n in names])  # noqa: E731
-        found.append(Representation("single-pass", "single-pass", dims[-1], features))
+    found += naive_pca(moments, chain, dims)
     return found
 
 

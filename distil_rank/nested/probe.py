@@ -1,10 +1,15 @@
 """The probe: ProteinGym's three fold rules, ridge by nested cross-validation, Spearman.
 
-Fold rules (Notin et al. 2023, ProteinNPT):
+Folds are those of the official file, else by its rules (Notin et al. 2023, ProteinNPT), from the
+rank of a mutant's position among the mutated ones:
 
 * random;
-* modulo: position mod 5, so that every position is new but has neighbors in training;
+* modulo: rank mod 5, so that every position is new but has neighbors in training;
 * contiguous: five stretches of positions, so that whole regions are new.
+
+As there, Spearman is over the out-of-fold predictions of all folds, and both sides are in units of
+the training folds: a training mean is low where its fold is high, so that pooling raw units makes
+even noise rank the folds, in reverse.
 
 Ridge takes a whole penalty path, exactly. With centered features X = Z - mean Z and an unpenalized
 intercept, the predictions of a fit on the rows T are
@@ -55,10 +60,10 @@ def folds(positions: Sequence[Sequence[int]], scheme: str, seed: int = 0) -> Ten
         fold = torch.empty(n, dtype=torch.long)
         fold[torch.randperm(n, generator=generator(seed, "folds", n))] = torch.arange(n) % FOLDS
         return fold
+    sites, rank = first.unique(return_inverse=True)
     if scheme == "modulo":
-        return first % FOLDS
+        return rank % FOLDS
     if scheme == "contiguous":
-        sites, rank = first.unique(return_inverse=True)
         return rank * FOLDS // len(sites)
     raise InputError(f"one of the schemes {', '.join(SCHEMES)} required, got {scheme!r}")
 
@@ -80,6 +85,28 @@ def spearman(prediction: ArrayLike, score: ArrayLike) -> float:
     return float(stats.spearmanr(prediction, score).statistic)
 
 
+def standardized(values: Tensor, scores: Tensor, fold: Tensor) -> Tensor:
+    """Values (n,) of each fold less the mean of all other scores (n,), over their deviation."""
+    result = torch.empty_like(scores)
+    for number in fold.unique():
+        rest = scores[fold != number]
+        deviation = rest.std(correction=0)
+        result[fold == number] = (values[fold == number] - rest.mean()) / (deviation or 1)
+    return result
+
+
+def score_features(features: Tensor, assay: Assay, seed: int = 0) -> dict[str, float]:
+    """Spearman by scheme of ridge on features (n, d) of the mutants."""
+    path, found = RidgePath(features), {}
+    for scheme in SCHEMES:
+        fold = assay.folds.get(scheme)
+        fold = folds(assay.positions, scheme, seed) if fold is None else fold
+        sides = path.nested(assay.scores, fold)[0], assay.scores
+        units = (standardized(side, assay.scores, fold).numpy() for side in sides)
+        found[scheme] = spearman(*units)
+    return found
+
+
 def score_assay(
     assay: Assay,
     raws: Mapping[str, Mapping[str, Tensor]],
@@ -87,20 +114,13 @@ def score_assay(
     seed: int,
 ) -> Scores:
     """Scores of every representation, and of one-hot, for raw embeddings by pool and size."""
-    fold = {scheme: folds(assay.positions, scheme, seed) for scheme in SCHEMES}
-    truth = assay.scores.numpy()
-
-    def score(features: Tensor) -> dict[str, float]:
-        path = RidgePath(features)
-        return {
-            s: spearman(path.nested(assay.scores, f)[0].numpy(), truth) for s, f in fold.items()
-        }
-
-    control = score(one_hot(assay))
-    return {
-        pool: {"one-hot": control, **{r.name: score(r.features(by_size)) for r in compared}}
-        for pool, by_size in raws.items()
-    }
+    scores: Scores = {pool: {} for pool in raws}
+    control = score_features(one_hot(assay), assay, seed)
+    for pool, by_size in raws.items():
+        scores[pool]["one-hot"] = control
+        for r in compared:
+            scores[pool][r.name] = score_features(r.features(by_size), assay, seed)
+    return scores
 
 
 class RidgePath:
@@ -149,24 +169,6 @@ class RidgePath:
             rest = torch.nonzero(folds != folds[part[0]])[:, 0]
             predictions[part] = self._fits(target, rest, part, self.penalties[choice, None])[0]
         return predictions.view(y.shape), self.penalties[best]
-
-    def choose(self, y: Tensor, folds: Tensor) -> Tensor:
-        """The penalty (a scalar tensor) with the least squared error over these folds; y (n, c)."""
-        error = torch.zeros(len(self.penalties), dtype=torch.float64)
-        for fold in folds.unique():
-            rows = torch.nonzero(folds == fold)[:, 0]
-            error += (self.leave_out(y, rows) - y[rows]).square().sum((1, 2))
-        return self.penalties[error.argmin()]
-
-    def predict(self, y: Tensor, penalty: Tensor, features: Tensor) -> Tensor:
-        """Predictions (m, c) at new features (m, d) of the fit of y (n, c) on all rows."""
-        mean = y.double().mean(0)
-        centered = y - mean
-        if self._products is None:
-            weights = solve(symmetric_product(self._x.T, self._x), penalty, self._x.T @ centered)
-        else:
-            weights = self._x.T @ solve(self._products, penalty, centered)
-        return (features.double() - self._mean) @ weights + mean
 
     def _fits(
         self, y: Tensor, train: Tensor, test: Tensor, penalties: Tensor | None = None

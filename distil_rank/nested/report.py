@@ -26,13 +26,12 @@ KINDS = {
     "nested-ols": ("nested (OLS)", PALETTE[5]),
     "nested-ridge": ("nested (ridge)", BLUE),
     "raw": ("raw", INK),
-    "naive-pca": ("naive PCA of all", PALETTE[4]),
+    "naive-pca": ("naive PCA", PALETTE[4]),
     "random-completion": ("random completion", PALETTE[7]),
     "concatenation": ("concatenation", RED),
-    "single-pass": ("single pass", PALETTE[2]),
     "one-hot": ("one-hot", PALE),
 }
-MARKERS = {"concatenation": "D", "single-pass": "s", "one-hot": "x"}
+MARKERS = {"concatenation": "D", "one-hot": "x"}
 
 
 def fitted_text(chain: NestedChain, out: Path) -> str:
@@ -50,7 +49,7 @@ def fitted_text(chain: NestedChain, out: Path) -> str:
 
 
 def comparison_table(record: Record) -> str:
-    """The planned comparisons, paired over assays."""
+    """The contrasts with their tests and the pairs described, paired over assays."""
     rows = [["embedding", "ours − theirs", "difference", "win rate", "Wilcoxon p", "Holm p"]]
     for row in record["comparisons"]:
         pool, _, ours = row["ours"].partition("/")
@@ -60,16 +59,15 @@ def comparison_table(record: Record) -> str:
                 f"{ours} − {row['theirs'].partition('/')[2]}",
                 with_interval(row["difference"], "+.3f"),
                 with_interval(row["win_rate"], ".2f"),
-                f"{row['wilcoxon_p']:.3f}",
-                f"{row['holm_p']:.3f}",
+                *(f"{row[p]:.3f}" if p in row else "" for p in ("wilcoxon_p", "holm_p")),
             ]
         )
     return markdown(rows)
 
 
 def decided(row: Record) -> bool:
-    """Whether a comparison may be called better or worse: Holm's p below .05, six assays."""
-    return row["holm_p"] < 0.05 and row["difference"]["n"] >= 6
+    """Whether a contrast may be called better or worse: Holm's p below .05, six assays."""
+    return row.get("holm_p", 1) < 0.05 and row["difference"]["n"] >= 6
 
 
 def stage_scores(chain: Record) -> Record:
@@ -92,13 +90,11 @@ def draw(folder: Path) -> Path:
         figure.set_layout_engine("constrained")
         parts: Any = figure.subfigures(3, 1, height_ratios=[1, 1.1, 1.55], hspace=0.03)
         top, middle, bottom = parts
-        upper = top.subplots(1, 3)
+        upper = top.subplots(1, 3 if record.get("locations") else 2)
         stages(upper[0], record)
-        spectra(upper[1], record)
+        schemes(upper[1], record, "site")
         if record.get("locations"):
             located(upper[2], record)
-        else:
-            schemes(upper[2], record, "site")
         axes = middle.subplots(1, 2)
         for axis, pool in zip(axes, POOLS):
             cells = {name: cell["mean"] for name, cell in record["spearman"][pool].items()}
@@ -121,16 +117,18 @@ def title(record: Record) -> str:
 
 def caption(record: Record) -> str:
     data, chain, assays = record["data"]["chain"], record["chain"], record["data"]["assays"]
-    mutants, limit = sum(a["used"] for a in assays), record["config"]["mutants"] or "all"
+    mutants, limit = sum(a["used"] for a in assays), record["config"]["mutants"]
+    drawn = f"at most {limit} each, seed {record['seeds'][0]}" if limit else "all"
     regression, rows = chain["regression"].partition("-")[2].upper(), chain["rows"]
+    tested = sum("holm_p" in row for row in record["comparisons"])
     return (
         f"Chain: {regression}, fitted on {rows['fit']:,.0f} residues, scored on"
         f" {rows['held_out']:,.0f} held-out residues ({data.get('proteins', 0):,} proteins in all)."
-        f" Probe: {len(assays)} assays, {mutants:,} single mutants (at most {limit} each, seed"
-        f" {record['seeds'][0]}), ridge, penalty by nested cross-validation.\n"
+        f" Probe: {len(assays)} assays, {mutants:,} mutants ({drawn}), ridge, penalty by nested"
+        " cross-validation.\n"
         "Spearman over all out-of-fold predictions, mean over random, modulo and contiguous folds,"
         " then over assays. Bars and bands: 95 % intervals over assays (R²: over proteins;"
-        " accuracy: over test proteins). Holm: over all comparisons."
+        f" accuracy: over test proteins). Holm: over {tested} contrasts."
     )
 
 
@@ -159,29 +157,6 @@ def stages(axis: Any, record: Record) -> None:
     axis.grid(axis="x", visible=False)
     axis.legend(loc="center left")
     axis.set_title("The prefix predicts, the new block completes")
-
-
-def spectra(axis: Any, record: Record) -> None:
-    """Residual variance that is left after the first directions of every stage."""
-    found, kept = record["chain"]["residual_spectrum"], []
-    for i, (size, tails) in enumerate(found.items()):
-        color, added = PALETTE[i % len(PALETTE)], record["chain"]["added"][size]
-        shown = [k for k, t in enumerate(tails) if t > 1e-8]
-        axis.plot(shown, [tails[k] for k in shown], color=color, lw=2, label=f"residual of {size}")
-        kept.append(max(tails[added], 1e-8))
-        axis.plot(added, kept[-1], "o", color=color, ms=8, mec="white", zorder=3)
-        text: Any = {"xytext": (-8, -8), "ha": "right", "va": "top"}
-        if i == len(found) - 1:  # right of all other curves
-            text = {"xytext": (8, 8), "ha": "left", "va": "bottom"}
-        label = f"{added} kept,\n{tails[added]:.2g} left"
-        where = (added, kept[-1])
-        axis.annotate(label, where, textcoords="offset points", color=color, fontsize=9, **text)
-    axis.set_yscale("log")
-    axis.set_ylim(min(kept) / 5, 1.5)
-    axis.set_xlabel("residual directions")
-    axis.set_ylabel("share of residual variance left")
-    axis.legend(loc="upper right")
-    axis.set_title("Spectrum of the residuals")
 
 
 def by_dimension(axis: Any, record: Record, cells: Mapping[str, Record]) -> None:
@@ -241,7 +216,7 @@ def schemes(axis: Any, record: Record, pool: str) -> None:
 
 
 def forest(axis: Any, record: Record, pool: str) -> None:
-    """Every planned comparison: difference with interval, win rate and Holm-corrected p."""
+    """Every comparison: difference with interval, win rate, and Holm's p of the contrasts."""
     rows = [r for r in record["comparisons"] if r["ours"].startswith(f"{pool}/")][::-1]
     beside: Any = {"transform": axis.get_yaxis_transform(), "fontsize": 9}
     for i, row in enumerate(rows):
@@ -250,7 +225,14 @@ def forest(axis: Any, record: Record, pool: str) -> None:
         axis.plot([d["low"], d["high"]], [i, i], color=color, lw=2.2)
         face = color if sure else "white"
         axis.plot(d["value"], i, "o", ms=8, mfc=face, mec=color, mew=1.8, zorder=3)
-        p = "p < .001" if row["holm_p"] < 0.001 else f"p = {row['holm_p']:.3f}".replace("0.", ".")
+        holm = row.get("holm_p")
+        p = (
+            ""
+            if holm is None
+            else "p < .001"
+            if holm < 0.001
+            else f"p = {holm:.3f}".replace("0.", ".")
+        )
         text = f"{d['value']:+.3f}   {w['value']:>4.0%} [{w['low']:.0%}, {w['high']:.0%}]   {p}"
         axis.text(1.015, i, text, va="center", **beside)
     axis.axvline(0, color=INK, lw=1)
@@ -259,7 +241,7 @@ def forest(axis: Any, record: Record, pool: str) -> None:
     axis.set_ylim(-0.7, len(rows) - 0.3)
     axis.tick_params(axis="y", length=0)
     axis.grid(axis="y", visible=False)
-    axis.set_xlabel("difference in Spearman (filled: Holm p < .05, six assays or more)")
+    axis.set_xlabel("difference in Spearman (p: contrasts, by Holm; filled: p < .05)")
     axis.set_title(f"Paired over assays, {POOLS[pool]}")
     head = "diff.      win rate [95 %]       Holm"
     axis.text(1.015, len(rows) - 0.4, head, va="bottom", color=QUIET, **beside)

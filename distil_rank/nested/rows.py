@@ -45,10 +45,11 @@ class TensorRows:
 
     def __init__(
         self,
-        values: Tensor,
+        values: Tensor | np.ndarray,
         lengths: Sequence[int] | None = None,
         keys: Sequence[str] | None = None,
     ):
+        values = torch.as_tensor(values)
         if values.ndim != 2 or not values.is_floating_point():
             got = f"{values.dtype} {tuple(values.shape)}"
             raise InputError(f"embeddings (rows, features) of a float type required, got {got}")
@@ -66,11 +67,11 @@ class TensorRows:
 
 
 class StoreRows:
-    """Rows of a store, of residues or of proteins, read run by run at one layer (the last)."""
+    """Rows of a store, of residues or of proteins, read run by run at its last layer."""
 
-    def __init__(self, path: str | Path, layer: int | None = None):
-        self.store = EmbeddingStore(path, layer)
-        self._tensor = f"layer_{self.store.provenance['layers'][-1] if layer is None else layer}"
+    def __init__(self, path: str | Path):
+        self.store = EmbeddingStore(path)
+        self._tensor = f"layer_{self.store.provenance['layers'][-1]}"
         self.dim = self.store.dim
         self.lengths: Sequence[int] = self.store.column("rows")
         self.keys: Sequence[str] = self.store.column("sha256")
@@ -116,10 +117,10 @@ def read_slice(path: Path, tensor: str, start: int, rows: int) -> Tensor:
         raise InputError(f"a whole shard required, got {path} ({error}); embed again") from None
 
 
-def as_rows(stores: Mapping[str, Rows | Tensor]) -> dict[str, Rows]:
+def as_rows(stores: Mapping[str, Rows | Tensor | np.ndarray]) -> dict[str, Rows]:
     """The stores by size, checked: the same proteins in the same order, with as many rows."""
     rows: dict[str, Rows] = {
-        name: TensorRows(store) if isinstance(store, Tensor) else store
+        name: TensorRows(store) if isinstance(store, Tensor | np.ndarray) else store
         for name, store in stores.items()
     }
     if len(rows) < 2:
@@ -172,7 +173,7 @@ def read_joined(rows: Mapping[str, Rows], start: int, stop: int) -> Tensor:
 
 
 def joint_moments(
-    stores: Mapping[str, Rows | Tensor],
+    stores: Mapping[str, Rows | Tensor | np.ndarray],
     held_out: float = 0.1,
     checkpoint: Checkpoint | None = None,
     shard: tuple[int, int] = (0, 1),

@@ -188,14 +188,14 @@ def regress(
     check_regression(regression, components)
     covariance = joint.covariance
     L, Q = (t.flip(-1) for t in torch.linalg.eigh(covariance[:prefix, :prefix]))
-    rank = int(L.gt(EPS * prefix * float(L[0])).sum())
-    if rank == 0:
+    rank = min(int(L.gt(EPS * prefix * float(L[0])).sum()), int(joint.count) - 1)
+    if rank < 1:
         raise InputError("a prefix that varies required, got constant features: another embedding")
     C = Q.T @ covariance[:prefix, prefix:]
     kept, fit = rank, Fit(regression, rank)
     if regression == "pcr":
         if components == "mp":
-            kept = int(L.gt(marchenko_pastur_edge(L, joint.count)).sum())
+            kept = published_components(L, joint.count)
         elif components == "held-out":
             kept = held_out_components(joint, prefix, Q, L, C, rank, held_out)
         else:
@@ -206,8 +206,8 @@ def regress(
     filters = (torch.arange(prefix) < kept).double()
     if regression == "ridge":
         variance = float(covariance.diagonal()[prefix:].sum())
-        penalty = gcv_penalty(L.clamp_min(0), C, variance, joint.count)
-        filters, fit = L / (L + penalty), Fit(regression, rank, penalty=penalty)
+        penalty = gcv_penalty(L, C, variance, joint.count, rank)
+        filters, fit = filters * L / (L + penalty), Fit(regression, rank, penalty=penalty)
     ratio = torch.where(filters > 0, filters / torch.where(L > 0, L, 1.0), 0.0)
     return (Q * ratio @ C).T.contiguous(), fit
 
@@ -222,28 +222,34 @@ def check_regression(regression: str, components: str | int) -> None:
         raise InputError(f"components must be at least 1, got {components}")
 
 
-def marchenko_pastur_edge(eigenvalues: Tensor, rows: float) -> float:
-    """sigma^2 (1 + sqrt(k / n))^2 with sigma^2 the median eigenvalue.
+def published_components(L: Tensor, rows: float) -> int:
+    """Components that the released code of Reverse Distillation keeps; L (k,) descending.
 
-    The upper edge of the spectrum of pure noise (Marchenko and Pastur, 1967). Taking the median for
-    the noise level keeps about half of all components whatever the spectrum once n >> k.
+    Those above the upper edge s (1 + sqrt(k / n))^2 of the spectrum of noise of variance s
+    (Marchenko and Pastur, 1967); s is the median of the eigenvalues below the edge of a first pass,
+    in which s is their mean. Of n < k rows, only n eigenvalues count. Where none is above the edge,
+    as many as carry 95 % of the variance.
     """
-    return float(eigenvalues.median()) * (1 + (len(eigenvalues) / rows) ** 0.5) ** 2
+    edge = (1 + (len(L) / rows) ** 0.5) ** 2
+    L = L[: int(rows)].clamp_min(0)
+    below = L[edge * L.mean() > L]  # the mean itself is below: never empty
+    kept = int(L.gt(edge * below.quantile(0.5)).sum())
+    return kept or 1 + int((L.cumsum(0) < 0.95 * L.sum()).sum())
 
 
-def gcv_penalty(L: Tensor, C: Tensor, variance: float, rows: float) -> float:
+def gcv_penalty(L: Tensor, C: Tensor, variance: float, rows: float, rank: int) -> float:
     """Penalty of ridge with the least generalized cross-validation score n RSS / (n - df)^2.
 
     Golub, Heath, Wahba 1979. L (k,) eigenvalues of Cov z, C (k, k_x) = Q^T Cov(z, x), `variance` =
-    trace Cov x; the mean counts as one degree.
+    trace Cov x; the mean counts as one degree. RSS and n - df are those of OLS and what shrinking
+    adds: both vanish with the penalty where rows <= prefix, and their ratio must not be rounding.
     """
     penalties = PENALTIES * L.mean()
-    strength = C.square().sum(1)
-    shrunk = L + penalties[:, None]  # (penalties, k)
-    rss = variance - (2 * strength / shrunk - L * strength / shrunk.square()).sum(1)
-    degrees = 1 + (L / shrunk).sum(1)
-    score = rss.clamp_min(0) / (1 - degrees / rows).square()
-    score = torch.where(degrees < rows, score, torch.inf)
+    explained = C[:rank].square().sum(1) / L[:rank]
+    left = penalties[:, None] / (L[:rank] + penalties[:, None])  # (penalties, rank)
+    spare = rows - 1 - rank  # no rows to spare: OLS leaves no residual
+    unexplained = max(variance - float(explained.sum()), 0.0) if spare > 0 else 0.0
+    score = (unexplained + left.square() @ explained) / (spare + left.sum(1)).square()
     return float(penalties[score.argmin()])
 
 

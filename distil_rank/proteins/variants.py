@@ -1,12 +1,16 @@
 """Mutational scans, and what a masked language model says of every substitution.
 
 A scan is `NAME.csv` (columns `mutant`, e.g. A24G or A24G:K30R, and `score`; higher is fitter)
-beside `NAME.fasta` (one record: the wild type, position 1 first), as ProteinGym gives them.
+beside `NAME.fasta` (one record: the wild type, position 1 first). Or it is an official file of
+ProteinGym: `mutant`, `DMS_score`, and what it has of `mutated_sequence` and of the folds
+`fold_random_5`, `fold_modulo_5` and `fold_contiguous_5`. The reference file,
+`DMS_substitutions.csv` in the folder or beside it, gives wild types, proteins and function types.
 """
 
 import csv
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +23,8 @@ from distil_rank.proteins.esm2 import ESM2, MASK, tokenise
 from distil_rank.proteins.fasta import AMINO_ACIDS, clean_sequence, read_fasta
 from distil_rank.proteins.masked import logits_at
 
+REFERENCE = "DMS_substitutions.csv"
+FOLD = re.compile(r"fold_(random|modulo|contiguous)_5")
 MUTATION = re.compile(rf"([A-Z])(\d+)([{AMINO_ACIDS}])")
 
 
@@ -33,38 +39,62 @@ class Assay:
     positions: list[list[int]]
     scores: Tensor
     measured: int  # mutants in the file, before any subsample
+    folds: dict[str, Tensor] = field(default_factory=dict)  # official fold numbers (n,) by scheme
+    protein: str = ""  # UniProt_ID, where the reference file tells it
+    function: str = ""  # coarse_selection_type, likewise
 
 
 def read_assays(
     folder: str | Path, limit: int | None = None, seed: int = 0, least: int = 20
 ) -> list[Assay]:
     """The scans of a folder in the order of their names; see `read_assay`."""
-    paths = sorted(Path(folder).glob("*.csv"))
+    paths = sorted(path for path in Path(folder).glob("*.csv") if path.name != REFERENCE)
     if not paths:
         raise InputError(
             f"at least one assay required, got no .csv in {folder};"
             " give a folder of NAME.csv (mutant,score) beside NAME.fasta"
         )
-    return [read_assay(path, limit, seed, least) for path in paths]
+    found = [place / REFERENCE for place in (Path(folder), Path(folder).absolute().parent)]
+    reference = next((_rows(path) for path in found if path.is_file()), [])
+    told = {row["DMS_id"]: row for row in reference}
+    return [read_assay(path, limit, seed, least, told.get(path.stem, {})) for path in paths]
 
 
-def read_assay(path: Path, limit: int | None = None, seed: int = 0, least: int = 20) -> Assay:
+def read_assay(
+    path: Path,
+    limit: int | None = None,
+    seed: int = 0,
+    least: int = 20,
+    reference: Mapping[str, str] | None = None,
+) -> Assay:
     """Read and check one scan of `least` mutants or more; InputError names the file and the row.
 
-    Of more than `limit` mutants so many are drawn at random, without repeat.
+    Of more than `limit` mutants so many are drawn at random, without repeat. `reference` is the
+    scan's row of the reference file.
     """
-    wild_type = _wild_type(path)
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"mutant", "score"} <= set(rows[0]):
+    rows, reference = _rows(path), reference or {}
+    columns = set(rows[0]) if rows else set()
+    measure = next((name for name in ("DMS_score", "score") if name in columns), None)
+    if "mutant" not in columns or measure is None:
         got = ", ".join(rows[0]) if rows else "no rows"
-        raise InputError(f"columns mutant and score required, got {got} in {path.name}")
+        required = "columns mutant and score, or DMS_score, required"
+        raise InputError(f"{required}, got {got} in {path.name}")
+    wild_type = _wild_type(path, rows[0], reference)
     mutants = [row["mutant"] for row in rows]
+    fold_columns = {match[1]: match[0] for match in map(FOLD.fullmatch, rows[0]) if match}
+    numbers: dict[str, list[int]] = {scheme: [] for scheme in fold_columns}
     changed, scores = [], []
     for number, row in enumerate(rows, start=2):
         where = f"{path.name}, line {number}"
         changed.append(mutate(wild_type, row["mutant"], where))
-        scores.append(_score(row["score"], where))
+        scores.append(_number(row[measure], "score", where))
+        if row.get("mutated_sequence", changed[-1][0]) != changed[-1][0]:
+            raise InputError(
+                f"the wild type with {row['mutant']} required as mutated_sequence, got another"
+                f" sequence in {where}; check the wild type"
+            )
+        for scheme, column in fold_columns.items():
+            numbers[scheme].append(int(_number(row[column], "fold", where)))
     repeated = len(mutants) - len(set(mutants))
     if repeated:
         twice = next(mutant for i, mutant in enumerate(mutants) if mutant in mutants[:i])
@@ -89,14 +119,31 @@ def read_assay(path: Path, limit: int | None = None, seed: int = 0, least: int =
         positions=[changed[i][1] for i in keep],
         scores=torch.tensor([scores[i] for i in keep], dtype=torch.float64),
         measured=len(mutants),
+        folds={scheme: torch.tensor(found)[keep] for scheme, found in numbers.items()},
+        protein=reference.get("UniProt_ID", ""),
+        function=reference.get("coarse_selection_type", ""),
     )
 
 
-def _wild_type(path: Path) -> str:
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _wild_type(path: Path, first: Mapping[str, str], reference: Mapping[str, str]) -> str:
+    """From the FASTA, the reference file, or a mutated sequence with its mutations undone."""
     fasta = path.with_suffix(".fasta")
     if not fasta.is_file():
+        if reference.get("target_seq"):
+            return clean_sequence(reference["target_seq"])
+        if first.get("mutated_sequence"):
+            undone = list(first["mutated_sequence"])
+            for match in MUTATION.finditer(first["mutant"]):
+                undone[int(match[2]) - 1 : int(match[2])] = match[1]
+            return clean_sequence("".join(undone))
         raise InputError(
-            f"the wild type of {path.name} required, got no {fasta.name} beside it; add it"
+            f"the wild type of {path.name} required, got no {fasta.name} beside it and no"
+            f" {REFERENCE}; add one"
         )
     records = list(read_fasta(fasta))
     if len(records) != 1:
@@ -104,14 +151,14 @@ def _wild_type(path: Path) -> str:
     return clean_sequence(records[0].sequence)
 
 
-def _score(text: str | None, where: str) -> float:
+def _number(text: str | None, what: str, where: str) -> float:
     try:
-        score = float(text or "")
+        number = float(text or "")
     except ValueError:
-        score = float("nan")
-    if not np.isfinite(score):
-        raise InputError(f"a finite score required, got {text!r} in {where}; remove the row")
-    return score
+        number = float("nan")
+    if not np.isfinite(number):
+        raise InputError(f"a finite {what} required, got {text!r} in {where}; remove the row")
+    return number
 
 
 def mutate(wild_type: str, mutant: str, where: str) -> tuple[str, list[int]]:

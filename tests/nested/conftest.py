@@ -10,7 +10,7 @@ from tests.proteins import reference
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """Models a.pt, b.pt, c.pt of growing width, proteins.fasta, and a chain with single pass."""
+    """Models a.pt, b.pt, c.pt of growing width, proteins.fasta, and a chain."""
     folder = tmp_path_factory.mktemp("nested")
     for i, (name, width) in enumerate(zip("abc", (16, 24, 32))):
         model = reference.fair_esm_model(2, width, 4, seed=i)

@@ -39,7 +39,6 @@ def fit_config(folder: Path, **changes) -> command_fit.Config:
         out=folder / "chain",
         fasta=folder / "proteins.fasta",
         models=tuple(str(folder / f"{n}.pt") for n in "abc"),
-        single_pass=True,
         held_out=0.2,
     )
     return replace(base, **changes)

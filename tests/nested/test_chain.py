@@ -53,6 +53,15 @@ def test_equal_to_brute_force():
     np.testing.assert_allclose(fast.numpy(), slow, atol=1e-8)
 
 
+def test_numpy_arrays_are_taken():
+    raws = family()
+    arrays = {k: v.numpy() for k, v in raws.items()}
+    one, two = NestedChain.fit(raws), NestedChain.fit(arrays)
+    z = two.embed(arrays)
+    assert torch.equal(z, one.embed(raws))
+    assert torch.equal(two.reconstruct(z.numpy(), "c"), one.reconstruct(z, "c"))
+
+
 def test_new_blocks_are_uncorrelated_with_their_prefix():
     raws = family(2000, (8, 12, 20, 26), dtype=torch.float32)
     chain = NestedChain.fit(raws, "ols", held_out=0)

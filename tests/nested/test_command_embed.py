@@ -50,7 +50,7 @@ def test_nested_mean_is_the_mean_of_nested_residues(tmp_path, run):
 
 def test_cls_is_mapped_by_a_chain_of_cls_alone(folder, tmp_path, run):
     write_fasta(tmp_path / "many.fasta", proteins(120, seed=1))
-    options = {"fasta": tmp_path / "many.fasta", "out": tmp_path / "chain", "single_pass": False}
+    options = {"fasta": tmp_path / "many.fasta", "out": tmp_path / "chain"}
     fit.run(fit_config(folder, rows="bos", **options))
     right = replace(run, chain=tmp_path / "chain", pool="bos")
     embed.run(right)

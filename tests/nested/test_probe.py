@@ -1,5 +1,7 @@
 """Folds hide what they should; the ridge path predicts what refitting without the rows would."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,17 @@ from hypothesis import strategies as st
 from benchmarks.nested import ridge_loop
 from distil_rank.core.errors import InputError
 from distil_rank.core.randomness import generator
-from distil_rank.nested.probe import FOLDS, PENALTIES, RidgePath, folds, one_hot, spearman
+from distil_rank.nested.probe import (
+    FOLDS,
+    PENALTIES,
+    SCHEMES,
+    RidgePath,
+    folds,
+    one_hot,
+    score_features,
+    spearman,
+    standardized,
+)
 from distil_rank.proteins.variants import read_assay
 from tests.proteins.test_variants import synthetic, write_assay
 
@@ -47,19 +59,6 @@ def test_leaving_out_equals_refitting(n, d, outputs, seed, data):
         weights = torch.linalg.solve(gram, centred.T @ (y[rest] - y[rest].mean(0)))
         slow = (x[rows] - x[rest].mean(0)) @ weights + y[rest].mean(0)
         torch.testing.assert_close(path.leave_out(y, rows)[i], slow, rtol=1e-6, atol=1e-6)
-
-
-def test_prediction_of_new_rows_and_choice():
-    x, y = problem(80, 30, 2)
-    path = RidgePath(x[:60])
-    penalty = path.choose(y[:60], torch.arange(60) % 4)
-    assert penalty in path.penalties
-    centred = x[:60] - x[:60].mean(0)
-    weights = torch.linalg.solve(
-        centred.T @ centred + penalty * torch.eye(30).double(), centred.T @ y[:60]
-    )
-    expected = (x[60:] - x[:60].mean(0)) @ weights + y[:60].mean(0)
-    torch.testing.assert_close(path.predict(y[:60], penalty, x[60:]), expected)
 
 
 def test_the_outer_fold_is_never_seen():
@@ -100,22 +99,41 @@ def test_bad_input():
 @pytest.mark.parametrize("seed", range(3))
 def test_one_hot_collapses_on_contiguous_folds_but_not_on_random_ones(tmp_path, seed):
     assay = read_assay(write_assay(tmp_path / "dms", lines=synthetic(seed)))
-    path = RidgePath(one_hot(assay))
+    score = score_features(one_hot(assay), assay)
+    assert score["random"] > 0.4
+    assert abs(score["contiguous"]) < 0.2 and abs(score["modulo"]) < 0.2
 
-    def score(scheme):
-        return spearman(
-            path.nested(assay.scores, folds(assay.positions, scheme))[0].numpy(),
-            assay.scores.numpy(),
-        )
 
-    assert score("random") > 0.4
-    assert score("contiguous") < 0.15
-    assert score("modulo") < 0.15
+def test_noise_predicts_nothing_in_any_scheme(tmp_path):
+    """A training mean is low where its fold is high: in raw units noise ranks folds reversely."""
+    found, raw = [], []
+    for seed in range(40):
+        assay = read_assay(write_assay(tmp_path / "dms", lines=synthetic(seed, 12)))
+        noise = torch.randn(len(assay.scores), 16, generator=generator(seed, "noise"))
+        found.append(list(score_features(noise, assay).values()))
+        path, fold = RidgePath(noise), folds(assay.positions, "contiguous")
+        raw.append(spearman(path.nested(assay.scores, fold)[0].numpy(), assay.scores.numpy()))
+    assert np.abs(np.mean(found, 0)).max() < 0.02 and np.mean(raw) < -0.1
+
+
+def test_units_of_the_training_folds_and_official_folds(tmp_path):
+    assay = read_assay(write_assay(tmp_path / "dms"))
+    y, fold = assay.scores, folds(assay.positions, "modulo")
+    units = standardized(y, y, fold)
+    rest = y[fold != 3].numpy()
+    expected = (y[fold == 3].numpy() - rest.mean()) / rest.std()
+    np.testing.assert_allclose(units[fold == 3].numpy(), expected)
+    torch.testing.assert_close(standardized(3 * y + 5, 3 * y + 5, fold), units)
+    features = one_hot(assay)
+    swapped = replace(assay, folds={"random": fold})
+    assert score_features(features, swapped)["random"] == score_features(features, assay)["modulo"]
+    assert set(score_features(features, swapped)) == set(SCHEMES)
 
 
 def test_schemes(tmp_path):
     assay = read_assay(write_assay(tmp_path / "dms"))
     position = torch.tensor([p[0] for p in assay.positions])
+    sites = sorted({p[0] for p in assay.positions})
     random, modulo, contiguous = (
         folds(assay.positions, s) for s in ("random", "modulo", "contiguous")
     )
@@ -125,7 +143,7 @@ def test_schemes(tmp_path):
     assert torch.equal(random, folds(assay.positions, "random")) and not torch.equal(
         random, folds(assay.positions, "random", 1)
     )
-    assert torch.equal(modulo, position % 5)
+    assert modulo.tolist() == [sites.index(p) % 5 for p in position.tolist()]
     order = position.argsort(stable=True)
     assert (contiguous[order].diff() >= 0).all()  # stretches
     for fold in (modulo, contiguous):  # no position on two sides

@@ -12,7 +12,7 @@ from distil_rank.core.randomness import generator
 from distil_rank.nested.stage import (
     PENALTIES,
     fit_stage,
-    marchenko_pastur_edge,
+    published_components,
     residual_covariance,
 )
 from tests import reference_nested as reference
@@ -118,16 +118,45 @@ def test_scaling_keeps_an_outlier_feature_from_ruling():
     assert fit_stage(joint, K, 4, "ols", scale_features=True).directions[3].abs().max() < 0.99
 
 
-def test_marchenko_pastur_edge():
-    eigenvalues = torch.tensor([9.0, 4.0, 2.0, 1.0, 1.0])
-    assert marchenko_pastur_edge(eigenvalues, 20) == pytest.approx(2 * (1 + 0.5) ** 2)
-    # few rows: spikes stand out of noise; many rows: about half of any spectrum is kept
-    noise = torch.randn(800, 200, generator=generator(0, "noise"), dtype=torch.float64)
-    noise[:, :5] *= 10
-    few = torch.linalg.eigvalsh(Moments.of(noise).covariance).flip(0)
-    assert 5 <= int((few > marchenko_pastur_edge(few, 800)).sum()) <= 12
-    steep = torch.logspace(0, -3, 200, dtype=torch.float64)
-    assert 95 <= int((steep > marchenko_pastur_edge(steep, 1e9)).sum()) <= 100
+@pytest.mark.parametrize("rows", [15, 41, 60, 81, 400, 5000])
+@pytest.mark.parametrize("spectrum", [0.0, 0.5, 1.5, 3.0])
+def test_components_are_those_of_the_released_rule(rows, spectrum):
+    draw = generator(rows, "components")
+    z = torch.randn(rows, 40, generator=draw, dtype=torch.float64) * torch.logspace(
+        0, -spectrum, 40
+    )
+    L = torch.linalg.eigvalsh(Moments.of(z).covariance).flip(0)
+    assert published_components(L, rows) == reference.published_components(z.numpy())
+
+
+def test_few_rows_keep_few_components():
+    """515 rows of 1280 features: not everything, as where the median counts the null directions."""
+    draw = generator(0, "wide")
+    z = torch.randn(103, 256, generator=draw, dtype=torch.float64) * torch.logspace(0, -2, 256)
+    x = z[:, :60] + torch.randn(103, 60, generator=draw, dtype=torch.float64)
+    joint = Moments.of(torch.cat([z, x], 1))
+    kept = fit_stage(joint, 256, 5, "pcr").fit.components
+    assert kept == reference.published_components(z.numpy()) < 50
+    assert fit_stage(joint, 256, 5, "pcr", 90).fit.components == 90
+    assert fit_stage(joint, 256, 5, "ridge").fit.rank == 102
+
+
+@pytest.mark.parametrize("rows", [40, 101, 102, 140])
+def test_the_ridge_penalty_does_not_collapse_with_few_rows(rows):
+    draw = generator(rows, "few rows")
+    z = torch.randn(rows + 2000, 100, generator=draw, dtype=torch.float64)
+    weights = torch.randn(100, 120, generator=draw, dtype=torch.float64)
+    x = z @ weights + 12 * torch.randn(len(z), 120, generator=draw, dtype=torch.float64)
+    stage = fit_stage(Moments.of(torch.cat([z, x], 1)[:rows]), 100, 5, "ridge")
+    z, x = z.numpy(), x.numpy()
+
+    def error(penalty):
+        found = reference.ridge(z[:rows], x[:rows], penalty)
+        predicted = (z[rows:] - z[:rows].mean(0)) @ found + x[:rows].mean(0)
+        return float(((x[rows:] - predicted) ** 2).sum())
+
+    grid = (PENALTIES[20:56:2] * np.trace(np.cov(z[:rows].T, bias=True)) / 100).tolist()
+    assert error(stage.fit.penalty) <= 1.05 * min(map(error, grid))
 
 
 def test_held_out_components_have_the_least_held_out_error():

@@ -51,6 +51,50 @@ def test_subsample_is_seeded_and_in_file_order(tmp_path):
     assert whole.scores[at] == one.scores[7] and whole.sequences[at] == one.sequences[7]
 
 
+OFFICIAL = """mutant,mutated_sequence,DMS_score,fold_random_5,fold_modulo_5,fold_contiguous_5
+A1C,CCDE,0.5,3,0,0
+C2G:E4K,AGDK,-1.5,1,1,4
+D3W,ACWE,2,0,2,2
+"""
+TOLD = (
+    "DMS_id,DMS_filename,UniProt_ID,target_seq,coarse_selection_type\nX_Y_2020,X,X_Y,ACDE,Binding\n"
+)
+
+
+@pytest.mark.parametrize("place", [None, "in/DMS_substitutions.csv", "DMS_substitutions.csv"])
+def test_official_files_are_read_as_they_are(tmp_path, place):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "X_Y_2020.csv").write_text(OFFICIAL)
+    if place:
+        (tmp_path / place).write_text(TOLD)
+    (assay,) = read_assays(tmp_path / "in", least=3)
+    assert assay.wild_type == "ACDE" and assay.sequences == ["CCDE", "AGDK", "ACWE"]
+    assert assay.positions == [[0], [1, 3], [2]] and assay.scores.tolist() == [0.5, -1.5, 2.0]
+    assert {scheme: fold.tolist() for scheme, fold in assay.folds.items()} == {
+        "random": [3, 1, 0],
+        "modulo": [0, 1, 2],
+        "contiguous": [0, 4, 2],
+    }
+    assert (assay.protein, assay.function) == (("X_Y", "Binding") if place else ("", ""))
+    (half,) = read_assays(tmp_path / "in", limit=2, least=3)
+    kept = [assay.mutants.index(mutant) for mutant in half.mutants]
+    assert half.folds["random"].tolist() == assay.folds["random"][kept].tolist()
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "message"),
+    [
+        ("CCDE", "CCDD", "the wild type with A1C required as mutated_sequence"),
+        ("0.5,3", "0.5,", "finite fold required, got '' in .*line 2"),
+    ],
+)
+def test_bad_official_files(tmp_path, good, bad, message):
+    (tmp_path / "X_Y_2020.csv").write_text(OFFICIAL.replace(good, bad))
+    (tmp_path / "DMS_substitutions.csv").write_text(TOLD)
+    with pytest.raises(InputError, match=message):
+        read_assays(tmp_path, least=3)
+
+
 def test_mutate():
     assert mutate("ACDE", "C2G", "") == ("AGDE", [1])
     assert mutate("ACDE", "A1W:E4K", "") == ("WCDK", [0, 3])
@@ -92,7 +136,7 @@ def test_missing_parts(tmp_path):
     path.write_text("mutation,fitness\nM1G,1\n")
     with pytest.raises(InputError, match="columns mutant and score"):
         read_assay(path)
-    path.with_suffix(".fasta").unlink()
+    write_assay(tmp_path / "dms").with_suffix(".fasta").unlink()
     with pytest.raises(InputError, match=r"wild type of TOY\.csv required"):
         read_assay(path)
 
