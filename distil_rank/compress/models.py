@@ -120,6 +120,7 @@ def compress_model(
     solved, blends = _solved(len(run), groups, prior, ratio, ranks, never_slower, metrics)
     if ranks is not None:
         allocation, chosen = None, given(run, ranks, never_slower)
+        chosen = {name: rank if name in solved else None for name, rank in chosen.items()}
     else:
         assert ratio is not None
         found = allocated(run, solved, ratio, method, None if loss is None else 1.0)
