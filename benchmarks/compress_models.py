@@ -1,12 +1,14 @@
 """Whole models at equal parameters: the metric of the model's function against the layers' own.
 
-    python -m benchmarks.compress_models    # fills benchmarks/results/compress_fisher.json
+    python -m benchmarks.compress_models             # fills results/compress_fisher.json
+    python -m benchmarks.compress_models nano-256    # one model of it
 
 Fitted on proteins of human, yeast and E. coli, measured on DeepLoc's test set (Almagro Armenteros
 et al., Bioinformatics 33, 2017). Data: $DISTIL_RANK_DATA or ../shared/data beside the checkout.
 """
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from distil_rank.compress.sites import Batch, Read, Site, find_sites, observe, t
 from distil_rank.core.intervals import t_interval
 from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.randomness import generator
-from distil_rank.core.records import ROOT, Record, environment, sha256, write_json
+from distil_rank.core.records import ROOT, Record, environment, read_json, sha256, write_json
 from distil_rank.proteins.fasta import AMINO_ACIDS, read_fasta
 
 SCHEMA = "distil-rank/benchmark-compress-models/1"
@@ -35,7 +37,7 @@ FITTED, HELD_OUT = DATA / "human_yeast_ecoli.fasta.gz", DATA / "deeploc_test_set
 RATIOS, DRAWS = (0.3, 0.5), 3
 PROTEINS, RESIDUES, TESTS = 40, 110, 24
 OWN = ("uniform", "budget")
-BASELINE = ("plain SVD", "ASVD")  # at the uniform ranks, with refitted biases
+BASELINE = ("plain SVD",)  # at the uniform ranks, with refitted biases
 MODELS = {
     "nano-128": (*OWN, *BASELINE, "Fisher", "Fisher, sequential"),
     "nano-256": ("budget", "Fisher"),
@@ -43,17 +45,19 @@ MODELS = {
 METRICS = ("logits_kl", "hidden_fvu", "perplexity_after")
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
     fitted, held_out = sequences(FITTED), sequences(HELD_OUT)
     known = set(fitted)
     order = torch.randperm(len(held_out), generator=generator(0, "held-out proteins")).tolist()
     tests = [held_out[i] for i in order if held_out[i] not in known][:TESTS]
-    models = {name: one_model(name, methods, fitted, tests) for name, methods in MODELS.items()}
-    data = {path.name: sha256(path) for path in (FITTED, HELD_OUT)}
-    sizes = {"fitted": PROTEINS, "held_out": TESTS, "residues_at_most": RESIDUES, "draws": DRAWS}
-    record: Record = {"schema": SCHEMA, "data": data, "proteins": sizes, "models": models}
-    record |= {"environment": environment("cpu"), "machine_dependent": ["environment"]}
-    write_json(RESULT, record)
+    for name in names or MODELS:
+        found = {**one_model(name, MODELS[name], fitted, tests), "environment": environment("cpu")}
+        data = {path.name: sha256(path) for path in (FITTED, HELD_OUT)}
+        sizes = {"fitted": PROTEINS, "held_out": TESTS, "residues_at_most": RESIDUES}
+        record: Record = {"schema": SCHEMA, "data": data, "proteins": {**sizes, "draws": DRAWS}}
+        models = read_json(RESULT, SCHEMA)["models"] if RESULT.is_file() else {}
+        models = {key: (models | {name: found})[key] for key in MODELS if key in {*models, name}}
+        write_json(RESULT, {**record, "models": models, "machine_dependent": ["environment"]})
 
 
 def sequences(path: Path) -> list[str]:
@@ -153,4 +157,4 @@ def against(records: list[Record], ratio: float, method: str) -> Record:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -20,7 +20,8 @@ from distil_rank.compress.sites import Batch, Read, Site, observe, tokens_of
 from distil_rank.core.certificates import student_fvu
 from distil_rank.core.errors import InputError
 from distil_rank.core.linear import LowRankLinear
-from distil_rank.core.lowrank import Optimum, damped, optimum, optimum_from_outputs
+from distil_rank.core.lowrank import Optimum, optimum, optimum_from_outputs
+from distil_rank.core.metric import damped
 from distil_rank.core.moments import Moments
 from distil_rank.core.prior import merged
 from distil_rank.core.records import load_tensors, save_tensors

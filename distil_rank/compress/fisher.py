@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from distil_rank.compress.sites import Batch, Site, call, evaluating, read_mask, rows_of, watching
 from distil_rank.core.errors import InputError
-from distil_rank.core.lowrank import damped
+from distil_rank.core.metric import damped
 from distil_rank.core.randomness import generator
 
 Loss = Callable[[nn.Module, Batch, torch.Generator], Tensor]  # a sum; draws with the generator

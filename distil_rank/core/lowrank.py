@@ -28,11 +28,11 @@ from torch import Tensor
 
 from distil_rank.core.errors import InputError
 from distil_rank.core.linear import LowRankLinear, check_rank
+from distil_rank.core.metric import metric_roots
 from distil_rank.core.moments import Moments, symmetric_product
 
 RIDGE = 1e-3  # of the mean variance of changed inputs
 NULL = 1e-12  # of the largest eigenvalue: below it the rows say nothing of a direction
-DAMPING = 1e-4  # of the mean of G's diagonal: directions nobody reads still count a little
 
 
 @dataclass(frozen=True)
@@ -226,26 +226,6 @@ def output_covariance(W: Tensor, S: Tensor) -> tuple[Tensor, Tensor | None]:
         return symmetric_product(W @ S, W.T), None
     Q, R = torch.linalg.qr(W)
     return symmetric_product(R @ S, R.T), Q
-
-
-def metric_roots(metric: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
-    """R with R^T R = G, and its inverse, of a positive semidefinite G (d, d), damped.
-
-    The Cholesky factor; where rounding has made G indefinite, its square root.
-    """
-    symmetric = (metric + metric.T) / 2
-    L, failed = torch.linalg.cholesky_ex(damped(symmetric, damping))
-    if not failed:
-        return L.T, torch.linalg.solve_triangular(L.T, torch.eye(len(L)).to(L), upper=True)
-    values, vectors = torch.linalg.eigh(symmetric)
-    values = damped(values.clamp_min(0).diag(), damping).diagonal()
-    return (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
-
-
-def damped(metric: Tensor, damping: float = DAMPING) -> Tensor:
-    """G + damping * (mean of its diagonal) * I."""
-    extra = damping * metric.trace().clamp_min(1e-300) / len(metric)
-    return metric + extra * torch.eye(len(metric)).to(metric)
 
 
 def leading_directions(covariance: Tensor, count: int, left: Tensor) -> tuple[Tensor, Tensor]:
