@@ -274,18 +274,6 @@ def head() -> dict[str, Any]:
     return {"n_train": len(x), "n_val": len(held), "records": records}
 
 
-def models() -> dict[str, Any]:
-    """Ranks and baselines on whole models: those named in $COMPRESS_MODELS, the rest as it was."""
-    from benchmarks.compress_models import MODELS, compare_models
-
-    wanted = os.environ.get("COMPRESS_MODELS", " ".join(MODELS)).split()
-    found = compare_models(DATA, wanted)
-    known = (
-        read_json(RESULT, SCHEMA).get("models", {}).get("models", {}) if RESULT.is_file() else {}
-    )
-    return {**found, "models": {**known, **found["models"]}}
-
-
 def large() -> dict[str, Any]:
     """Seconds and peak memory of compressing a random ESM-2 of the 650M shape."""
     import esm
@@ -325,7 +313,6 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "prior": prior,
     "int8": int8,
     "head": head,
-    "models": models,
     "large": large,
 }
 

@@ -6,6 +6,7 @@ from distil_rank.core.records import Record
 from distil_rank.core.tables import markdown, number, with_interval
 
 SCHEMA = "distil-rank/benchmark-compress/1"
+MODELS = "distil-rank/benchmark-compress-models/1"
 
 
 def bars(record: Record) -> str:
@@ -90,57 +91,28 @@ def cells(record: Record) -> str:
 
 
 def models(record: Record) -> str:
-    """Whole models: mean over calibration draws of held-out layer FVU and perplexity."""
-    if "models" not in record:
-        return "Not measured yet."
+    """Whole models: means over calibration draws, and each method against `budget`, paired."""
     parts = []
-    for name, found in record["models"]["models"].items():
-        ratios = sorted({r["ratio"] for r in found["records"]})
-        heading = ["ranks and method"]
-        for ratio in ratios:
-            heading += [f"FVU at {ratio:g}", f"perplexity at {ratio:g}"]
-        rows = [heading]
-        for method in dict.fromkeys(r["method"] for r in found["records"]):
-            row = [method]
-            for ratio in ratios:
-                chosen = [
-                    r for r in found["records"] if r["method"] == method and r["ratio"] == ratio
-                ]
-                row.append(number(float(np.mean([r["mean_layer_fvu"] for r in chosen]))))
-                row.append(f"{np.mean([r['perplexity'] for r in chosen]):.3f}")
+    for name, found in record["models"].items():
+        rows = [["ratio", "method", "KL, nats", "hidden FVU", "layer FVU", "perplexity"]]
+        rows[0] += ["KL / budget's", "hidden FVU / budget's"]
+        paired = {(p["ratio"], p["method"]): p for p in found["against_budget"]}
+        groups: dict[tuple[float, str], list[Record]] = {}
+        for r in found["records"]:
+            groups.setdefault((r["ratio"], r["method"]), []).append(r)
+        for (ratio, method), draws in sorted(groups.items(), key=lambda item: item[0][0]):
+            keys = ("logits_kl", "hidden_fvu", "perplexity_after")
+            kl, hidden, perplexity = (np.mean([r[key]["value"] for r in draws]) for key in keys)
+            layer = np.mean([r["layer_fvu"] for r in draws])
+            row = [f"{ratio:g}", method, f"{kl:.2g}", f"{hidden:.3g}", f"{layer:.3g}"]
+            row.append(f"{perplexity:.3f}")
+            for key in keys[:2]:
+                known = paired.get((ratio, method))
+                row.append(with_interval(known[key], ".3g") if known else "1")
             rows.append(row)
-        draws = found["verdicts"][0]["draws"]
-        title = f"**{name}** (dense perplexity {found['perplexity_before']:.3f};"
-        parts.append(f"{title} means over {draws} draws)\n\n{markdown(rows)}")
+        dense = f"dense perplexity {found['perplexity']['value']:.3f}"
+        parts.append(f"**{name}** ({dense})\n\n{markdown(rows)}")
     return "\n\n".join(parts)
-
-
-PAIRS = (
-    *[("budget", other) for other in ("uniform", "plain SVD", "ASVD")],
-    *[("uniform", other) for other in ("plain SVD", "ASVD")],
-    *[("budget, sensitivity", other) for other in ("uniform", "plain SVD", "ASVD")],
-)
-
-
-def pairs(record: Record) -> str:
-    """Paired comparisons of methods over calibration draws (all of them are in the JSON)."""
-    if "models" not in record:
-        return "Not measured yet."
-    rows = [["model, ratio", "first", "second", "log FVU ratio", "", "log perplexity ratio", ""]]
-    for name, found in record["models"]["models"].items():
-        for v in found["verdicts"]:
-            if (v["first"], v["second"]) in PAIRS:
-                cells = [
-                    cell for key in ("mean_layer_fvu", "perplexity") for cell in _ordered(v[key])
-                ]
-                rows.append([f"{name}, {v['ratio']:g}", v["first"], v["second"], *cells])
-    return markdown(rows)
-
-
-def _ordered(found: dict[str, float]) -> tuple[str, str]:
-    """A log ratio with its interval, and what it says about the order."""
-    word = "better" if found["high"] < 0 else "worse" if found["low"] > 0 else "open"
-    return f"{found['log_ratio']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]", word
 
 
 def precision(record: Record) -> str:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from distil_rank.compress.sites import Batch, tokens_of
 from distil_rank.core.errors import InputError
-from distil_rank.core.randomness import generator
 from distil_rank.proteins.esm2 import CLS, EOS, ESM2, MASK, PAD, tokenise
 
 CLASSES = ("EsmModel", "EsmForMaskedLM", "GPT2Model", "GPT2LMHeadModel")
@@ -145,23 +144,25 @@ class Architecture:
             return list(batches)
         return [self.masked(batch, self.phase(batch, i)) for i, batch in enumerate(batches)]
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Negative log-likelihood summed over the predicted tokens.
+    def loss(self, model: nn.Module, batch: Batch, draws: torch.Generator) -> Tensor:
+        """Whose gradients make the metric of a layer (`fisher`): - log p of drawn tokens, summed.
 
-        Next tokens of a causal model; at masks, tokens drawn from the model itself, which gives its
-        Fisher matrix. A batch without masks gets some.
+        Next tokens of a causal model, or those at masks, drawn from the model itself; a batch
+        without masks gets some. Without logits, the last hidden states of residues count.
         """
-        tokens = _tokens(batch)
+        if not self.has_logits:
+            hidden = self.read(model, batch)[0] * self.residues(batch)[..., None]
+            return (torch.randn(hidden.shape, generator=draws).to(hidden) * hidden).sum()
         if self.causal:
-            real = batch["attention_mask"][:, 1:].bool()
-            logits = self.logits(model, batch)[:, :-1][real]
-            return nn.functional.cross_entropy(logits, tokens[:, 1:][real], reduction="sum")
-        hidden = tokens == MASK
-        if not bool(hidden.any()):
-            hidden = self.phase(batch, 3)
-            batch = self.masked(batch, hidden)
-        logs = self.logits(model, batch)[hidden].log_softmax(-1)
-        chances, draws = logs.detach().exp().cpu(), generator(0, "sampled targets")
+            logits = self.logits(model, batch)[:, :-1][batch["attention_mask"][:, 1:].bool()]
+        else:
+            hidden = _tokens(batch) == MASK
+            if not bool(hidden.any()):
+                hidden = self.phase(batch, 3)
+                batch = self.masked(batch, hidden)
+            logits = self.logits(model, batch)[hidden]
+        logs = logits.log_softmax(-1)
+        chances = logs.detach().float().exp().cpu()
         targets = torch.multinomial(chances, 1, generator=draws).to(logs.device)
         return -logs.gather(-1, targets).sum()
 

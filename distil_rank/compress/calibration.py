@@ -8,16 +8,20 @@ Padding is left out; start and end tokens are not: every residue attends to them
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from distil_rank.compress.sites import Batch, Read, Site, observe
+from distil_rank.compress.fisher import Loss, metrics
+from distil_rank.compress.sites import Batch, Read, Site, observe, tokens_of
+from distil_rank.core.certificates import student_fvu
 from distil_rank.core.errors import InputError
+from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.lowrank import Optimum, optimum, optimum_from_outputs
+from distil_rank.core.metric import damped
 from distil_rank.core.moments import Moments
 from distil_rank.core.prior import merged
 from distil_rank.core.records import load_tensors, save_tensors
@@ -34,11 +38,17 @@ class Statistics:
     side: str  # "input" or "output"
     sites: list[Site]
     folds: list[Moments]
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # G by layer; none: the identity
 
     @property
     def moments(self) -> Moments:
         """Of all folds together."""
         return self.folds[0] if len(self.folds) == 1 else merged(self.folds)
+
+    def solve(self, site: Site, moments: Moments, rank: int | None = None) -> Optimum:
+        """Closed-form students of a site, in its metric, from moments of this side."""
+        closed_form = optimum if self.side == "input" else optimum_from_outputs
+        return closed_form(site.weight, site.bias, moments, rank, self.metrics.get(site.name))
 
 
 def collect(
@@ -48,18 +58,33 @@ def collect(
     folds: int = 1,
     memory: int = MEMORY,
     inputs_only: bool = False,
+    loss: Loss | None = None,
 ) -> Iterator[Statistics]:
     """Statistics of the sites in groups of at most `memory` bytes, one pass over the batches each.
 
-    Batch i belongs to fold i modulo `folds`.
+    Protein i belongs to fold i modulo `folds`; where rows are not by protein, batch i does. loss:
+    with the metric of each layer (`fisher`), at the cost of a backward pass.
     """
-    for group in groups(sites, folds, memory, inputs_only):
+    for group in groups(sites, folds, memory, inputs_only, loss is not None):
+        proteins = 0
+        into = {s.sites[0].name: s for s in group}
         for index, batch in enumerate(batches):
-            into = {s.sites[0].name: (s.side, s.folds[index % folds]) for s in group}
+            tokens = tokens_of(batch)
+            fold_of = proteins + torch.arange(0 if tokens is None else len(tokens))
+            proteins, fold_of = proteins + len(fold_of), fold_of % folds
 
-            def see(site: Site, read: Read, into: Mapping[str, tuple[str, Moments]] = into) -> None:
-                side, moments = into[site.name]
-                update(moments, read(side), site.name)
+            def see(
+                site: Site,
+                read: Read,
+                i: int = index,
+                fold_of: Tensor = fold_of,
+                into: Mapping[str, Statistics] = into,
+            ) -> None:
+                known = into[site.name]
+                whole = folds == 1 or len(read(known.side, fold_of < 0)) > 0  # not by protein
+                for fold in [i % folds] if whole else fold_of.unique().tolist():
+                    rows = read(known.side, None if whole else fold_of == fold)
+                    update(known.folds[fold], rows, site.name)
 
             observe(model, batch, [s.sites[0] for s in group], see)
         for statistics in group:
@@ -69,6 +94,10 @@ def collect(
                     f"at least 2 calibration tokens required, layer {statistics.sites[0].name} saw"
                     f" {seen:.0f}; give proteins"
                 )
+        if loss is not None:
+            found = metrics(model, batches, [site for s in group for site in s.sites], loss)
+            for statistics in group:
+                statistics.metrics.update({s.name: found[s.name] for s in statistics.sites})
         yield from group
 
 
@@ -83,7 +112,7 @@ def update(moments: Moments, rows: Tensor, name: str) -> None:
 
 
 def groups(
-    sites: Sequence[Site], folds: int, memory: int, inputs_only: bool
+    sites: Sequence[Site], folds: int, memory: int, inputs_only: bool, metric: bool = False
 ) -> Iterator[list[Statistics]]:
     """Empty moments of layers in running order, in groups that fit into `memory` bytes."""
     readers: dict[tuple[int, int], list[Site]] = {}
@@ -96,7 +125,7 @@ def groups(
         units = [members] if shared else [[s] for s in members]
         for unit in units:
             dim = unit[0].d_in if shared else unit[0].d_out
-            size = 8 * dim**2 * folds
+            size = 8 * (dim**2 * folds + metric * sum(s.d_out**2 for s in unit))
             if group and used + size > memory:
                 yield group
                 group, used = [], 0
@@ -107,19 +136,13 @@ def groups(
         yield group
 
 
-def solve(site: Site, side: str, moments: Moments, rank: int | None = None) -> Optimum:
-    """Closed-form students of a site from the moments of either side."""
-    if side == "input":
-        return optimum(site.weight, site.bias, moments, rank)
-    return optimum_from_outputs(site.weight, site.bias, moments, rank)
-
-
 @dataclass(frozen=True)
 class Fidelity:
-    """One layer's student against its teacher on the teacher's own inputs."""
+    """One layer's student as stored, on the teacher's own inputs."""
 
-    fvu: float  # of the student as stored
-    floor: float  # no student of this rank is below it on these rows
+    fvu: float
+    loss: float  # in the layer's metric, over that of a constant
+    floor: float  # no student of this rank is below it in that metric on these rows
 
 
 def measure(
@@ -128,25 +151,21 @@ def measure(
     batches: Sequence[Batch],
     sites: Sequence[Site],
     memory: int = MEMORY,
+    loss: Loss | None = None,
 ) -> dict[str, Fidelity]:
-    """FVU of every student beside its floor, on the dense model's activations."""
+    """What every student loses on the dense model's activations, and no student avoids."""
     chosen = [s for s in sites if s.name in students]
-    errors = {s.name: 0.0 for s in chosen}
-
-    def see(site: Site, read: Read) -> None:
-        error = read("output").double() - students[site.name](read("input")).double()
-        errors[site.name] += float(error.square().sum())
-
-    for batch in batches:
-        observe(model, batch, chosen, see)
     found = {}
-    for statistics in collect(model, batches, chosen, memory=memory):
+    for statistics in collect(model, batches, chosen, 1, memory, inputs_only=True, loss=loss):
+        moments = statistics.moments
         for site in statistics.sites:
-            rank = cast(int, students[site.name].rank)
-            best = solve(site, statistics.side, statistics.moments, rank)
-            scale = best.variance * statistics.moments.count
-            fvu = errors[site.name] / scale if scale > 0 else 0.0
-            found[site.name] = Fidelity(fvu, float(best.fvu[rank]))
+            student = cast(LowRankLinear, students[site.name])
+            best = statistics.solve(site, moments, student.rank)
+            fvu = lost = student_fvu(site, student, moments)
+            if site.name in statistics.metrics:
+                metric = damped(statistics.metrics[site.name])
+                lost = student_fvu(site, student, moments, best.variance, metric)
+            found[site.name] = Fidelity(fvu, lost, float(best.fvu[student.rank]))
     return found
 
 

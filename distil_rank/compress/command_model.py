@@ -4,8 +4,10 @@
     distil-rank compress model gpt2_folder/ --fasta proteins.fasta --ratio 0.5 \
         --sequential --recover 300 --merge --out small/
 
-MODEL is a name (nano-64, esm2_t6_8M_UR50D), a fair-esm .pt file or a Hugging Face folder of an
-ESM-2 or GPT-2. The output folder has the weights (model.safetensors), certificate.json,
+Every layer is fitted in the metric of what the model makes of its output: the likelihood's Fisher
+matrix, or the squared error of the hidden states of an encoder without a head. MODEL is a name
+(nano-64, esm2_t6_8M_UR50D), a fair-esm .pt file or a Hugging Face folder of an ESM-2 or GPT-2. The
+output folder has the weights (model.safetensors, as narrow as the source's), certificate.json,
 report.json, report.png and a README that loads them: `distil_rank.load("small/")` gives a torch
 module. Layers whose factors would not be smaller stay dense.
 """
@@ -14,7 +16,6 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import tyro
@@ -22,13 +23,13 @@ from torch import nn
 
 from distil_rank.compress.architectures import Architecture
 from distil_rank.compress.calibration import collect, load_prior, save_prior
-from distil_rank.compress.dense_models import Dense, load_dense
+from distil_rank.compress.dense_models import Dense, load_dense, weights_dtype
 from distil_rank.compress.evaluate import compare, cost, mutation_effects
-from distil_rank.compress.models import compress_model, quantise_model
+from distil_rank.compress.models import compress_model, quantise_model, rounded
 from distil_rank.compress.recover import recover
 from distil_rank.compress.report import SCHEMA, draw, readme, summary
 from distil_rank.compress.sites import Batch, find_sites, trace
-from distil_rank.compress.storage import save, save_merged
+from distil_rank.compress.storage import WEIGHTS, save, save_merged
 from distil_rank.core.devices import pick_device
 from distil_rank.core.errors import InputError, at_least
 from distil_rank.core.randomness import generator
@@ -41,6 +42,7 @@ from distil_rank.core.records import (
     shown_path,
     write_json,
 )
+from distil_rank.core.resume import Checkpoint
 from distil_rank.proteins.fasta import clean_proteins, read_fasta
 from distil_rank.proteins.variants import Assay, read_assays
 
@@ -54,8 +56,6 @@ class Config:
     held_out_fasta: Path | None = None  # FASTA to measure on, instead of a share of --fasta
     held_out: float = 0.1  # share of the proteins kept aside
     max_length: int = 1022  # longest protein in residues
-    method: Literal["budget", "energy", "uniform"] = "budget"  # how layers share the parameters
-    sensitivity: bool = False  # weigh layers by the gradient of the model's own loss
     sequential: bool = False  # fit each block to what the compressed blocks before it do
     include: tuple[str, ...] = ("*",)  # name patterns of the layers to compress
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
@@ -84,21 +84,22 @@ def run(config: Config) -> None:
         require_writable(config.moments_out.absolute().parent)
         if config.moments_out.is_dir():
             raise InputError(f"a file required for --moments-out, {config.moments_out} is a folder")
+    checkpoint = recovery_checkpoint(config, dense, fitted) if config.recover else None
     if config.moments_out is not None:
         write_moments(config, model, batches)
     small, report = compress_model(
         *(model, batches, config.ratio),
-        method=config.method,
         include=config.include,
         exclude=config.exclude,
         held_out=architecture.calibration(tests),
-        loss=architecture.loss if config.sensitivity else None,
+        loss=architecture.loss,
         sequential=config.sequential,
         prior=prior,
     )
     record: Record = {"schema": SCHEMA, "compression": report.record()}
-    if config.recover:
-        small = recovered(config, architecture, model, small, raw, tests, record)
+    if checkpoint is not None:
+        small = recovered(config, architecture, model, small, raw, tests, record, checkpoint)
+    small = rounded(small, weights_dtype(model))
     if config.int8:
         small, certificates = quantise_model(small, batches)
         record["int8"] = {name: asdict(c) for name, c in certificates.items()}
@@ -120,6 +121,8 @@ def run(config: Config) -> None:
     }
     text = readme(Path(config.model).name, architecture.class_name, record, out)
     save(small, out, architecture, certificate=record["compression"], readme=text)
+    written = (out / WEIGHTS).stat().st_size
+    record["cost"] |= {"bytes_before": dense.bytes, "bytes_after": written}
     write_json(out / "report.json", record)
     draw(out)
     if config.merge:
@@ -141,11 +144,6 @@ def checked(
     architecture = dense.architecture
     if config.merge and architecture.kind != "transformers":
         raise InputError("--merge needs a Hugging Face model, got a fair-esm one; leave it out")
-    if config.sensitivity and not architecture.has_logits:
-        raise InputError(
-            "--sensitivity needs a model with a language-model head,"
-            f" got {architecture.class_name}; leave it out"
-        )
     assays = []
     if config.dms is not None:
         if architecture.causal or not architecture.has_logits:
@@ -195,9 +193,17 @@ def note(line: str) -> None:
 def write_moments(config: Config, model: nn.Module, batches: list[Batch]) -> None:
     """The dense model's moments on these proteins, for use as a prior elsewhere."""
     assert config.moments_out is not None
-    sites = trace(model, batches[0], find_sites(model, config.include, config.exclude))
+    sites = trace(model, batches, find_sites(model, config.include, config.exclude))
     found = collect(model, batches, sites)
     save_prior(config.moments_out, found, model=Path(config.model).name)
+
+
+def recovery_checkpoint(config: Config, dense: Dense, fitted: list[str]) -> Checkpoint:
+    """Where --recover is saved now and then; InputError where another request left its state."""
+    path = config.out.absolute().parent / f".{config.out.name}.recovery.pt"
+    found = Checkpoint(path, config_record(config), dense.sha256, fitted)
+    found.load()
+    return found
 
 
 def recovered(
@@ -208,9 +214,9 @@ def recovered(
     raw: list[Batch],
     tests: list[Batch],
     record: Record,
+    checkpoint: Checkpoint,
 ) -> nn.Module:
     """The model after --recover steps, which an interrupted command goes on with."""
-    checkpoint = config.out.absolute().parent / f".{config.out.name}.recovery.pt"
     record["before_recovery"] = compare(architecture, model, small, tests, seed=config.seed)
     better, losses = recover(
         *(architecture, model, small, raw, config.recover),

@@ -32,6 +32,15 @@ class Dense(NamedTuple):
     architecture: Architecture
     source: Path
     sha256: str
+    bytes: int  # of all weight files
+
+
+def weights_dtype(model: nn.Module) -> torch.dtype:
+    """The narrowest floating-point dtype that holds all parameters exactly."""
+    for dtype in (torch.float16, torch.bfloat16):
+        if all(torch.equal(p.to(dtype).to(p.dtype), p) for p in model.parameters()):
+            return dtype
+    return torch.float32
 
 
 def load_dense(name: str, device: torch.device | str = "cpu") -> Dense:
@@ -44,10 +53,11 @@ def load_dense(name: str, device: torch.device | str = "cpu") -> Dense:
         digest = digests[0] if len(digests) == 1 else fingerprint(digests)
     else:
         model, _, digest = load_model(name, head=True)
-        source = path
+        source, files = path, [path]
     architecture = describe(model, path if path.is_dir() else None)
     assert architecture is not None
-    return Dense(model.to(device), architecture, source, digest)
+    size = sum(file.stat().st_size for file in files)
+    return Dense(model.to(device), architecture, source, digest, size)
 
 
 def _from_folder(folder: Path) -> nn.Module:

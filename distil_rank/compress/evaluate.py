@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from distil_rank.compress.architectures import PHASES, Architecture
-from distil_rank.compress.quantise import module_bytes
 from distil_rank.compress.sites import Batch, call, evaluating, tokens_of
 from distil_rank.core.intervals import DRAWS, bootstrap_counts, percentile_interval
 from distil_rank.core.moments import Moments
@@ -139,7 +138,7 @@ def mutation_effects(
 
 
 def cost(dense: nn.Module, small: nn.Module, batch: Batch, rounds: int = 10) -> dict[str, Any]:
-    """Bytes in memory and milliseconds per forward pass, timed in turn."""
+    """Milliseconds per forward pass, timed in turn."""
     tokens = tokens_of(batch)
     cuda = tokens.device if tokens is not None and tokens.is_cuda else None
     samples = []
@@ -157,8 +156,6 @@ def cost(dense: nn.Module, small: nn.Module, batch: Batch, rounds: int = 10) -> 
     low, median, high = (float(q) for q in np.percentile(times[:, 0] / times[:, 1], [25, 50, 75]))
     before, after = (float(t) for t in np.median(times, 0))
     return {
-        "bytes_before": module_bytes(dense),
-        "bytes_after": module_bytes(small),
         "batch": None if tokens is None else list(tokens.shape),
         "threads": torch.get_num_threads(),
         "rounds": rounds,

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from distil_rank.compress.calibration import (
     MEMORY,
@@ -22,17 +23,18 @@ from distil_rank.compress.calibration import (
     Statistics,
     collect,
     measure,
-    solve,
 )
+from distil_rank.compress.fisher import Loss, probed
 from distil_rank.compress.quantise import Int8Certificate, Int8LowRank, certify_int8, quantise
 from distil_rank.compress.ranks import METHODS, Asked, allocated, given, largest_rank
-from distil_rank.compress.sensitivity import Loss, layer_importance
 from distil_rank.compress.sequential import sequential_students
 from distil_rank.compress.sites import Batch, Site, find_sites, trace
 from distil_rank.core.errors import InputError
 from distil_rank.core.linear import LowRankLinear
-from distil_rank.core.lowrank import Joint, Optimum
+from distil_rank.core.lowrank import Joint, Optimum, require_finite
 from distil_rank.core.prior import FOLDS, Blend, blended_moments
+
+UNREAD = 1e-30  # trace of the metric of a layer that nothing depends on
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,10 @@ class LayerReport:
     note: str  # why it stayed dense, or ""
     parameters: int  # before, bias excluded
     parameters_after: int
-    fvu: float | None = None  # expected on the calibration rows, which is the floor there
-    held_out_fvu: float | None = None  # as stored, on the dense model's held-out activations
-    held_out_floor_fvu: float | None = None  # no student of this rank is below it there
+    loss: float | None = None  # in the layer's metric, over that of a constant; the floor there
+    held_out_loss: float | None = None  # as stored, on the dense model's held-out activations
+    held_out_floor: float | None = None  # no student of this rank is below it there
+    held_out_fvu: float | None = None  # the same error without the metric
     prior_weight: float | None = None
 
 
@@ -65,11 +68,10 @@ class ModelReport:
     allocation: dict[str, float] | None  # cost, loss, Lagrange bound, relative gap, multiplier
 
     @property
-    def mean_fvu(self) -> float:
-        """Over all chosen layers, dense ones counting 0; held out where measured."""
-        found = [x for x in self.layers if x.rank is not None]
-        values = [x.fvu if x.held_out_fvu is None else x.held_out_fvu for x in found]
-        return sum(v for v in values if v is not None) / max(1, len(self.layers))
+    def mean_fvu(self) -> float | None:
+        """On held-out rows, over all chosen layers, dense ones counting 0."""
+        found = [x.held_out_fvu for x in self.layers if x.held_out_fvu is not None]
+        return sum(found) / len(self.layers) if found else None
 
     def record(self) -> dict[str, Any]:
         return {**asdict(self), "mean_fvu": self.mean_fvu}
@@ -85,7 +87,7 @@ def compress_model(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     held_out: Iterable[Batch] | None = None,
-    loss: Loss | None = None,
+    loss: Loss | None = probed,
     sequential: bool = False,
     prior: Prior | None = None,
     never_slower: bool = True,
@@ -95,8 +97,9 @@ def compress_model(
 
     The layers are those whose names match `include` and not `exclude`.
     ratio: their parameters after / before; or `ranks`, one for all or by name.
-    method: uniform, energy or budget (see `ranks`).
-    loss: weigh layers by the gradient of this loss (see `sensitivity`).
+    method: budget or uniform (see `ranks`).
+    loss: whose change is to be small: the squared error of the model's outputs, or a likelihood
+    (see `fisher`); None: the sum of the layers' own FVUs.
     sequential: fit each block to what the compressed blocks before it do.
     prior: moments of other proteins by layer name, blended in where they help.
     never_slower: layers whose factors would not be smaller stay dense.
@@ -111,18 +114,19 @@ def compress_model(
     batches = list(batches)
     _check(batches, ratio, ranks, method)
     sites = find_sites(model, include, exclude)
-    run = trace(model, batches[0], sites)
-    importance = {} if loss is None else layer_importance(model, batches, run, loss)
-    groups = collect(model, batches, run, FOLDS if prior else 1, memory)
-    solved, blends = _solved(len(run), groups, prior, ratio, ranks, never_slower)
+    run = trace(model, batches, sites)
+    groups = collect(model, batches, run, FOLDS if prior else 1, memory, loss=loss)
+    metrics: dict[str, Tensor] | None = {} if sequential else None
+    solved, blends = _solved(len(run), groups, prior, ratio, ranks, never_slower, metrics)
     if ranks is not None:
         allocation, chosen = None, given(run, ranks, never_slower)
+        chosen = {name: rank if name in solved else None for name, rank in chosen.items()}
     else:
         assert ratio is not None
-        found = allocated(run, solved, ratio, method, importance)
+        found = allocated(run, solved, ratio, method, None if loss is None else 1.0)
         allocation, chosen = found.record(), found.ranks
     if sequential:
-        small = sequential_students(model, batches, run, chosen, solved)
+        small = sequential_students(model, batches, run, chosen, solved, metrics or {})
     else:
         students = {s: solved[s.name].student(r) for s in run if (r := chosen[s.name])}
         small = replaced(
@@ -131,7 +135,7 @@ def compress_model(
     held: Mapping[str, Fidelity] = {}
     if held_out is not None:
         low_rank = {s.name: small.get_submodule(s.name) for s in run if chosen[s.name]}
-        held = measure(model, low_rank, list(held_out), run, memory)
+        held = measure(model, low_rank, list(held_out), run, memory, loss)
     layers = [_layer_report(s, chosen, solved, held, blends) for s in sites]
     how = method if ranks is None else "given"
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
@@ -160,6 +164,7 @@ def _solved(
     ratio: float | None,
     ranks: Asked | None,
     never_slower: bool,
+    metrics: dict[str, Tensor] | None,
 ) -> tuple[dict[str, Optimum], dict[str, Blend]]:
     """Students of every rank of every layer that can shrink, and what was blended in."""
     from tqdm import tqdm
@@ -170,6 +175,8 @@ def _solved(
         for statistics in groups:
             for site in statistics.sites:
                 bar.update()
+                if metrics is not None:
+                    metrics |= statistics.metrics
                 limit = largest_rank(site.d_in, site.d_out, never_slower)
                 if limit < 1:
                     continue
@@ -185,7 +192,9 @@ def _solved(
                     moments, blends[site.name] = blended_moments(
                         site.weight, side, statistics.folds, known, near
                     )
-                solved[site.name] = solve(site, statistics.side, moments, limit)
+                metric = statistics.metrics.get(site.name)
+                if metric is None or float(metric.trace()) > UNREAD:
+                    solved[site.name] = statistics.solve(site, moments, limit)
     return solved, blends
 
 
@@ -204,6 +213,18 @@ def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
     )
 
 
+def rounded(small: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Copy of a model with factors that `dtype` holds exactly: as narrow on disk as its source."""
+    result = copy.deepcopy(small)
+    for part in result.modules():
+        if isinstance(part, LowRankLinear):
+            with torch.no_grad():
+                for p in part.parameters():
+                    p.copy_(p.to(dtype))
+            require_finite(part)
+    return result
+
+
 def _layer_report(
     site: Site,
     chosen: Mapping[str, int | None],
@@ -213,15 +234,18 @@ def _layer_report(
 ) -> LayerReport:
     name, rank, dense = site.name, chosen.get(site.name), site.parameters
     if rank is None:
-        note = (
-            "factors would not be smaller" if name in chosen else "not called in the forward pass"
-        )
+        note = "not called in the forward pass"
+        if name in chosen:
+            note = "factors would not be smaller"
+            if name not in solved and site.parameters > site.d_in + site.d_out:
+                note = "the loss does not depend on it"
         return LayerReport(name, site.d_in, site.d_out, None, note, dense, dense)
     return LayerReport(
         *(name, site.d_in, site.d_out, rank, "", dense, rank * (site.d_in + site.d_out)),
-        fvu=float(solved[name].fvu[rank]),
+        loss=float(solved[name].fvu[rank]),
+        held_out_loss=held[name].loss if name in held else None,
+        held_out_floor=held[name].floor if name in held else None,
         held_out_fvu=held[name].fvu if name in held else None,
-        held_out_floor_fvu=held[name].floor if name in held else None,
         prior_weight=blends[name].weight if name in blends else None,
     )
 
@@ -239,7 +263,7 @@ def quantise_model(
             "a model with low-rank layers required for int8, all of them stayed dense;"
             " lower the ratio"
         )
-    sites = trace(small, batches[0], [Site(f"{name}.A", x.A) for name, x in low_rank.items()])
+    sites = trace(small, batches, [Site(f"{name}.A", x.A) for name, x in low_rank.items()])
     quantised: dict[str, Int8LowRank] = {}
     certificates = {}
     for statistics in collect(small, batches, sites, memory=memory, inputs_only=True):

@@ -2,13 +2,16 @@
 
 Layer l at rank r loses importance_l * sum_{i>r} lambda_{l,i} and costs r (d_in + d_out) parameters;
 left dense it loses nothing and costs d_in d_out. `budget` minimizes the total loss: it walks the
-lower convex hulls of all layers' (cost, loss) points by falling gain per parameter. For every
-multiplier mu >= 0
+lower convex hulls of all layers' (cost, loss) points by falling gain per parameter, takes uniform
+ranks where those are better, and then searches what could still be better. For every mu >= 0
 
     min_ranks loss(ranks)  >=  sum_l min_r [ loss_l(r) + mu cost_l(r) ] - mu budget   (weak duality)
 
-so the right-hand side certifies what no choice of ranks under the budget can beat. A layer whose
-factors would cost as much as the dense layer stays dense, whatever the method.
+so the right-hand side certifies what no choice of ranks under the budget can beat. An option of a
+layer whose term exceeds the layer's least one by more than the gap between loss and bound is in no
+better choice. Few options are left, and a search over their sums is exact, unless it would have to
+keep more than WIDEST of them: then the best so far stands, with its gap. A layer whose factors
+would cost as much as the dense layer stays dense, whatever the method.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from distil_rank.compress.sites import Site
 from distil_rank.core.errors import InputError
 from distil_rank.core.lowrank import Optimum
 
-METHODS = ("uniform", "energy", "budget")
+METHODS = ("uniform", "budget")
+WIDEST = 20_000  # partial choices that the exact search keeps
 Array = NDArray[np.float64]
 Ranks = list[int | None]  # one a layer; None: dense
 Asked = int | Mapping[str, int | None]  # one rank for all layers, or by name
@@ -105,13 +109,13 @@ def allocated(
     solved: Mapping[str, Optimum],
     ratio: float,
     method: str,
-    importance: Mapping[str, float],
+    importance: float | None,
 ) -> Allocation:
     """Ranks of a model's layers at this ratio of their cost; layers not solved stay dense."""
     layers = []
     for s in sites:
         tails = solved[s.name].tails.cpu().numpy() if s.name in solved else np.zeros(1)
-        layers.append(Layer(s.name, s.d_in, s.d_out, tails, importance.get(s.name)))
+        layers.append(Layer(s.name, s.d_in, s.d_out, tails, importance))
     return allocate(layers, ratio * sum(layer.dense_cost for layer in layers), method)
 
 
@@ -131,8 +135,8 @@ def given(sites: Sequence[Site], asked: Asked, never_slower: bool) -> dict[str, 
 def allocate(layers: Sequence[Layer], budget: float, method: str = "budget") -> Allocation:
     """Choose the rank of every layer so that the total cost stays within `budget`.
 
-    `uniform`: every layer keeps the same fraction of its parameters; `energy`: every layer has the
-    same FVU; `budget`: the total weighted loss is as small as the greedy walk makes it.
+    `uniform`: every layer keeps the same fraction of its parameters; `budget`: the total weighted
+    loss is least, up to the gap that the result states.
     """
     if method not in METHODS:
         raise InputError(f"a method out of {', '.join(METHODS)} required, got {method!r}")
@@ -142,12 +146,19 @@ def allocate(layers: Sequence[Layer], budget: float, method: str = "budget") -> 
             f"a budget of at least {floor:.0f} (rank 1 everywhere) required, got {budget:.0f};"
             " ask for less"
         )
-    chosen = {"uniform": _uniform, "energy": _energy, "budget": _budget}[method](layers, budget)
-    cost = sum(layer.cost(r) for layer, r in zip(layers, chosen))
-    loss = sum(layer.loss(r) for layer, r in zip(layers, chosen))
     bound, multiplier = dual_bound(layers, budget)
+    chosen = _uniform(layers, budget)
+    if method == "budget":
+        chosen = min(_budget(layers, budget), chosen, key=lambda ranks: _loss(layers, ranks))
+        chosen = _exact(layers, budget, chosen, multiplier, bound)
+    cost = sum(layer.cost(r) for layer, r in zip(layers, chosen))
+    loss = _loss(layers, chosen)
     ranks = {layer.name: rank for layer, rank in zip(layers, chosen)}
     return Allocation(ranks, budget, cost, loss, min(bound, loss), multiplier)
+
+
+def _loss(layers: Sequence[Layer], ranks: Ranks) -> float:
+    return sum(layer.loss(rank) for layer, rank in zip(layers, ranks))
 
 
 def _uniform(layers: Sequence[Layer], budget: float) -> Ranks:
@@ -157,15 +168,6 @@ def _uniform(layers: Sequence[Layer], budget: float) -> Ranks:
 
     def rank(layer: Layer, fraction: float) -> int:
         return int(fraction * layer.d_in * layer.d_out / (layer.d_in + layer.d_out))
-
-    return _largest(rank, layers, budget)
-
-
-def _energy(layers: Sequence[Layer], budget: float) -> Ranks:
-    """The smallest common FVU that fits."""
-
-    def rank(layer: Layer, kept: float) -> int:
-        return int((layer.tails > (1 - kept) * layer.variance).sum())
 
     return _largest(rank, layers, budget)
 
@@ -231,6 +233,40 @@ def _budget(layers: Sequence[Layer], budget: float) -> Ranks:
             chosen[index] = rank + extra
             left -= extra * layers[index].rank_cost
     return chosen
+
+
+def _exact(layers: Sequence[Layer], budget: float, known: Ranks, mu: float, bound: float) -> Ranks:
+    """The best choice of ranks: `known`, or a better one by a search over what the bound allows."""
+    gap = (_loss(layers, known) - bound) * (1 + 1e-9)
+    costs, losses, excess = np.zeros(1), np.zeros(1), np.zeros(1)
+    taken: list[tuple[NDArray[np.int64], Ranks]] = []  # of each layer: parent and option, and ranks
+    for layer in layers:
+        ranks: Ranks = [*range(1, layer.limit + 1), None]
+        cost = np.array([layer.cost(r) for r in ranks])
+        loss = np.array([layer.loss(r) for r in ranks])
+        extra = loss + mu * cost
+        extra = extra - extra.min()
+        sums = (excess[:, None] + extra).ravel()
+        kept = np.flatnonzero((sums <= gap) & ((costs[:, None] + cost).ravel() <= budget))
+        excess, costs, losses = (
+            np.add.outer(a, b).ravel()[kept]
+            for a, b in ((excess, extra), (costs, cost), (losses, loss))
+        )
+        order = np.lexsort((losses, costs))  # of partial choices, those that cost or lose less
+        least = np.minimum.accumulate(losses[order])
+        order = order[np.r_[True, losses[order][1:] < least[:-1]]] if len(order) else order
+        if not 0 < len(order) <= WIDEST:
+            return known
+        excess, costs, losses = excess[order], costs[order], losses[order]
+        taken.append((kept[order], ranks))
+    best = int(losses.argmin())
+    if losses[best] >= _loss(layers, known):
+        return known
+    found: Ranks = []
+    for chosen, ranks in reversed(taken):
+        best, option = divmod(int(chosen[best]), len(ranks))
+        found.insert(0, ranks[option])
+    return found
 
 
 def dual_bound(layers: Sequence[Layer], budget: float) -> tuple[float, float]:

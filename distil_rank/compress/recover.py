@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from distil_rank.compress.architectures import PHASES, Architecture
-from distil_rank.compress.sites import Batch, evaluating, tokens_of
+from distil_rank.compress.sites import Batch, evaluating
 from distil_rank.core.errors import InputError
 from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.randomness import generator
@@ -32,7 +31,7 @@ def recover(
     steps: int,
     learning_rate: float = LEARNING_RATE,
     seed: int = 0,
-    checkpoint: str | Path | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[nn.Module, list[float]]:
     """A copy of `small` with trained factors, and the loss of every step.
 
@@ -53,17 +52,13 @@ def recover(
     draws = generator(seed, "recovery batches")
     order = torch.randint(len(batches), (steps,), generator=draws).tolist()
     phases = torch.randint(PHASES, (steps,), generator=draws).tolist()
-    saved = None
     losses: list[float] = []
-    if checkpoint is not None:
-        data = [tokens_of(batch) for batch in batches]
-        saved = Checkpoint(checkpoint, steps, learning_rate, seed, parameters, data)
-        if state := saved.load():
-            losses = state["losses"]
-            optimizer.load_state_dict(state["optimizer"])
-            with torch.no_grad():
-                for p, value in zip(parameters, state["parameters"]):
-                    p.copy_(value)
+    if checkpoint is not None and (state := checkpoint.load()):
+        losses = state["losses"]
+        optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            for p, value in zip(parameters, state["parameters"]):
+                p.copy_(value)
     done = len(losses)
     with evaluating(dense), evaluating(student):
         for step in trange(done, steps, initial=done, total=steps, desc="recovery", disable=None):
@@ -75,13 +70,13 @@ def recover(
             value.backward()
             optimizer.step()
             losses.append(float(value.detach()))
-            if saved is not None and (step + 1) % SAVE_EVERY == 0 and step + 1 < steps:
+            if checkpoint is not None and (step + 1) % SAVE_EVERY == 0 and step + 1 < steps:
                 values = [p.detach() for p in parameters]
                 state = {"parameters": values, "optimizer": optimizer.state_dict()}
-                saved.save({**state, "losses": losses})
+                checkpoint.save({**state, "losses": losses})
         start, end = (_first(architecture, dense, m, batches) for m in (small, student))
-    if saved is not None:
-        saved.clear()
+    if checkpoint is not None:
+        checkpoint.clear()
     student = student if end < start else copy.deepcopy(small)
     return student.requires_grad_(False), losses
 

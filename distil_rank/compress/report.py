@@ -24,15 +24,16 @@ def summary(record: Record, out: Path) -> str:
         f"parameters {found['parameters']} -> {found['parameters_after']},"
         f" bytes {money['bytes_before']} -> {money['bytes_after']},"
         f" forward pass {money['speedup']['median']:.2f} x as fast",
-        f"mean layer FVU {found['mean_fvu']:.4g},"
-        f" hidden-state FVU {evaluation['hidden_fvu']['value']:.4g}",
     ]
-    if "perplexity_ratio" in evaluation:
+    hidden = f"hidden-state FVU {evaluation['hidden_fvu']['value']:.4g}"
+    if "perplexity_ratio" not in evaluation:
+        lines.append(hidden)
+    else:
         before, after, ratio = (evaluation[f"perplexity_{k}"] for k in ("before", "after", "ratio"))
+        lines.append(f"KL to the dense model {evaluation['logits_kl']['value']:.4g} nats, {hidden}")
         lines.append(
             f"{evaluation['kind']} {before['value']:.4g} -> {after['value']:.4g},"
-            f" ratio {ratio['value']:.4g} [{ratio['low']:.4g}, {ratio['high']:.4g}];"
-            f" logits KL {evaluation['logits_kl']['value']:.4g} nats"
+            f" ratio {ratio['value']:.4g} [{ratio['low']:.4g}, {ratio['high']:.4g}]"
         )
     if "mutations" in record:
         before, after = (record["mutations"][f"mean_spearman_{k}"] for k in ("before", "after"))
@@ -43,16 +44,20 @@ def summary(record: Record, out: Path) -> str:
 def readme(name: str, class_name: str, record: Record, out: Path) -> str:
     """README.md of the folder."""
     evaluation = record["evaluation"]
-    ratio = evaluation.get("perplexity_ratio")
-    hidden = f"hidden FVU {evaluation['hidden_fvu']['value']:.3g}"
-    loss = f"perplexity x {ratio['value']:.4g}" if ratio else hidden
     return f"""{name} with {record["compression"]["parameters_after"]} parameters, compressed by \
-Distil-Rank; {loss} on {evaluation["proteins"]} held-out proteins (see report.json, report.png).
+Distil-Rank; {lead(evaluation)} on {evaluation["proteins"]} held-out proteins (see report.json).
 ```python
 import distil_rank
 model = distil_rank.load("{out.name}")  # {class_name}, same inputs and outputs as before
 ```
 """
+
+
+def lead(evaluation: Record) -> str:
+    """The one figure: KL to the dense model, or what its hidden states lost without a head."""
+    if "logits_kl" in evaluation:
+        return f"KL {evaluation['logits_kl']['value']:.3g} nats"
+    return f"hidden-state FVU {evaluation['hidden_fvu']['value']:.3g}"
 
 
 def draw(folder: str | Path) -> Path:
@@ -80,16 +85,14 @@ def draw(folder: str | Path) -> Path:
 def title(record: Record) -> str:
     found, name = record["compression"], Path(record["config"]["model"]).name
     text = f"{name}: {found['parameters']:,} → {found['parameters_after']:,} parameters"
-    ratio = record["evaluation"].get("perplexity_ratio")
-    return text + (f", perplexity × {ratio['value']:.3f}" if ratio else "")
+    return f"{text}, {lead(record['evaluation'])}"
 
 
 def caption(record: Record) -> str:
     found, data, evaluation = record["compression"], record["data"], record["evaluation"]
     steps = len(record.get("recovery_loss", ()))
     how = [
-        f"{found['method']} ranks at ratio {found['ratio']:g}"
-        + (" by sensitivity" if record["config"]["sensitivity"] else ""),
+        f"ratio {found['ratio']:g}",
         *(["sequential"] if found["sequential"] else []),
         *([f"{steps} recovery steps"] if steps else []),
         *(["int8 factors"] if "int8" in record else []),
@@ -115,19 +118,22 @@ def kinds(record: Record) -> dict[str, str]:
 
 
 def fidelity(axes: Any, record: Record, colors: dict[str, str]) -> None:
-    """FVU of each layer on held-out activations, and the floor."""
+    """Loss of each layer in its metric on held-out activations, the floor, and the plain FVU."""
     layers = record["compression"]["layers"]
     for i, layer in enumerate(layers):
-        if layer["held_out_fvu"] is None:
+        if layer["held_out_loss"] is None:
             continue
         color = colors[kind_of(layer["name"])]
-        floor, fvu = (max(layer[f"held_out_{k}fvu"], SMALLEST) for k in ("floor_", ""))
-        axes.plot([i, i], [floor, fvu], color=color, lw=1.5)
-        axes.plot(i, fvu, "o", color=color, ms=6)
+        floor, loss, fvu = (max(layer[f"held_out_{k}"], SMALLEST) for k in ("floor", "loss", "fvu"))
+        axes.plot([i, i], [floor, loss], color=color, lw=1.5)
+        axes.plot(i, loss, "o", color=color, ms=6)
+        axes.plot(i, fvu, "x", color=color, ms=6)
         axes.plot(i, floor, "_", color=INK, ms=9, mew=1.6)
     axes.set_yscale("log")
-    axes.set_title("Loss of each layer, held out   (● student, — floor: no student is below)")
-    axes.set_ylabel("FVU of the layer's output (log)")
+    axes.set_title(
+        "Loss of each layer, held out   (● in its metric, — floor: none is below, × FVU)"
+    )
+    axes.set_ylabel("loss over that of a constant (log)")
     axes.set_xlabel("layer, in the model's order")
     axes.set_xlim(-1, len(layers))
 
@@ -154,7 +160,7 @@ def ranks(axes: Any, record: Record, colors: dict[str, str]) -> None:
 def quality(axes: Any, record: Record) -> None:
     """Losses of the whole model with their intervals, on one log axis."""
     rows: list[tuple[str, list[float], str]] = []
-    names = {"hidden_fvu": "hidden-state FVU", "logits_kl": "logits KL (nats)"}
+    names = {"logits_kl": "logits KL (nats)", "hidden_fvu": "hidden-state FVU"}
     names |= {"perplexity_ratio": "perplexity ratio - 1"}
     for key, name in names.items():
         old = record.get("before_recovery")

@@ -46,6 +46,7 @@ def sequential_students(
     sites: Sequence[Site],
     ranks: Mapping[str, int | None],
     solved: Mapping[str, Optimum],
+    metrics: Mapping[str, Tensor],
 ) -> nn.Module:
     """The compressed model, block by block.
 
@@ -59,7 +60,11 @@ def sequential_students(
         for site in block:
             rank = ranks[site.name]
             assert rank is not None
-            best = joints[site.name].optimum(site.weight, rank=rank) if index else solved[site.name]
+            best = solved[site.name]
+            if index:
+                best = joints[site.name].optimum(
+                    site.weight, metric=metrics.get(site.name), rank=rank
+                )
             student = best.student(rank).to(site.weight)
             small.set_submodule(site.name, student.train(site.module.training))
     return small

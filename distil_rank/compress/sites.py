@@ -15,7 +15,8 @@ from distil_rank.core.errors import InputError
 
 Batch = Any  # a token tensor (model(batch)), a mapping (model(**batch)) or a tuple (model(*batch))
 Hook = Callable[["Site", Tensor, Tensor], Tensor | None]
-Read = Callable[[str], Tensor]  # "input" or "output" -> rows (n, d) that count
+Read = Callable[..., Tensor]  # "input" or "output", proteins (B,) or None -> rows that count (n, d)
+TRACED = 4  # batches, to find layers that some batches alone call (experts)
 
 
 @dataclass(frozen=True)
@@ -130,29 +131,32 @@ def read_mask(model: nn.Module, batch: Batch) -> Tensor | None:
     return ~torch.isin(tokens, torch.tensor(known, dtype=tokens.dtype, device=tokens.device))
 
 
-def trace(model: nn.Module, batch: Batch, sites: Sequence[Site]) -> list[Site]:
-    """The sites that one forward pass calls, in running order, with how it calls them."""
-    tokens = tokens_of(batch)
-    if tokens is not None and tokens.shape[0] == tokens.shape[1] > 1:
-        batch = _without_last_row(batch, len(tokens))  # else (B, T) and (T, B) look alike
-        tokens = tokens_of(batch)
-    shape = None if tokens is None else tuple(tokens.shape)
+def trace(model: nn.Module, batches: Sequence[Batch], sites: Sequence[Site]) -> list[Site]:
+    """The sites that the first batches call, in running order, with how they call them."""
     found: dict[str, Site] = {}
     kept: list[Tensor] = []  # alive until the end, so that no id is used twice
+    for batch in batches[:TRACED]:
+        tokens = tokens_of(batch)
+        if tokens is not None and tokens.shape[0] == tokens.shape[1] > 1:
+            batch = _without_last_row(batch, len(tokens))  # else (B, T) and (T, B) look alike
+            tokens = tokens_of(batch)
+        shape = None if tokens is None else tuple(tokens.shape)
 
-    def see(site: Site, x: Tensor, _: Tensor) -> None:
-        if site.name in found:
-            return
-        kept.append(x)
-        rows, layout = x.numel() // x.shape[-1], "all"
-        if shape is not None and x.ndim == 3 and x.shape[:2] in (shape, shape[::-1]):
-            layout = "bt" if x.shape[:2] == shape else "tb"
-        elif shape is not None and x.ndim == 2 and rows == shape[0] * shape[1] and shape[1] > 1:
-            layout = "flat"
-        found[site.name] = replace(site, input=(id(x), x._version), layout=layout)
+        def see(site: Site, x: Tensor, _: Tensor, shape: tuple[int, ...] | None = shape) -> None:
+            rows, layout = x.numel() // x.shape[-1], "all"
+            if site.name in found or not rows:
+                return
+            kept.append(x)
+            if shape is not None and x.ndim == 3 and x.shape[:2] in (shape, shape[::-1]):
+                layout = "bt" if x.shape[:2] == shape else "tb"
+            elif shape is not None and x.ndim == 2 and rows == shape[0] * shape[1] > shape[0]:
+                layout = "flat"
+            found[site.name] = replace(site, input=(id(x), x._version), layout=layout)
 
-    with evaluating(model), watching(sites, see), torch.no_grad():
-        call(model, batch)
+        with evaluating(model), watching(sites, see), torch.no_grad():
+            call(model, batch)
+        if len(found) == len(sites):
+            break
     return list(found.values())
 
 
@@ -173,21 +177,31 @@ def observe(
 ) -> None:
     """Run one batch: see(site, read) as each site runs, read("input") or read("output") its rows.
 
+    read(side, proteins): of these proteins of the batch (B,) alone, where rows lie by position.
     Rows may be views of what the model changes later: use them at once, or keep a copy.
     """
     kept = read_mask(model, batch)
 
     def hook(site: Site, x: Tensor, y: Tensor) -> None:
-        see(site, lambda side: rows_of(x if side == "input" else y, site, kept))
+        def read(side: str, proteins: Tensor | None = None) -> Tensor:
+            mask = kept if proteins is None or kept is None else kept & proteins[:, None].to(kept)
+            return rows_of(x if side == "input" else y, site, mask)
+
+        see(site, read)
 
     with evaluating(model), watching(sites, hook), torch.no_grad():
         call(model, batch)
 
 
+def by_position(x: Tensor, site: Site, mask: Tensor | None) -> bool:
+    """Whether the rows of an activation are the positions of the mask (B, T)."""
+    return mask is not None and site.layout != "all" and x[..., 0].numel() == mask.numel()
+
+
 def rows_of(x: Tensor, site: Site, mask: Tensor | None) -> Tensor:
     """The rows (n, d) of an activation at positions that count."""
     rows = x.detach().reshape(-1, x.shape[-1])
-    if mask is None or site.layout == "all":
+    if mask is None or not by_position(x, site, mask):
         return rows
     mask = mask.T if site.layout == "tb" else mask
     return rows[mask.reshape(-1)]
@@ -199,11 +213,13 @@ def watching(sites: Iterable[Site], see: Hook) -> Iterator[None]:
     handles = []
 
     def hook_for(site: Site) -> Callable[..., Tensor | None]:
-        return lambda _module, inputs, output: see(site, inputs[0], output)
+        return lambda _module, inputs, named, output: see(
+            site, inputs[0] if inputs else next(iter(named.values())), output
+        )
 
     try:
         for site in sites:
-            handles.append(site.module.register_forward_hook(hook_for(site)))
+            handles.append(site.module.register_forward_hook(hook_for(site), with_kwargs=True))
         yield
     finally:
         for handle in handles:

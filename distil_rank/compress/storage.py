@@ -61,6 +61,8 @@ def save(
     tensors, tied = untied(module.state_dict())
     description = {"schema": SCHEMA, **describe_module(module, architecture)}
     description |= {"factors": factors(module), "tied": tied}
+    if architecture is not None:
+        tensors, description["float32"] = narrowed(tensors)
     texts = {DESCRIPTION: json.dumps(description, indent=1) + "\n"}
     if certificate is not None:
         texts["certificate.json"] = json.dumps(certificate, indent=1, allow_nan=False) + "\n"
@@ -157,6 +159,17 @@ def untied(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
     return tensors, aliases
 
 
+def narrowed(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """float32 tensors in a half precision that holds them exactly, and the names of those."""
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        for dtype in (torch.float16, torch.bfloat16):
+            if tensor.dtype == torch.float32 and torch.equal(tensor.to(dtype).float(), tensor):
+                found[name] = tensor.to(dtype)
+                break
+    return found, [name for name in found if found[name].dtype != tensors[name].dtype]
+
+
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """The module saved in a folder, in evaluation mode.
 
@@ -174,6 +187,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise InputError(f"a readable {WEIGHTS} required in {folder}, got: {error}") from None
+    tensors |= {name: tensors[name].float() for name in description.get("float32", ())}
     tensors |= {alias: tensors[name] for alias, name in description["tied"].items()}
     kind = description["kind"]
     if kind == "head":

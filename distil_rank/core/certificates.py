@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,16 @@ from distil_rank.core.lowrank import (
 )
 from distil_rank.core.moments import Moments
 from distil_rank.core.randomness import generator
+
+
+class Layer(Protocol):
+    """What computes W x + c."""
+
+    @property
+    def weight(self) -> Tensor: ...
+    @property
+    def bias(self) -> Tensor | None: ...
+
 
 ROWS = 8  # drawn to check a layer's own forward
 ROUNDINGS = 8  # of each product that it may differ by
@@ -88,9 +100,16 @@ def certify(
 
 
 def student_fvu(
-    teacher: nn.Linear, student: LowRankLinear, moments: Moments, variance: float | None = None
+    teacher: Layer,
+    student: LowRankLinear,
+    moments: Moments,
+    variance: float | None = None,
+    metric: Tensor | None = None,
 ) -> float:
-    """FVU of a student on the rows behind `moments`; unlike `Joint.fvu` nothing cancels."""
+    """FVU of a student on the rows behind `moments`, in a metric G (d_out, d_out) of the output.
+
+    Unlike `Joint.fvu` nothing cancels.
+    """
     W, A, B = (
         p.detach().to(moments.mean) for p in (teacher.weight, student.A.weight, student.B.weight)
     )
@@ -99,10 +118,14 @@ def student_fvu(
     if student.B.bias is not None:
         shift = shift - student.B.bias.detach()
     covariance = moments.covariance
+
+    def measured(x: Tensor) -> Tensor:
+        return x if metric is None else metric.to(x) @ x
+
     error = W - B @ A
-    mse = float(((error @ covariance) * error).sum() + shift @ shift)
+    mse = float(((error @ covariance) * measured(error)).sum() + shift @ measured(shift))
     if variance is None:
-        variance = float(((W @ covariance) * W).sum())
+        variance = float(((W @ covariance) * measured(W)).sum())
     return mse / variance if variance > 0 else 0.0
 
 

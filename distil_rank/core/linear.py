@@ -76,8 +76,25 @@ class LowRankLinear(nn.Module):
     def out_features(self) -> int:
         return self.B.out_features
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.B(self.A(x))
+    @property
+    def weight(self) -> Tensor:
+        """The product B A (d_out, d_in), computed on demand, for modules that read a weight."""
+        return self.B.weight @ self.A.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.B.bias
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.A.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.A.weight.device
+
+    def forward(self, input: Tensor) -> Tensor:  # nn.Linear's name, for calls by keyword
+        return self.B(self.A(input))
 
     def truncate(self, rank: int) -> LowRankLinear:
         """The student that `compress_linear` makes at a smaller rank: factors are ordered.

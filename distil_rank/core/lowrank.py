@@ -1,9 +1,9 @@
 """The best low-rank student in closed form: every rank, any metric, a layer or any teacher.
 
 A teacher's output y and the inputs x of its student have means m and mu; S = Cov x. A metric G >= 0
-on the output (the identity unless given) has the root R = G^{1/2}. Let M be the best linear map of
+on the output (the identity unless given) has a root R, R^T R = G. Let M be the best linear map of
 full rank: W for a layer y = W x + c, else the regression Cov(y, x) S^+. With (lambda_i, u_i) the
-eigenpairs of R M S M^T R, descending, and U = [u_1 ... u_r], over all rank-r maps N and all b
+eigenpairs of R M S M^T R^T, descending, and U = [u_1 ... u_r], over all rank-r maps N and all b
 
     min E (y - N x - b)^T G (y - N x - b) = unexplained + sum_{i>r} lambda_i,
 
@@ -13,8 +13,8 @@ where `unexplained` is what no linear map can do, 0 for a layer. (The best b cen
 predictions then lie in an r-dimensional subspace, so PCA bounds every map, and the bound is
 attained. Reduced-rank regression: Izenman, J. Multivariate Anal. 5, 1975.) A layer on its own
 inputs needs no inverse of S, so a singular S (LayerNorm outputs, n < d) is no problem. Directions
-that the rows leave open (n rows determine n - 1) are taken in the order of R M M^T R, as if inputs
-were equally likely in all of them: the student is the same whatever the eigensolver returns.
+that the rows leave open (n rows determine n - 1) are taken in the order of R M M^T R^T, as if
+inputs were equally likely in all of them: the student is the same whatever the eigensolver returns.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from torch import Tensor
 
 from distil_rank.core.errors import InputError
 from distil_rank.core.linear import LowRankLinear, check_rank
+from distil_rank.core.metric import metric_roots
 from distil_rank.core.moments import Moments, symmetric_product
 
 RIDGE = 1e-3  # of the mean variance of changed inputs
 NULL = 1e-12  # of the largest eigenvalue: below it the rows say nothing of a direction
-DAMPING = 1e-4  # of the mean of G's diagonal: directions nobody reads still count a little
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Optimum:
     eigenvalues: Tensor  # the k largest, descending (k,)
     basis: Tensor  # U (d_out, k), one eigenvector a column
     unexplained: float = 0.0  # loss that is left at rank k
-    roots: tuple[Tensor, Tensor] | None = None  # R and R^{-1}; None for the identity
+    sides: tuple[Tensor, Tensor] | None = None  # R^T U and R^{-1} U; None: U, with no metric
 
     @property
     def tails(self) -> Tensor:
@@ -65,9 +65,11 @@ class Optimum:
     def factors(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """A (r, d_in), B (d_out, r) and bias (d_out,)."""
         check_rank(rank, min(*self.map.shape, len(self.eigenvalues)))
-        U = self.basis[:, :rank]
-        left, B = (U, U) if self.roots is None else (self.roots[0] @ U, self.roots[1] @ U)
-        A = left.T @ self.map.to(U)
+        left, B = (side[:, :rank] for side in self.sides or (self.basis, self.basis))
+        if self.sides is not None:  # columns of B get length 1: so the factors fit into float16
+            length = B.norm(dim=0)
+            left, B = left * length, B / length
+        A = left.T @ self.map.to(left)
         return A, B, self.output_mean - B @ (left.T @ self.center)
 
     def student(self, rank: int, dtype: torch.dtype = torch.float64) -> LowRankLinear:
@@ -109,14 +111,22 @@ def optimum(
 
 
 def optimum_from_outputs(
-    weight: Tensor, bias: Tensor | None, outputs: Moments, rank: int | None = None
+    weight: Tensor,
+    bias: Tensor | None,
+    outputs: Moments,
+    rank: int | None = None,
+    metric: Tensor | None = None,
 ) -> Optimum:
     """The same from the moments of y = W x + c (d_out,): the inputs are not needed."""
-    left = weight.detach().to(outputs.mean)
-    found, basis = leading_directions(outputs.covariance, rank or min(left.shape), left)
+    left, covariance, roots = weight.detach().to(outputs.mean), outputs.covariance, None
+    if metric is not None:
+        roots = metric_roots(metric.to(left))
+        left, covariance = roots[0] @ left, symmetric_product(roots[0] @ covariance, roots[0].T)
+    found, basis = leading_directions(covariance, rank or min(left.shape), left)
     center = outputs.mean if bias is None else outputs.mean - bias.detach().to(outputs.mean)
-    rest = 0.0 if len(found) == min(weight.shape) else _rest(outputs.covariance, found)
-    return Optimum(weight.detach(), center, outputs.mean, found, basis, rest)
+    rest = 0.0 if len(found) == min(weight.shape) else _rest(covariance, found)
+    sides = None if roots is None else (roots[0].T @ basis, roots[1] @ basis)
+    return Optimum(weight.detach(), center, outputs.mean, found, basis, rest, sides)
 
 
 @dataclass(frozen=True)
@@ -190,7 +200,7 @@ def _solve(
     rank: int | None,
     metric: Tensor | None,
 ) -> Optimum:
-    """Eigenpairs of R M S M^T R, in min(d_in, d_out) dimensions; `stored` is M in its own dtype."""
+    """Eigenpairs of R M S M^T R^T in min(d_in, d_out) dimensions; `stored` is M in its dtype."""
     roots = None if metric is None else metric_roots(metric.to(M))
     left = M if roots is None else roots[0] @ M
     covariance, lift = output_covariance(left, S)
@@ -198,7 +208,8 @@ def _solve(
     found, basis = leading_directions(covariance, rank or len(covariance), left)
     basis = basis if lift is None else lift @ basis
     rest = 0.0 if len(found) == len(covariance) else _rest(covariance, found)
-    return Optimum(stored.detach(), center, output_mean, found, basis, rest, roots)
+    sides = None if roots is None else (roots[0].T @ basis, roots[1] @ basis)
+    return Optimum(stored.detach(), center, output_mean, found, basis, rest, sides)
 
 
 def _plus(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -215,13 +226,6 @@ def output_covariance(W: Tensor, S: Tensor) -> tuple[Tensor, Tensor | None]:
         return symmetric_product(W @ S, W.T), None
     Q, R = torch.linalg.qr(W)
     return symmetric_product(R @ S, R.T), Q
-
-
-def metric_roots(metric: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
-    """R = G^{1/2} and its inverse of a positive semidefinite G (d, d), damped."""
-    values, vectors = torch.linalg.eigh((metric + metric.T) / 2)
-    values = values.clamp_min(0) + damping * metric.trace().clamp_min(1e-300) / len(metric)
-    return (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
 
 
 def leading_directions(covariance: Tensor, count: int, left: Tensor) -> tuple[Tensor, Tensor]:

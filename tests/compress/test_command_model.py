@@ -8,6 +8,7 @@ import torch
 
 import distil_rank
 from distil_rank.__main__ import main
+from distil_rank.core.resume import Checkpoint
 from distil_rank.proteins.checkpoints import save_model
 from tests.compress.small_models import small_model
 
@@ -51,7 +52,7 @@ def test_a_model_with_everything(folder, capsys):
     dms.mkdir()
     (dms / "a.fasta").write_text(">w\nMKTAYIAKQR\n")
     (dms / "a.csv").write_text("mutant,score\nM1A,1\nK2A,2\nT3A,0\nA4C,3\n")
-    flags = ("--sensitivity", "--sequential", "--recover", "4", "--int8", "--dms", str(dms))
+    flags = ("--sequential", "--recover", "4", "--int8", "--dms", str(dms))
     out = compress(folder, *flags, "--moments-out", moments)
     assert "pseudo-perplexity" in capsys.readouterr().out
     model = distil_rank.load(out)
@@ -64,6 +65,21 @@ def test_a_model_with_everything(folder, capsys):
     assert not [f for f in folder.iterdir() if "tmp" in f.name or "recovery" in f.name]
     second = record(compress(folder, "--prior", moments, out="second"))
     assert any(x["prior_weight"] is not None for x in second["compression"]["layers"])
+
+
+def test_a_folder_is_never_larger_than_its_float16_source(folder):
+    out = compress(folder)
+    cost = record(out)["cost"]
+    assert cost["bytes_before"] == (folder / "nano.pt").stat().st_size
+    assert cost["bytes_after"] == (out / "model.safetensors").stat().st_size
+    assert cost["bytes_after"] < cost["bytes_before"]
+    assert next(distil_rank.load(out).parameters()).dtype == torch.float32
+
+
+def test_a_foreign_recovery_is_refused_before_the_work(folder, capsys, monkeypatch):
+    Checkpoint(folder / ".small.recovery.pt", "another request").save({})
+    monkeypatch.setattr("distil_rank.compress.command_model.compress_model", None)
+    refused(folder, capsys, "very request", "--recover", "3")
 
 
 def test_two_runs_are_equal(folder):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distil_rank.compress import ranks as ranks_module
 from distil_rank.compress.ranks import METHODS, Layer, allocate
 from distil_rank.core.errors import InputError
 
@@ -43,37 +44,24 @@ def test_allocation_is_within_budget_and_never_below_its_certificate(shapes, rat
     assert found.cost <= budget
     assert all(r is None or 1 <= r <= x.limit for x, r in zip(layers, found.ranks.values()))
     assert found.bound <= best + 1e-12 and best <= found.loss + 1e-12
-    if method == "budget":  # optimal up to the last step of the walk
-        step = max(float(np.max(-np.diff(x.losses), initial=0)) for x in layers)
-        dense_step = max(x.loss(x.limit) if x.limit else 0.0 for x in layers)
-        assert found.loss <= best + step + dense_step + 1e-12
+    if method == "budget":
+        assert found.loss <= best + 1e-12
 
 
-def test_budget_is_optimal_where_every_rank_costs_the_same():
-    layers = [layer(f"l{i}", 12, 12, i) for i in range(3)]
-    for budget in range(24 * 3, 24 * 9, 24):
-        assert allocate(layers, budget).loss == pytest.approx(
-            brute_force(layers, budget), abs=1e-12
-        )
-
-
-def test_budget_is_no_worse_than_uniform_and_energy():
-    layers = [
-        layer(f"l{i}", d_in, d_out, i)
-        for i, (d_in, d_out) in enumerate([(64, 64), (64, 256), (256, 64)] * 4)
-    ]
+def test_a_search_that_grows_too_wide_keeps_the_better_of_two_choices(monkeypatch):
+    shapes = [(64, 64), (64, 256), (256, 64)] * 4
+    layers = [layer(f"l{i}", *shape, i) for i, shape in enumerate(shapes)]
     budget = 0.4 * sum(x.dense_cost for x in layers)
-    losses = {method: allocate(layers, budget, method) for method in METHODS}
-    assert losses["budget"].loss <= min(losses["uniform"].loss, losses["energy"].loss)
-    assert losses["budget"].gap < 0.01
+    uniform, exact = allocate(layers, budget, "uniform"), allocate(layers, budget)
+    monkeypatch.setattr(ranks_module, "WIDEST", 0)
+    walked = allocate(layers, budget)
+    assert exact.bound <= exact.loss <= walked.loss <= uniform.loss
+    assert walked.gap < 0.01
 
 
-def test_energy_gives_equal_fvu_and_uniform_equal_fractions():
+def test_uniform_keeps_equal_fractions():
     layers = [layer(f"l{i}", 128, 128, i) for i in range(4)]
     budget = 0.5 * sum(x.dense_cost for x in layers)
-    ranks = allocate(layers, budget, "energy").ranks
-    fvu = [x.tails[ranks[x.name]] / x.variance for x in layers]
-    assert max(fvu) - min(fvu) < 0.01
     assert set(allocate(layers, budget, "uniform").ranks.values()) == {32}
 
 
