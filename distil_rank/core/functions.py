@@ -22,11 +22,12 @@ from torch import Tensor
 
 from distil_rank.core.errors import InputError
 from distil_rank.core.linear import LowRankLinear, check_rank
-from distil_rank.core.lowrank import Joint, Optimum, floor_fvu, require_finite
+from distil_rank.core.lowrank import Joint, floor_fvu, require_finite
 from distil_rank.core.moments import Moments
+from distil_rank.core.prior import merged
 from distil_rank.core.randomness import generator
 
-RIDGES = (1e-7, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)
+RIDGES = (1e-7, 1e-4, 1e-2, 1e-1, 1.0, math.inf)  # 1e-7: as small as float64 allows
 MIXES = ((0.0, 0.0), (0.5, 0.3), (0.5, 1.0), (0.9, 0.3), (0.9, 1.0))  # share of drawn rows, width
 FOLDS = 3
 DERIVED = 64  # rows whose mean Jacobian is taken
@@ -85,12 +86,15 @@ def distill_function(
         raise InputError(f"inputs 'data' or 'drawn' required, got {inputs!r}")
     y = outputs(f, x)
     check_rank(rank, min(x.shape[1], y.shape[1]))
-    fitted = Moments.of(torch.cat([x, y], 1))
+    folds = min(FOLDS, len(x))
+    fold = torch.arange(len(x), device=x.device) % folds
+    parts = [Moments.of(torch.cat([x[fold == i], y[fold == i]], 1)) for i in range(folds)]
+    fitted = merged(parts)
     T = mean_jacobian(f, x, y.shape[1], seed)
     (share, width), ridge = (0.0, 0.0), math.inf
     joint = Joint.of(fitted, x.shape[1])
     if not _is(T, joint):
-        (share, width), ridge = _choose(f, x, y, T, rank, inputs, seed)
+        (share, width), ridge = _choose(f, x, fold, parts, T, rank, inputs, seed)
         mixed = _mixed(f, x, fitted, share, width, seed)
         joint = Joint.of(mixed, x.shape[1])
     best = joint.optimum(T, ridge)
@@ -175,23 +179,28 @@ def _mixed(f: Function, x: Tensor, own: Moments, share: float, width: float, see
 
 
 def _choose(
-    f: Function, x: Tensor, y: Tensor, T: Tensor, rank: int, inputs: str, seed: int
+    f: Function,
+    x: Tensor,
+    fold: Tensor,
+    parts: list[Moments],
+    T: Tensor,
+    rank: int,
+    inputs: str,
+    seed: int,
 ) -> tuple[tuple[float, float], float]:
-    """(share, width) and ridge by cross-validation over the real rows."""
-    folds = min(FOLDS, len(x) // 2)
-    kept = [torch.arange(len(x)) % folds != fold for fold in range(folds)]
-    if folds < 2:
-        return MIXES[0], math.inf
-    held = [Joint.of(Moments.of(torch.cat([x[~k], y[~k]], 1)), x.shape[1]) for k in kept]
-    own = [Moments.of(torch.cat([x[k], y[k]], 1)) for k in kept]
+    """(share, width) and ridge by cross-validation over the folds of the real rows."""
+    if len(x) < 2 * FOLDS:
+        return MIXES[0], 1.0
+    held = [Joint.of(part, x.shape[1]) for part in parts]
+    own = [merged(parts[:i] + parts[i + 1 :]) for i in range(len(parts))]
 
     def losses(mix: tuple[float, float], ridges: Sequence[float]) -> list[float]:
         total = torch.zeros(len(ridges), dtype=torch.float64)
-        for k, moments, left in zip(kept, own, held):
-            joint = Joint.of(_mixed(f, x[k], moments, *mix, seed), x.shape[1])
-            for i, ridge in enumerate(ridges):
-                best: Optimum = joint.optimum(T, ridge, rank=rank)
-                total[i] += left.fvu(best.student(rank)) * left.rows
+        for i, (moments, left) in enumerate(zip(own, held)):
+            joint = Joint.of(_mixed(f, x[fold != i], moments, *mix, seed), x.shape[1])
+            for j, ridge in enumerate(ridges):
+                student = joint.optimum(T, ridge, rank=rank).student(rank)
+                total[j] += left.fvu(student) * left.rows
         return total.tolist()
 
     found = losses(MIXES[0], RIDGES)

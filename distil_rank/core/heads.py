@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from distil_rank.core.errors import InputError
@@ -70,7 +69,7 @@ def load_head(
     key: in a state dict, the layers in order or their common prefix; in ONNX, the output (the first
     one unless given). activation: between the linear layers of a state dict.
 
-    >>> import tempfile
+    >>> import tempfile, torch
     >>> path = Path(tempfile.mkdtemp()) / "head.pt"
     >>> torch.save(nn.Sequential(nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 2)).state_dict(), path)
     >>> load_head(path, activation="relu")(torch.zeros(1, 8)).shape

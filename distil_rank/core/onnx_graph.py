@@ -201,11 +201,11 @@ def _over_root_2(graph: Graph, name: str) -> str | None:
 
 def _layer_norm(graph: Graph, name: str) -> Found:
     if graph.is_a(name, "LayerNormalization"):
-        x, weight, *bias = graph.inputs(name)
+        x, weight, *shift = graph.inputs(name)
         if graph.attribute(name, "axis", -1) not in (-1, 1):
             return None
         w = graph.constants[weight]
-        b = graph.constants[bias[0]] if bias else torch.zeros_like(w)
+        b = graph.constants[shift[0]] if shift else torch.zeros_like(w)
         return layer_norm(w, b, graph.attribute(name, "epsilon", 1e-5)), x
     added = graph.pair(name, "Add")
     scaled = graph.pair(added[0] if added else name, "Mul")
@@ -267,9 +267,9 @@ def _unit_norm(graph: Graph, name: str) -> Found:
 def _scale(graph: Graph, name: str) -> Found:
     """BatchNormalization, and products, sums, differences and quotients with a constant."""
     if graph.is_a(name, "BatchNormalization"):
-        x, *known = graph.inputs(name)
-        eps = graph.attribute(name, "epsilon", 1e-5)
-        return batch_norm(*(graph.constants[k] for k in known), eps=eps), x
+        x, *names = graph.inputs(name)
+        weight, bias, mean, variance = (graph.constants[k] for k in names)
+        return batch_norm(weight, bias, mean, variance, graph.attribute(name, "epsilon", 1e-5)), x
     for kind in ("Add", "Mul", "Sub", "Div"):
         found = graph.pair(name, kind)
         if found is None:
