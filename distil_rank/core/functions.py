@@ -24,7 +24,7 @@ from distil_rank.core.errors import InputError
 from distil_rank.core.linear import LowRankLinear, check_rank
 from distil_rank.core.lowrank import Joint, floor_fvu, require_finite
 from distil_rank.core.moments import Moments
-from distil_rank.core.prior import merged
+from distil_rank.core.prior import folds_of, merged
 from distil_rank.core.randomness import generator
 
 RIDGES = (1e-7, 1e-4, 1e-2, 1e-1, 1.0, math.inf)  # 1e-7: as small as float64 allows
@@ -86,15 +86,13 @@ def distill_function(
         raise InputError(f"inputs 'data' or 'drawn' required, got {inputs!r}")
     y = outputs(f, x)
     check_rank(rank, min(x.shape[1], y.shape[1]))
-    folds = min(FOLDS, len(x))
-    fold = torch.arange(len(x), device=x.device) % folds
-    parts = [Moments.of(torch.cat([x[fold == i], y[fold == i]], 1)) for i in range(folds)]
+    parts = folds_of(torch.cat([x, y], 1), FOLDS)
     fitted = merged(parts)
     T = mean_jacobian(f, x, y.shape[1], seed)
     (share, width), ridge = (0.0, 0.0), math.inf
     joint = Joint.of(fitted, x.shape[1])
     if not _is(T, joint):
-        (share, width), ridge = _choose(f, x, fold, parts, T, rank, inputs, seed)
+        (share, width), ridge = _choose(f, x, parts, T, rank, inputs, seed)
         mixed = _mixed(f, x, fitted, share, width, seed)
         joint = Joint.of(mixed, x.shape[1])
     best = joint.optimum(T, ridge)
@@ -115,8 +113,9 @@ def outputs(f: Function, x: Tensor) -> Tensor:
             f"at least 2 finite rows (n, d_in) required, got {x.dtype} {tuple(x.shape)}"
         )
     with torch.no_grad():
-        y = torch.cat([f(rows) for rows in x.split(BATCH)])
+        pieces = [f(rows) for rows in x.split(BATCH)]
         again = f(x[-CHECKED:])
+    y = torch.cat(pieces) if all(p.ndim for p in pieces) else pieces[0]
     if y.ndim != 2 or len(y) != len(x) or not bool(y.isfinite().all()):
         raise InputError(f"finite outputs ({len(x)}, d_out) of f required, got {tuple(y.shape)}")
     close = torch.finfo(y.dtype).eps ** 0.5 * y.abs().max()
@@ -181,7 +180,6 @@ def _mixed(f: Function, x: Tensor, own: Moments, share: float, width: float, see
 def _choose(
     f: Function,
     x: Tensor,
-    fold: Tensor,
     parts: list[Moments],
     T: Tensor,
     rank: int,
@@ -193,6 +191,7 @@ def _choose(
         return MIXES[0], 1.0
     held = [Joint.of(part, x.shape[1]) for part in parts]
     own = [merged(parts[:i] + parts[i + 1 :]) for i in range(len(parts))]
+    fold = torch.arange(len(x), device=x.device) % len(parts)
 
     def losses(mix: tuple[float, float], ridges: Sequence[float]) -> list[float]:
         total = torch.zeros(len(ridges), dtype=torch.float64)

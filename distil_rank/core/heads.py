@@ -86,15 +86,8 @@ def load_head(
         parts, unit_norm_inputs = _from_state_dict(path, keys, activation), False
     head = Head(*_folded(parts, path))
     head.unit_norm_inputs = unit_norm_inputs
-    linear_parts = [part for part in head if isinstance(part, nn.Linear)]
-    if not linear_parts:
+    if not any(isinstance(part, nn.Linear) for part in head):
         raise InputError(f"a head with a linear layer required in {path}, got none")
-    for a, b in pairwise(linear_parts):
-        if a.out_features != b.in_features:
-            raise InputError(
-                f"layers that fit together required in {path}, one has {a.out_features} outputs and"
-                f" the next reads {b.in_features} features; name them in order with --key"
-            )
     return head.eval().requires_grad_(False)
 
 
@@ -111,6 +104,12 @@ def _from_state_dict(
         chosen += [key] if key in names or not under else sorted(under, key=_natural)
     parts = [_layer(tensors, name, path) for name in chosen]
     places = [i for i, part in enumerate(parts) if isinstance(part, nn.Linear)]
+    for a, b in pairwise(part for part in parts if isinstance(part, nn.Linear)):
+        if a.out_features != b.in_features:
+            raise InputError(
+                f"layers that fit together required in {path}, one has {a.out_features} outputs and"
+                f" the next reads {b.in_features} features; name them in order with --key"
+            )
     if len(places) > 1 and activation is None:
         raise InputError(
             f"an activation between the {len(places)} layers {', '.join(chosen)} required;"
