@@ -88,7 +88,7 @@ def rows_of(name: str) -> tuple[Tensor, Tensor]:
     return x[order[:100]], x[order[100:]]
 
 
-def students(head: nn.Sequential, x: Tensor, val: Tensor) -> Iterator[Record]:
+def students(head: nn.Sequential, x: Tensor, val: Tensor, measure: str) -> Iterator[Record]:
     """Every student at every size: weights before / after, bytes, and outputs on held-out rows."""
     forms = {
         "layer by layer": {"metric": "own"},
@@ -115,7 +115,8 @@ def students(head: nn.Sequential, x: Tensor, val: Tensor) -> Iterator[Record]:
             "weights_ratio": certificate.flops_ratio,
             "bytes_ratio": before / certificate.bytes_after,
             "ranks": [layer.rank for layer in certificate.layers],
-            "outputs": small(val),
+            "kept": certificate.kept[measure],
+            "fvu": certificate.output_fvu["held_out"]["value"],
         }
     eight = [int8_layer(part) if isinstance(part, nn.Linear) else part for part in head]
     small_bytes = sum(
@@ -150,9 +151,10 @@ def int8_layer(layer: nn.Linear) -> nn.Linear:
 
 
 def measured(found: Record, y: Tensor, measure: str) -> Record:
-    outputs = found.pop("outputs")
-    kept = function_kept(y, outputs, measure)
-    return {**found, "kept": kept, "fvu": fvu(outputs, y)}
+    outputs = found.pop("outputs", None)
+    if outputs is None:  # its certificate has it
+        return found
+    return {**found, "kept": function_kept(y, outputs, measure), "fvu": fvu(outputs, y)}
 
 
 def compare(head: nn.Sequential, x: Tensor, val: Tensor) -> Record:
@@ -160,7 +162,7 @@ def compare(head: nn.Sequential, x: Tensor, val: Tensor) -> Record:
     y = head(val)
     measure = measure_for(y.shape[1], isinstance(head[-1], UnitNorm))
     start = time.process_time()
-    records = [measured(found, y, measure) for found in students(head, x, val)]
+    records = [measured(found, y, measure) for found in students(head, x, val, measure)]
     return {
         "measure": measure,
         "n_train": len(x),

@@ -242,8 +242,8 @@ def summary(
     return "\n".join([*lines, f"written to {out}"])
 
 
-def _kept(kept: dict[str, dict[str, Metric]]) -> str:
-    texts = [f"{NAMES[m]} {with_interval(v, '.3f')}" for m, v in kept["held_out"].items()]
+def _kept(kept: dict[str, Metric]) -> str:
+    texts = [f"{NAMES[m]} {with_interval(v, '.3f')}" for m, v in kept.items()]
     return ", ".join(texts) or "not measured on so few rows"
 
 

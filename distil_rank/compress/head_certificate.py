@@ -73,7 +73,7 @@ class HeadCertificate:
     bytes_before: int
     bytes_after: int
     output_fvu: dict[str, Metric]  # of the head's output on the fitted and the held-out rows
-    kept: dict[str, dict[str, Metric]]  # share of the function that is kept, by rows and measure
+    kept: dict[str, Metric]  # of the function on held-out rows, else fitted ones, by measure
     prior: Blend | None
     function: FunctionCertificate | None  # of a head that is one map
     layers: list[LayerCertificate]

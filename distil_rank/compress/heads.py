@@ -111,7 +111,7 @@ def compress_head(
             bytes_before=module_bytes(head),
             bytes_after=module_bytes(module),
             output_fvu={name: fvu_interval(*pair, seed) for name, pair in outputs.items()},
-            kept={name: kept_of(*pair, vector, seed) for name, pair in outputs.items()},
+            kept=kept_of(*list(outputs.values())[-1], vector, seed),
             function=function,
             prior=blend,
             layers=layers,

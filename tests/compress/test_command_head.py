@@ -80,7 +80,7 @@ def test_a_head_as_one_map_beside_layer_by_layer(files, capsys):
     first, second, *_ = capsys.readouterr().out.splitlines()
     assert first.startswith("kept of the function: Spearman") and "layer by layer at" in second
     small, found = distil_rank.load(out), json.loads((out / "certificate.json").read_text())
-    kept = found["kept"]["held_out"]["spearman"]["value"]
+    kept = found["kept"]["spearman"]["value"]
     assert small.rank == 1 and small(x).shape == (120, 1) and kept > 0.9
     assert found["function"]["held_out_achieved_fvu"] == pytest.approx(
         found["output_fvu"]["held_out"]["value"], rel=1e-3
