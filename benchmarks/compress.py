@@ -29,7 +29,7 @@ from distil_rank.compress.tasks import task_change
 from distil_rank.core.intervals import t_interval
 from distil_rank.core.lowrank import Joint, optimum
 from distil_rank.core.moments import Moments
-from distil_rank.core.prior import FOLDS, blended_moments
+from distil_rank.core.prior import blended_moments, folds_of
 from distil_rank.core.randomness import generator
 from distil_rank.core.records import ROOT, environment, read_json, sha256, write_json
 from distil_rank.experiment.teachers import random_teacher, spectral_teacher, task_trained_teachers
@@ -92,10 +92,7 @@ def cells() -> dict[str, Any]:
             for n in (200, 1000, len(x)):
                 for draw in range(3 if n < len(x) else 1):
                     rows = subset(x, n, draw)
-                    moments, folds = (
-                        Moments.of(rows),
-                        [Moments.of(rows[f::FOLDS]) for f in range(FOLDS)],
-                    )
+                    moments, folds = Moments.of(rows), folds_of(rows)
                     best = optimum(W, c, moments)
                     for rank in (8, 16, 32, 64):
                         record = {
@@ -151,7 +148,7 @@ def prior() -> dict[str, Any]:
             for draw in range(10):
                 order = torch.randperm(len(train), generator=generator(draw, "fifty proteins"))
                 own, others = train[order[:50]], train[order[50:]]
-                folds = [Moments.of(own[f::FOLDS]) for f in range(FOLDS)]
+                folds = folds_of(own)
                 record = {"teacher": teacher, "rank": rank, "draw": draw, "full_data": full_fvu}
                 alone = optimum(W, c, Moments.of(own)).factors(rank)
                 record["no_prior"] = fvu(W, c, alone, val)

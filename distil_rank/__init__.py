@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from distil_rank.compress.models import compress_model
     from distil_rank.compress.storage import load
     from distil_rank.core.certificates import compress_linear
+    from distil_rank.core.functions import distill_function
+    from distil_rank.core.heads import load_head
     from distil_rank.core.linear import LowRankLinear
     from distil_rank.core.lowrank import truncated_svd
     from distil_rank.core.moments import Moments
@@ -24,8 +26,10 @@ __all__ = [
     "compress_head",
     "compress_linear",
     "compress_model",
+    "distill_function",
     "embed",
     "load",
+    "load_head",
     "load_model",
     "truncated_svd",
 ]
@@ -38,8 +42,10 @@ _HOMES = {
     "compress_head": "compress.heads",
     "compress_linear": "core.certificates",
     "compress_model": "compress.models",
+    "distill_function": "core.functions",
     "embed": "proteins.api",
     "load": "compress.storage",
+    "load_head": "core.heads",
     "load_model": "proteins.checkpoints",
     "truncated_svd": "core.lowrank",
 }

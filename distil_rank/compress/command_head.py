@@ -1,6 +1,7 @@
 """Make a layer or a head smaller, fitted on embeddings, and say what was lost.
 
     distil-rank compress head head.safetensors --key dense --train x.pt --rank 64 --out small/
+    distil-rank compress head head.onnx --metric whole --train x.pt --rank 64 --out small/
     distil-rank compress head head.pt --key head.0 head.2 --activation gelu --train x.pt \\
         --speedup 5 --out small/
     distil-rank compress head head.pt --key head --activation relu --train x.npy --labels y.npy \\
@@ -8,7 +9,7 @@
 
 The output folder has the weights (model.safetensors), certificate.json and a README that loads
 them: `distil_rank.load("small/")` gives a torch module. Layers whose factors would not be smaller
-stay dense.
+stay dense. `--metric whole` makes the head one low-rank map, which often keeps more of it.
 """
 
 from dataclasses import asdict, dataclass
@@ -20,23 +21,28 @@ import tyro
 from torch import Tensor, nn
 
 from distil_rank.compress.head_certificate import HeadCertificate, LayerCertificate
-from distil_rank.compress.head_files import export_onnx, load_head
+from distil_rank.compress.head_files import export_onnx
 from distil_rank.compress.head_plan import Request
-from distil_rank.compress.heads import compress_head, parts_of
+from distil_rank.compress.heads import WHOLE, compress_head, parts_of
 from distil_rank.compress.storage import save
 from distil_rank.compress.tasks import Array, TaskChange, choose_metric, load_labels, task_change
+from distil_rank.core.agreement import NAMES
 from distil_rank.core.devices import pick_device
 from distil_rank.core.errors import InputError
+from distil_rank.core.heads import UnitNorm, load_head
 from distil_rank.core.latency import compare_latency
 from distil_rank.core.moments import Moments
 from distil_rank.core.randomness import generator
 from distil_rank.core.records import (
+    Metric,
+    Record,
     config_record,
     environment,
     require_writable,
     sha256,
     shown_path,
 )
+from distil_rank.core.tables import with_interval
 from distil_rank.proteins.embedding_files import load_matrix
 
 BATCHES = (1, 32, 512)  # timed, teacher and student in turn on one thread
@@ -44,7 +50,7 @@ BATCHES = (1, 32, 512)  # timed, teacher and student in turn on one thread
 
 @dataclass(frozen=True)
 class Config:
-    head: tyro.conf.Positional[Path]  # state dict (.safetensors, .pt) of a layer or head
+    head: tyro.conf.Positional[Path]  # .onnx, or a state dict (.safetensors, .pt)
     out: Path  # where to write
     train: Path | None = None  # embeddings to fit on (n, d)
     val: Path | None = None  # held-out embeddings (n, d)
@@ -57,8 +63,9 @@ class Config:
     fvu: float | None = None  # or: largest FVU of every layer on its own
     speedup: float | None = None  # or: FLOPs before / after
     bytes: str | None = None  # or: bytes of all weights after, such as 400k or 2M
-    # fit each layer for its own output (so with --fvu), the next linear layer's, or the head's
-    metric: Literal["own", "next", "output"] | None = None
+    # fit each layer for its own output (so with --fvu), the next linear layer's, or the head's; or
+    # the whole head as one map
+    metric: Literal["own", "next", "output", "whole"] | None = None
     prior: Path | None = None  # moments of other proteins, to blend in where they help
     int8: bool = False  # eight-bit factors
     onnx: bool = False  # also write model.onnx
@@ -72,7 +79,11 @@ def run(config: Config) -> None:
     size = None if config.bytes is None else parse_bytes(config.bytes)
     Request(config.rank, config.fvu, config.speedup, size).check()
     device = pick_device(config.device)
-    head = load_head(config.head, config.key, config.activation).to(device)
+    loaded = load_head(config.head, config.key, config.activation)
+    head: nn.Module = loaded[0] if len(loaded) == 1 else loaded
+    if loaded.unit_norm_inputs:  # the small head scales its inputs too
+        head = nn.Sequential(UnitNorm(), *loaded)
+    head = head.to(device).eval()
     layers = [part for part in parts_of(head) if isinstance(part, nn.Linear)]
     train, held_out, labels = read_rows(config)
     assert config.train is not None
@@ -95,12 +106,14 @@ def run(config: Config) -> None:
         int8=config.int8,
         seed=config.seed,
     )
+    beside = other_form(config, certificate, head, train, held_out)
     task, held_out = None, held_out.to(layers[0].weight)
     if labels is not None:
         with torch.no_grad():
             task = task_change(head(held_out), small(held_out), labels, config.seed)
     timed = [held_out[torch.arange(batch) % len(held_out)] for batch in BATCHES]
     record = certificate.record() | ({} if task is None else {"task": asdict(task)})
+    record |= {} if beside is None else {"same_flops": beside}
     record |= {
         "latency": compare_latency(head, small, timed, rounds=20),
         "config": config_record(config),
@@ -119,7 +132,28 @@ def run(config: Config) -> None:
     save(small, config.out, certificate=record, readme=readme(config, certificate))
     if config.onnx:
         export_onnx(small, held_out[:2].cpu(), config.out / "model.onnx")
-    print(summary(certificate, task, config.out))
+    print(summary(certificate, beside, task, config.out))
+
+
+def other_form(
+    config: Config, certificate: HeadCertificate, head: nn.Module, train: Tensor, held_out: Tensor
+) -> Record | None:
+    """The other student of several layers at the same FLOPs, as one map or layer by layer."""
+    if sum(isinstance(part, nn.Linear) for part in parts_of(head)) < 2:
+        return None
+    metric = "output" if certificate.metric == WHOLE else WHOLE
+    try:
+        found = compress_head(
+            *(head, train, held_out),
+            speedup=certificate.flops_ratio,
+            metric=metric,
+            int8=config.int8,
+            seed=config.seed,
+        )[1]
+    except InputError:  # no such student is that small
+        return None
+    fields = ("metric", "flops_ratio", "bytes_after", "output_fvu", "kept")
+    return {name: getattr(found, name) for name in fields}
 
 
 def read_rows(config: Config) -> tuple[Tensor, Tensor, Array | None]:
@@ -178,10 +212,16 @@ y = distil_rank.load("{config.out.name}")(x)  # x (n, {certificate.layers[0].d_i
 """
 
 
-def summary(certificate: HeadCertificate, task: TaskChange | None, out: Path) -> str:
+def summary(
+    certificate: HeadCertificate, beside: Record | None, task: TaskChange | None, out: Path
+) -> str:
     """What the terminal shows at the end."""
     held, first = certificate.output_fvu["held_out"], certificate.layers[0]
-    lines = [_layer_line(layer) for layer in certificate.layers]
+    lines = [f"kept of the function: {_kept(certificate.kept)}"]
+    if beside is not None:
+        form = "as one map" if beside["metric"] == WHOLE else "layer by layer"
+        lines.append(f"  {form} at the same FLOPs: {_kept(beside['kept'])}")
+    lines += [_layer_line(layer) for layer in certificate.layers]
     lines.append(
         f"output FVU {held['value']:.4g} [{held['low']:.4g}, {held['high']:.4g}]"
         f" on {certificate.held_out_rows} held-out rows; FLOPs / {certificate.flops_ratio:.3g};"
@@ -200,6 +240,11 @@ def summary(certificate: HeadCertificate, task: TaskChange | None, out: Path) ->
             f" on {task.rows} rows"
         )
     return "\n".join([*lines, f"written to {out}"])
+
+
+def _kept(kept: dict[str, Metric]) -> str:
+    texts = [f"{NAMES[m]} {with_interval(v, '.3f')}" for m, v in kept.items()]
+    return ", ".join(texts) or "not measured on so few rows"
 
 
 def _layer_line(layer: LayerCertificate) -> str:

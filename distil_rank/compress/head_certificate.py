@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distil_rank.compress.quantise import Choice, Int8Certificate, Int8LowRank
+from distil_rank.core.functions import FunctionCertificate
 from distil_rank.core.intervals import DRAWS, bootstrap_counts, percentile_interval
 from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.lowrank import Joint, Optimum, floor_fvu, leading_eigenpairs
@@ -72,7 +73,9 @@ class HeadCertificate:
     bytes_before: int
     bytes_after: int
     output_fvu: dict[str, Metric]  # of the head's output on the fitted and the held-out rows
+    kept: dict[str, Metric]  # of the function on held-out rows, else fitted ones, by measure
     prior: Blend | None
+    function: FunctionCertificate | None  # of a head that is one map
     layers: list[LayerCertificate]
 
     def record(self) -> Record:

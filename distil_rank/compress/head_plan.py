@@ -18,7 +18,7 @@ from distil_rank.core.certificates import require_linear
 from distil_rank.core.errors import InputError
 from distil_rank.core.lowrank import Optimum, optimum, smallest_rank
 from distil_rank.core.moments import Moments
-from distil_rank.core.prior import FOLDS, Blend, blended_moments
+from distil_rank.core.prior import Blend, blended_moments, folds_of
 from distil_rank.core.randomness import generator
 
 FEW = 4  # rows a feature below which the weight's own prior is tried
@@ -89,8 +89,7 @@ def find_targets(
             moments = Moments.of(x)
             require_linear(part, moments)
             if not targets and (prior is not None or len(x) < FEW * part.in_features):
-                folds = [Moments.of(x[f::FOLDS]) for f in range(min(FOLDS, len(x)))]
-                moments, blend = blended_moments(part.weight, "input", folds, prior, rank)
+                moments, blend = blended_moments(part.weight, "input", folds_of(x), prior, rank)
             G = METRICS[metric](parts[i + 1 :], y, generator(seed, "metric", i))
             best = optimum(part.weight, part.bias, moments)
             targets.append(Target(i, part, x, moments, best, G))

@@ -25,6 +25,7 @@ from distil_rank.compress.head_certificate import (
     flops,
     fvu_interval,
 )
+from distil_rank.compress.head_function import whole_student
 from distil_rank.compress.head_metrics import METRICS
 from distil_rank.compress.head_plan import Request, Target, choose_ranks, find_targets
 from distil_rank.compress.quantise import (
@@ -35,11 +36,15 @@ from distil_rank.compress.quantise import (
     quantise,
 )
 from distil_rank.compress.sites import evaluating
+from distil_rank.core.agreement import function_kept, measure_for
 from distil_rank.core.errors import InputError
+from distil_rank.core.heads import UnitNorm
 from distil_rank.core.linear import linear
 from distil_rank.core.lowrank import Joint, optimum, require_finite
 from distil_rank.core.moments import Moments
+from distil_rank.core.records import Metric
 
+WHOLE = "whole"  # of `metric`: one map for the head
 BLEND_RANK = 64  # at which the blend is chosen where no rank is asked for
 
 
@@ -61,9 +66,10 @@ def compress_head(
 
     x (n, d_in): rows to fit on; held_out: rows to measure on. metric: fit every layer for its "own"
     output, for that of the "next" linear layer, or for the "output" of the head (which then also
-    shares out the ranks); by default for the output, or its own where `fvu` is asked of it. prior:
-    moments of x from other proteins, blended in for the first layer (see `core.prior`). Layers that
-    factors would not make smaller stay dense.
+    shares out the ranks); by default for the output, or its own where `fvu` is asked of it; "whole"
+    makes the head one low-rank map instead (`core.functions`). prior: moments of x from other
+    proteins, blended in for the first layer (see `core.prior`). Layers that factors would not make
+    smaller stay dense.
 
     >>> x = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
     >>> head = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
@@ -74,8 +80,7 @@ def compress_head(
     request = Request(rank, fvu, speedup, bytes)
     request.check()
     metric = metric or ("output" if fvu is None else "own")
-    if metric not in METRICS:
-        raise InputError(f"a metric out of {', '.join(METRICS)} required, got {metric!r}")
+    check_metric(metric, prior)
     parts = parts_of(head)
     first = next(part for part in parts if isinstance(part, nn.Linear))
     check_rows(x, first.in_features, "data")
@@ -84,14 +89,19 @@ def compress_head(
         check_rows(held_out, first.in_features, "held-out data")
         held_out = held_out.to(first.weight)
     with evaluating(head), torch.no_grad():
-        blend_rank = min(rank or BLEND_RANK, *first.weight.shape)
-        targets, blend = find_targets(parts, x, prior, metric, blend_rank, seed)
-        chosen = choose_ranks(parts, targets, request, int8, metric == "output")
-        small, layers = _fit(parts, targets, chosen, x, held_out, int8, seed)
+        blend, function = None, None
+        if metric == WHOLE:
+            small, layer, function = whole_student(parts, x, held_out, request, int8, seed)
+            layers = [layer]
+        else:
+            blend_rank = min(rank or BLEND_RANK, *first.weight.shape)
+            targets, blend = find_targets(parts, x, prior, metric, blend_rank, seed)
+            chosen = choose_ranks(parts, targets, request, int8, metric == "output")
+            small, layers = _fit(parts, targets, chosen, x, held_out, int8, seed)
         module: nn.Module = small[0] if isinstance(head, nn.Linear) else nn.Sequential(*small)
-        lost = {"fitted": fvu_interval(head(x), module(x), seed)}
-        if held_out is not None:
-            lost["held_out"] = fvu_interval(head(held_out), module(held_out), seed)
+        measured = {"fitted": x} | ({} if held_out is None else {"held_out": held_out})
+        outputs = {name: (head(rows), module(rows)) for name, rows in measured.items()}
+        vector = isinstance(parts[-1], UnitNorm)
         certificate = HeadCertificate(
             request=request.given,
             metric=metric,
@@ -100,21 +110,41 @@ def compress_head(
             flops_ratio=flops(parts) / flops(small),
             bytes_before=module_bytes(head),
             bytes_after=module_bytes(module),
-            output_fvu=lost,
+            output_fvu={name: fvu_interval(*pair, seed) for name, pair in outputs.items()},
+            kept=kept_of(*list(outputs.values())[-1], vector, seed),
+            function=function,
             prior=blend,
             layers=layers,
         )
     for part, new in zip(parts, small):
-        if new is not part:
+        if metric != WHOLE and new is not part:
             new.train(part.training)
     module.training = head.training
     return module, certificate
 
 
+def check_metric(metric: str, prior: Moments | None) -> None:
+    if metric not in (*METRICS, WHOLE):
+        raise InputError(f"a metric out of {', '.join(METRICS)}, {WHOLE} required, got {metric!r}")
+    if metric == WHOLE and prior is not None:
+        raise InputError("no prior required for a whole head, got one; its moments know no output")
+
+
+def kept_of(y: Tensor, found: Tensor, vector: bool, seed: int) -> dict[str, Metric]:
+    """What is kept of the outputs y (n, d), by the measure that fits; none of few or equal rows."""
+    measure = measure_for(y.shape[1], vector)
+    try:
+        return {measure: function_kept(y, found, measure, seed)}
+    except InputError:
+        return {}
+
+
 def parts_of(head: nn.Module) -> list[nn.Module]:
     """The layers of a head in order; InputError where it is no head."""
     single = isinstance(head, nn.Linear)
-    parts = [head] if single else list(head) if type(head) is nn.Sequential else []
+    parts = [head] if single else []
+    if isinstance(head, nn.Sequential) and type(head).forward is nn.Sequential.forward:
+        parts = list(head)
     if not any(isinstance(part, nn.Linear) for part in parts):
         got = type(head).__name__
         raise InputError(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from distil_rank.compress.architectures import TOKENIZER, Architecture, tokenizer_files
 from distil_rank.compress.quantise import Int8LowRank
 from distil_rank.core.errors import InputError
+from distil_rank.core.heads import ACTIVATIONS, UnitNorm
 from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.records import atomic, read_json, require_writable
 
@@ -32,17 +33,19 @@ SCHEMA = "distil-rank/compressed/1"
 STALE = ("certificate.json", "README.md", "report.json", "report.png", "merged", *TOKENIZER)
 EXPORTS = ("model.onnx", "model.onnx.data")
 WEIGHTS, DESCRIPTION = "model.safetensors", "compressed.json"
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "gelu": nn.GELU,
-    "tanh": nn.Tanh,
-    "silu": nn.SiLU,
-    "sigmoid": nn.Sigmoid,
-    "identity": nn.Identity,
+PARTS: dict[str, type[nn.Module]] = {
+    **ACTIVATIONS,
     "dropout": nn.Dropout,
     "layernorm": nn.LayerNorm,
+    "softmax": nn.Softmax,
+    "unit norm": UnitNorm,
 }
-SETTINGS = {nn.GELU: ("approximate",), nn.Dropout: ("p",)}  # of the activations that have some
+SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {  # of the parts that have some
+    nn.GELU: ("approximate",),
+    nn.Dropout: ("p",),
+    nn.Softmax: ("dim",),
+    UnitNorm: ("eps",),
+}
 
 
 def save(
@@ -100,11 +103,11 @@ def _head_part(part: nn.Module) -> dict[str, Any]:
     if type(part) is nn.LayerNorm:
         settings = {"shape": list(part.normalized_shape), "eps": part.eps}
         return {"type": "layernorm", **settings, "bias": part.bias is not None}
-    for name, cls in ACTIVATIONS.items():
+    for name, cls in PARTS.items():
         if type(part) is cls:
             return {"type": name} | {key: getattr(part, key) for key in SETTINGS.get(cls, ())}
     raise InputError(
-        f"a head of nn.Linear and {', '.join(ACTIVATIONS)} required, got {type(part).__name__}"
+        f"a head of nn.Linear and {', '.join(PARTS)} required, got {type(part).__name__}"
     )
 
 
@@ -119,7 +122,7 @@ def _build_head(description: Mapping[str, Any]) -> nn.Module:
         elif kind == "layernorm":
             parts.append(nn.LayerNorm(settings["shape"], settings["eps"], bias=settings["bias"]))
         else:  # factors are put in place later, with those of models
-            parts.append(ACTIVATIONS["identity" if kind == "factors" else kind](**settings))
+            parts.append(PARTS["identity" if kind == "factors" else kind](**settings))
     return parts[0] if description["single"] else nn.Sequential(*parts)
 
 

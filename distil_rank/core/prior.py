@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distil_rank.core.errors import InputError
 from distil_rank.core.lowrank import leading_directions
-from distil_rank.core.moments import Moments, symmetric_product
+from distil_rank.core.moments import Moments
 
 WEIGHTS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 1.0)
 OWN_WEIGHTS = (0.0, 0.03, 0.1, 0.3)  # of the weight's own prior
@@ -31,10 +31,9 @@ class Blend:
     relative_loss: float  # cross-validated, over that without a prior; 1 where it is not used
 
 
-def mapped(moments: Moments, matrix: Tensor) -> Moments:
-    """Moments of matrix @ x (k,) from those of x (d,)."""
-    scatter = symmetric_product(matrix @ moments.scatter, matrix.T)
-    return _moments(moments.count, matrix @ moments.mean, scatter)
+def folds_of(x: Tensor, folds: int = FOLDS) -> list[Moments]:
+    """Moments of the rows of x (n, d) in folds, each of at least one row."""
+    return [Moments.of(x[fold::folds]) for fold in range(min(folds, len(x)))]
 
 
 def _moments(count: float, mean: Tensor, scatter: Tensor) -> Moments:
@@ -123,7 +122,7 @@ def blended_moments(
     if side == "input":
         # the loss is that of the output, or of its rotation into min(d_in, d_out) dimensions
         left = torch.linalg.qr(W).R if len(W) > W.shape[1] else W
-        seen, expected = [mapped(fold, left) for fold in folds], mapped(known, left)
+        seen, expected = [fold.mapped(left) for fold in folds], known.mapped(left)
     weights = OWN_WEIGHTS if prior is None else WEIGHTS
     blend = choose(seen, expected, min(rank, expected.dim), weights, left, prior is not None)
     return blended(total, known, blend), blend

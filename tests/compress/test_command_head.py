@@ -73,6 +73,25 @@ def test_a_head_with_labels_and_onnx_twice(files, capsys):
     assert certificate == repeated
 
 
+def test_a_head_as_one_map_beside_layer_by_layer(files, capsys):
+    folder, _, x = files
+    flags = ["--activation", "gelu", "--metric", "whole", "--held-out", 0.3]
+    out = compress(folder, "--rank", 1, *flags, key=("head",))
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("kept of the function: Spearman") and "layer by layer at" in second
+    small, found = distil_rank.load(out), json.loads((out / "certificate.json").read_text())
+    kept = found["kept"]["spearman"]["value"]
+    assert small.rank == 1 and small(x).shape == (120, 1) and kept > 0.9
+    assert found["function"]["held_out_achieved_fvu"] == pytest.approx(
+        found["output_fvu"]["held_out"]["value"], rel=1e-3
+    )
+    assert found["same_flops"]["metric"] == "output" and found["flops_ratio"] > 90
+    for size in (["--bytes", "1k"], ["--bytes", "1k", "--int8"], ["--fvu", 0.3]):
+        out = compress(folder, *size, *flags, key=("head",))
+        found = json.loads((out / "certificate.json").read_text())
+        assert found["bytes_after"] <= 1000 and distil_rank.load(out)(x).shape == (120, 1)
+
+
 @pytest.mark.parametrize(
     "request_", [["--rank", 6], ["--fvu", 0.1], ["--bytes", "2k"], ["--bytes", "2k", "--int8"]]
 )

@@ -8,8 +8,9 @@ from distil_rank import Moments, compress_linear
 from distil_rank.core.certificates import certify
 from distil_rank.core.errors import InputError
 from distil_rank.core.lowrank import optimum
+from distil_rank.core.prior import folds_of
 from tests import reference
-from tests.core.rows import KINDS, layer, loss, rows
+from tests.core.rows import KINDS, draw, layer, loss, rows
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -43,6 +44,26 @@ def test_a_teacher_without_bias_gets_the_mean():
     student, certificate = compress_linear(teacher, Moments.of(x), rank=2)
     torch.testing.assert_close(student(x).mean(0), teacher(x).mean(0))
     assert abs(certificate.gap) < 1e-12
+
+
+def test_a_prior_helps_few_rows_and_is_left_out_where_it_does_not():
+    """Never more than 1 % above the sample optimum."""
+    teacher = layer(40)
+    with torch.no_grad():
+        teacher.weight *= torch.logspace(0, -1.5, 24)
+    held, scales = draw(2000, 24, seed=50), torch.logspace(-1, 0, 24, dtype=torch.float64)
+    ratios = {}
+    for n in (12, 30, 200):
+        for seed in range(5):
+            x = draw(n, 24, seed=100 * n + seed)
+            for name, prior in (("own", "own"), ("bad", Moments.of(held * scales + 3))):
+                pair = [compress_linear(teacher, folds_of(x), 5, prior=p)[0] for p in (None, prior)]
+                plain, blended = (loss(s(held), teacher(held)) for s in pair)
+                ratios.setdefault((name, n), []).append(blended / plain)
+    assert max(max(found) for found in ratios.values()) < 1.01
+    assert sum(ratios["own", 12]) / 5 < 0.97
+    with pytest.raises(InputError, match="folds required"):
+        compress_linear(teacher, Moments.of(held), 5, prior="own")
 
 
 def test_full_rank_is_the_teacher():

@@ -1,0 +1,291 @@
+"""The layers of a head in an ONNX file, read backward from its output.
+
+Exporters write one layer in several ways: GELU as Erf and products, LayerNorm and the scaling to
+unit length as means, powers and quotients. Each form is one function that returns a layer and the
+name of what the layer reads, or None.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distil_rank.core.errors import InputError
+from distil_rank.core.heads import Affine, UnitNorm, batch_norm, layer_norm
+from distil_rank.core.linear import linear
+
+SIMPLE: dict[str, Callable[[], nn.Module]] = {
+    "Relu": nn.ReLU,
+    "Sigmoid": nn.Sigmoid,
+    "Tanh": nn.Tanh,
+}
+NOTHING = ("Identity", "Dropout", "Flatten")  # for one row of features in evaluation
+UNIT_NORM = "/unit_norm/"  # ProteinCLIP's last layer; its heads read inputs of unit length
+
+Found = tuple[nn.Module | None, str] | None
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Nodes by what they make, and every constant."""
+
+    nodes: dict[str, Any]
+    constants: dict[str, Tensor]
+
+    def is_a(self, name: str, *kinds: str) -> bool:
+        return name in self.nodes and self.nodes[name].op_type in kinds
+
+    def inputs(self, name: str) -> list[str]:
+        return [x for x in self.nodes[name].input if x]
+
+    def attribute(self, name: str, key: str, default: Any) -> Any:
+        from onnx.helper import get_attribute_value
+
+        found = [a for a in self.nodes[name].attribute if a.name == key]
+        return get_attribute_value(found[0]) if found else default
+
+    def number(self, name: str) -> float | None:
+        value = self.constants.get(name)
+        return float(value) if value is not None and value.numel() == 1 else None
+
+    def pair(self, name: str, kind: str) -> tuple[str, Tensor] | None:
+        """The variable and the constant of a node with one of each, in any order."""
+        if not self.is_a(name, kind):
+            return None
+        known = [x in self.constants for x in self.inputs(name)]
+        if sorted(known) != [False, True]:
+            return None
+        variable, constant = sorted(self.inputs(name), key=lambda x: x in self.constants)
+        return variable, self.constants[constant]
+
+    def product(self, name: str) -> tuple[float, list[str]]:
+        """Nested products of numbers and variables as a number and the variables."""
+        found = self.pair(name, "Mul")
+        if found is not None and found[1].numel() == 1:
+            number, factors = self.product(found[0])
+            return number * float(found[1]), factors
+        if found is None and self.is_a(name, "Mul"):
+            (a, left), (b, right) = map(self.product, self.inputs(name))
+            return a * b, left + right
+        return 1.0, [name]
+
+
+def read_onnx(path: Path, output: str | None = None) -> tuple[list[nn.Module], bool]:
+    """Layers in order, and whether the head reads inputs of unit length; InputError."""
+    try:
+        import onnx
+    except ImportError:
+        raise InputError(f"the package onnx required to read {path}; pip install onnx") from None
+    if not path.is_file():
+        raise InputError(f"an existing file required, got {path}; check the path")
+    try:
+        model = onnx.load(str(path))
+        found = model.graph.initializer
+        constants = {t.name: _tensor(onnx.numpy_helper.to_array(t)) for t in found}
+        for node in model.graph.node:
+            if node.op_type == "Constant" and node.attribute[0].name == "value":
+                constants[node.output[0]] = _tensor(onnx.numpy_helper.to_array(node.attribute[0].t))
+    except Exception as error:  # bytes of another kind fail in any way
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"a readable ONNX file required, got {path}: {reason}") from None
+    graph = Graph({name: node for node in model.graph.node for name in node.output}, constants)
+    outputs, sources = [o.name for o in model.graph.output], {i.name for i in model.graph.input}
+    if output is not None and output not in graph.nodes:
+        raise InputError(
+            f"an output of {path} as --key required, got {output!r}; it has {', '.join(outputs)}"
+        )
+    parts, unread = _walk(graph, output or outputs[0], sources - constants.keys())
+    if unread:
+        raise InputError(
+            f"a head of linear layers, activations and normalizations required in {path}, got"
+            f" {'; '.join(unread)}; give a file that ends before them, or --key with an output"
+        )
+    last = [name for name in graph.nodes if name.startswith(UNIT_NORM)]
+    return parts, bool(last) and bool(parts) and isinstance(parts[-1], UnitNorm)
+
+
+def _tensor(array: Any) -> Tensor:
+    tensor = torch.from_numpy(array.copy())
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor
+
+
+def _walk(graph: Graph, name: str, sources: set[str]) -> tuple[list[nn.Module], list[str]]:
+    """Layers from the graph's input to `name`, and what cannot be read."""
+    parts: list[nn.Module] = []
+    unread: list[str] = []
+    while name not in sources:
+        found = next((x for x in (form(graph, name) for form in FORMS) if x is not None), None)
+        if found is not None:
+            part, name = found
+            parts += [] if part is None else [part]
+            continue
+        node = graph.nodes.get(name)
+        unread.append(f"{node.op_type} ({node.name or name})" if node is not None else name)
+        variables = [x for x in graph.inputs(name) if x not in graph.constants] if node else []
+        if not variables:
+            break
+        name = variables[0]
+    return parts[::-1], unread[::-1]
+
+
+def _linear(graph: Graph, name: str) -> Found:
+    if graph.is_a(name, "Gemm"):
+        x, w, *c = graph.inputs(name)
+        if graph.attribute(name, "transA", 0) or w not in graph.constants:
+            return None
+        weight = graph.constants[w] * graph.attribute(name, "alpha", 1.0)
+        weight = weight if graph.attribute(name, "transB", 0) else weight.T
+        if c and c[0] not in graph.constants:
+            return None
+        bias = graph.constants[c[0]] * graph.attribute(name, "beta", 1.0) if c else None
+        return _made(weight, bias, x)
+    added = graph.pair(name, "Add")
+    product, bias = added if added is not None else (name, None)
+    if not graph.is_a(product, "MatMul"):
+        return None
+    x, w = graph.inputs(product)
+    if w not in graph.constants or x in graph.constants or graph.constants[w].ndim != 2:
+        return None
+    return _made(graph.constants[w].T, bias, x)
+
+
+def _made(weight: Tensor, bias: Tensor | None, x: str) -> Found:
+    if bias is not None:
+        if bias.numel() not in (1, len(weight)):
+            return None
+        bias = bias.reshape(-1).expand(len(weight)).contiguous()
+    return linear(weight.contiguous(), bias), x
+
+
+def _activation(graph: Graph, name: str) -> Found:
+    if graph.is_a(name, *SIMPLE):
+        return SIMPLE[graph.nodes[name].op_type](), graph.inputs(name)[0]
+    if graph.is_a(name, "Gelu"):
+        approximate = graph.attribute(name, "approximate", b"none").decode()
+        return nn.GELU(approximate), graph.inputs(name)[0]
+    if graph.is_a(name, "Softmax") and graph.attribute(name, "axis", -1) in (-1, 1):
+        return nn.Softmax(-1), graph.inputs(name)[0]
+    if graph.is_a(name, *NOTHING):
+        return None, graph.inputs(name)[0]
+    number, factors = graph.product(name)
+    if len(factors) != 2:
+        return None
+    for x, gate in (factors, factors[::-1]):
+        if number == 1 and graph.is_a(gate, "Sigmoid") and graph.inputs(gate) == [x]:
+            return nn.SiLU(), x
+        one = graph.pair(gate, "Add")
+        if one is None or not math.isclose(number, 0.5) or not graph.is_a(one[0], "Erf"):
+            continue
+        inner = graph.inputs(one[0])[0]
+        if float(one[1]) == 1 and _over_root_2(graph, inner) == x:
+            return nn.GELU(), x
+    return None
+
+
+def _over_root_2(graph: Graph, name: str) -> str | None:
+    """x, where the node is x / sqrt(2)."""
+    number, factors = graph.product(name)
+    if graph.is_a(name, "Div"):
+        x, divisor = graph.inputs(name)
+        number, factors = 1 / (graph.number(divisor) or math.inf), [x]
+    return (
+        factors[0] if len(factors) == 1 and math.isclose(number, 0.5**0.5, rel_tol=1e-5) else None
+    )
+
+
+def _layer_norm(graph: Graph, name: str) -> Found:
+    if graph.is_a(name, "LayerNormalization"):
+        x, weight, *shift = graph.inputs(name)
+        if graph.attribute(name, "axis", -1) not in (-1, 1):
+            return None
+        w = graph.constants[weight]
+        b = graph.constants[shift[0]] if shift else torch.zeros_like(w)
+        return layer_norm(w, b, graph.attribute(name, "epsilon", 1e-5)), x
+    added = graph.pair(name, "Add")
+    scaled = graph.pair(added[0] if added else name, "Mul")
+    inner = scaled[0] if scaled else name
+    normalized = _standardized(graph, inner) if scaled else None
+    if normalized is None or scaled is None or scaled[1].ndim != 1:
+        return None
+    x, eps = normalized
+    bias = added[1] if added else torch.zeros_like(scaled[1])
+    return layer_norm(scaled[1], bias.expand_as(scaled[1]), eps), x
+
+
+def _standardized(graph: Graph, name: str) -> tuple[str, float] | None:
+    """x and eps, where the node is (x - mean x) / sqrt(mean (x - mean x)^2 + eps)."""
+    if not graph.is_a(name, "Div"):
+        return None
+    centered, root = graph.inputs(name)
+    if not graph.is_a(centered, "Sub") or not graph.is_a(root, "Sqrt"):
+        return None
+    x, mean = graph.inputs(centered)
+    variance = graph.pair(graph.inputs(root)[0], "Add")
+    if variance is None or not _over_features(graph, mean, "ReduceMean", x):
+        return None
+    square = graph.inputs(variance[0])[0] if graph.is_a(variance[0], "ReduceMean") else ""
+    if not graph.is_a(square, "Pow", "Mul") or not _over_features(
+        graph, variance[0], "ReduceMean", square
+    ):
+        return None
+    base, other = graph.inputs(square)
+    squared = other == base if graph.is_a(square, "Mul") else graph.number(other) == 2
+    return (x, float(variance[1])) if base == centered and squared else None
+
+
+def _over_features(graph: Graph, name: str, kind: str, x: str) -> bool:
+    """Whether the node reduces x over its last axis and keeps that axis."""
+    if not graph.is_a(name, kind) or graph.inputs(name)[0] != x:
+        return False
+    axes = graph.attribute(name, "axes", None)
+    if axes is None and len(graph.inputs(name)) > 1:
+        axes = graph.constants[graph.inputs(name)[1]].tolist()
+    return axes in ([-1], [1]) and bool(graph.attribute(name, "keepdims", 1))
+
+
+def _unit_norm(graph: Graph, name: str) -> Found:
+    if graph.is_a(name, "LpNormalization"):
+        fits = graph.attribute(name, "p", 2) == 2 and graph.attribute(name, "axis", -1) in (-1, 1)
+        return (UnitNorm(), graph.inputs(name)[0]) if fits else None
+    if not graph.is_a(name, "Div"):
+        return None
+    x, norm = graph.inputs(name)
+    eps = 0.0
+    while graph.is_a(norm, "Clip", "Max", "Expand"):
+        if not graph.is_a(norm, "Expand"):
+            eps = next((v for n in graph.inputs(norm) if (v := graph.number(n)) is not None), 0.0)
+        norm = graph.inputs(norm)[0]
+    return (UnitNorm(eps), x) if _over_features(graph, norm, "ReduceL2", x) else None
+
+
+def _scale(graph: Graph, name: str) -> Found:
+    """BatchNormalization, and products, sums, differences and quotients with a constant."""
+    if graph.is_a(name, "BatchNormalization"):
+        x, *names = graph.inputs(name)
+        weight, bias, mean, variance = (graph.constants[k] for k in names)
+        return batch_norm(weight, bias, mean, variance, graph.attribute(name, "epsilon", 1e-5)), x
+    for kind in ("Add", "Mul", "Sub", "Div"):
+        found = graph.pair(name, kind)
+        if found is None:
+            continue
+        x, value = found[0], found[1].double().reshape(-1)
+        one, first = torch.ones_like(value), graph.inputs(name)[0] == found[0]
+        if kind == "Div" and not first:
+            return None
+        scale, shift = {
+            "Add": (one, value),
+            "Mul": (value, 0 * one),
+            "Sub": (one, -value) if first else (-one, value),
+            "Div": (1 / value, 0 * one),
+        }[kind]
+        return Affine(scale, shift), x
+    return None
+
+
+FORMS = (_linear, _activation, _layer_norm, _unit_norm, _scale)
