@@ -11,7 +11,7 @@ from distil_rank.core.errors import InputError
 from distil_rank.generators import command_evaluate, command_publish, command_train
 from distil_rank.generators.data import amino_acid_tokenizer
 from distil_rank.generators.models import fresh, save
-from tests.generators.conftest import write_toy_fasta
+from tests.generators.conftest import prepare, write_toy_fasta
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +19,11 @@ def place(tmp_path_factory):
     """A teacher, two students and the evaluation of the first."""
     folder = tmp_path_factory.mktemp("publish")
     save(fresh(27, 2, 2, 32, 96, 0, 1), amino_acid_tokenizer(), folder / "teacher")
-    data, teacher = write_toy_fasta(folder / "toy.fasta", 80), str(folder / "teacher")
+    data = prepare(write_toy_fasta(folder / "toy.fasta", 80), folder / "data")
+    teacher = str(folder / "teacher")
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "batch_size": 8, "device": "cpu"}
     for name, steps in (("m", 2), ("other", 3)):
-        given = {"data": data, "out": folder / name, "steps": steps, "held_out": 0.2}
+        given = {"data": data, "out": folder / name, "steps": steps}
         command_train.run(command_train.Config(teacher=teacher, **given, **shape))
     pair = {"student": str(folder / "m"), "teacher": teacher, "device": "cpu"}
     out = {"data": data, "out": folder / "m.json", "generate": 0}
