@@ -142,7 +142,6 @@ def test_the_test_part_is_only_measured_where_the_training_left_it_out(folders):
     (folders / "student" / "training.json").write_text(json.dumps(record))
     found = evaluation(folders, part="test", seed=1, generate=3)
     assert found["proteins"] == len(prepared.part("test")) == found["data"]["n_test"]
-    assert "novelty" in found["student"]["generation"]
     prepare(fasta, folders / "other", seed=1)
     with pytest.raises(InputError, match="got others"):
         evaluation(folders, part="test", data=folders / "other")

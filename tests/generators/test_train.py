@@ -82,9 +82,7 @@ def test_a_large_vocabulary_is_never_written_out_and_changes_nothing(proteins):
     assert kept.kept[0].shape == (proteins.offsets[-1], 16)
 
 
-def test_a_cache_too_large_is_refused_before_it_is_made(
-    proteins, teacher, monkeypatch
-):
+def test_a_cache_too_large_is_refused_before_it_is_made(proteins, teacher, monkeypatch):
     monkeypatch.setattr("os.sysconf", lambda name: 300)
     monkeypatch.setattr(torch, "empty", lambda *_: pytest.fail("allocated"))
     with pytest.raises(InputError, match="at most half of"):
