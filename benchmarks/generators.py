@@ -1,13 +1,17 @@
 """The generators' bars: loss at ProtGPT2's vocabulary, teacher cache, error rates of statistics.
 
-python -m benchmarks.generators --data proteins.tsv.gz --teacher models/nano-teacher
+python -m benchmarks.generators --data shards --teacher models/nano-teacher
 """
 
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -28,7 +32,8 @@ from distil_rank.core.records import (
 from distil_rank.generators import quality
 from distil_rank.generators.calibration import calibration
 from distil_rank.generators.evaluate import peak_bytes
-from distil_rank.generators.loss import CHUNK, Objective, distillation_sums
+from distil_rank.generators.loss import CHUNK, Hidden, Objective, distillation_sums
+from distil_rank.generators.prepared import Prepared
 from distil_rank.generators.teachers import Cache
 from distil_rank.generators.train import Schedule
 
@@ -37,12 +42,13 @@ VOCABULARY = 50257  # of ProtGPT2
 
 @dataclass(frozen=True)
 class Config:
-    data: Path  # proteins: FASTA (plain or gzip), or CSV, TSV or parquet with a column `sequence`
+    data: Path  # folder that `generator prepare` made
     teacher: str = "models/nano-teacher"
     out: Path = Path("benchmarks/results/generators.json")  # where to write
     rounds: int = 5  # of the loss, interleaved
     steps: int = 30  # of every run of the ablation
-    proteins: float = 0.05  # share of the training proteins
+    proteins: int = 600_000  # that are prepared
+    trials: int = 1000  # of each simulated calibration
 
 
 def direct(student: torch.Tensor, teacher: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -105,14 +111,7 @@ def ablation_with_and_without_cache(config: Config) -> Record:
     """Processor time of training the 2 x 2 x 5 ablation, the making of the cache included."""
     preset = PRESETS["nano"]
     shape = next(iter(preset.sizes.values()))
-    material = runs.Material(
-        config.teacher,
-        str(config.data),
-        config.proteins,
-        preset.held_out,
-        preset.max_residues,
-        cache=False,
-    )
+    material = runs.Material(config.teacher, str(config.data), cache=False)
     bench = runs.Bench(material)
     live = bench.source
     base = Schedule(config.steps, preset.batch_size, learning_rate=1e-2)
@@ -162,47 +161,86 @@ def error_rates(trials: int = 200) -> Record:
     }
 
 
-def calibrated_simulator(trials: int = 1000) -> list[Record]:
-    """A calibrated model at several numbers of tokens: plain and debiased ECE, coverage of 0."""
+def coverage(trials: int) -> list[Record]:
+    """Simulated models whose confidence is too high by a known gap: how often intervals hold it."""
     rows = []
-    for n in (100, 500, 2000, 20000):
-        found = []
-        for trial in range(trials):
-            rng = np.random.default_rng([n, trial])
-            confidence = 0.08 + 0.9 * rng.beta(1.0, 4.0, n)
-            correct = (rng.random(n) < confidence).astype(float)
-            found.append(
-                calibration(confidence, correct, (confidence - correct) ** 2, np.arange(n) // 20)
-            )
-        debiased = np.array([f["ece_debiased"]["value"] for f in found])
-        rows.append(
-            {
-                "tokens": n,
-                "trials": trials,
-                "ece": float(np.mean([f["ece"] for f in found])),
-                "noise_floor": float(np.mean([f["noise_floor"] for f in found])),
-                "debiased": float(debiased.mean()),
-                "standard_error_of_one": float(debiased.std(ddof=1)),
-                "covered": share_covering(found, "ece_debiased"),
-                "signed_gap_covered": share_covering(found, "signed_gap"),
-            }
-        )
+    for n in (2000, 20000):
+        for gap in (0.0, 0.005, 0.01, 0.02, 0.04):
+            found = []
+            for trial in range(trials):
+                rng = np.random.default_rng([n, trial])
+                confidence = 0.08 + 0.9 * rng.beta(1.0, 4.0, n)
+                correct = (rng.random(n) < confidence - gap).astype(float)
+                brier = (confidence - correct) ** 2
+                found.append(calibration(confidence, correct, brier, np.arange(n) // 20)["error"])
+            covered = np.mean([f["low"] <= gap <= f["high"] for f in found])
+            values = [f["value"] for f in found]
+            row = {"tokens": n, "gap": gap, "trials": trials, "covered": float(covered)}
+            rows.append(row | {"mean": float(np.mean(values)), "deviation": float(np.std(values))})
     return rows
 
 
-def share_covering(found: list[Record], name: str) -> float:
-    return float(np.mean([f[name]["low"] <= 0 <= f[name]["high"] for f in found]))
-
-
-def novelty_seconds() -> float:
-    """Processor seconds for the novelty of 200 proteins against 1,000, lengths 50 to 300."""
+def novelty_of_copies() -> Record:
+    """200 copies of 70 residues against 1,000 proteins with controls, and processor seconds."""
     rng = np.random.default_rng(0)
     letters = list("ACDEFGHIKLMNPQRSTVWY")
-    made = ["".join(rng.choice(letters, rng.integers(50, 300))) for _ in range(1200)]
-    quality.novelty(made[:2], made[2:4])
+    made = ["".join(rng.choice(letters, rng.integers(80, 300))) for _ in range(1200)]
+    copies = [s[5:75] for s in made[200:400]]
     start = time.process_time()
-    quality.novelty(made[:200], made[200:])
-    return time.process_time() - start
+    quality.nearest_identity(made[:200], made[200:])
+    seconds = time.process_time() - start
+    return {**quality.novelty(copies, made[:200], made[200:]), "processor_seconds": seconds}
+
+
+def preparation(proteins: int) -> Record:
+    """Time and memory of `generator prepare` on random proteins, in a process of its own."""
+    rng = np.random.default_rng(0)
+    letters = np.frombuffer(b"ACDEFGHIKLMNPQRSTVWY", np.uint8)
+    with TemporaryDirectory() as folder:
+        fasta = Path(folder) / "proteins.fasta"
+        with fasta.open("wb") as file:
+            for i, length in enumerate(rng.integers(50, 600, proteins)):
+                file.write(b">%d\n%s\n" % (i, rng.choice(letters, length).tobytes()))
+        command = ["-m", "distil_rank", "generator", "prepare", str(fasta), "--split", "random"]
+        command += ["--context", "640", "--out", f"{folder}/shards"]
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+        seconds = time.perf_counter() - start
+        opened = time.perf_counter()
+        tokens = len(Prepared(f"{folder}/shards").part("train").tokens)
+        opened = time.perf_counter() - opened
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {
+        "proteins": proteins,
+        "tokens": tokens,
+        "seconds": seconds,
+        "processor_seconds": used.ru_utime + used.ru_stime,
+        "peak_mib": used.ru_maxrss / 1024,
+        "seconds_to_open": opened,
+        "minutes_for_6_million": seconds / 60 * 6e6 / proteins,
+    }
+
+
+def states_and_logits(width: int = 256) -> Record:
+    """Peak of loss and gradients at V = 50,257 from states, over that with all logits held."""
+    g = torch.Generator().manual_seed(0)
+    states = [torch.randn(2, 256, width, generator=g) for _ in range(2)]
+    weights = [torch.randn(VOCABULARY, width, generator=g) / 16 for _ in range(2)]
+    tokens = torch.randint(VOCABULARY, (2, 256), generator=g)
+    mask, own = torch.ones_like(tokens), [states[0].requires_grad_(), weights[0].requires_grad_()]
+
+    def peak(whole: bool) -> int:
+        def once() -> None:
+            pair = [Hidden(h, w) for h, w in zip(states, weights)]
+            given = [h @ w.T for h, w in pair] if whole else pair
+            loss = distillation_sums(*given, tokens, mask, Objective()).loss
+            torch.autograd.grad(loss, own)
+
+        return peak_bytes(once)
+
+    whole, chunked = peak(True), peak(False)
+    mib = {"logits": whole / 2**20, "states": chunked / 2**20}
+    return {"width": width, "memory_ratio": chunked / whole, "peak_mib": mib}
 
 
 def run(config: Config) -> None:
@@ -213,19 +251,22 @@ def run(config: Config) -> None:
         "loss": loss_at_full_vocabulary(config.rounds),
         "cache": ablation_with_and_without_cache(config),
         "interaction": error_rates(),
-        "calibration": calibrated_simulator(),
-        "novelty_processor_seconds": novelty_seconds(),
+        "calibration": coverage(config.trials),
+        "novelty": novelty_of_copies(),
+        "states": states_and_logits(),
+        "prepare": preparation(config.proteins),
         "environment": environment(),
         "machine_dependent": [
             "loss.time_ratio",
             "loss.processor_seconds",
             "cache.time_ratio",
             "cache.processor_seconds",
-            "novelty_processor_seconds",
+            "novelty.processor_seconds",
+            "prepare",
         ],
     }
     write_json(config.out, record)
-    for name in ("loss", "cache", "interaction", "calibration", "novelty_processor_seconds"):
+    for name in ("loss", "cache", "interaction", "calibration", "novelty", "states", "prepare"):
         print(name, record[name])
 
 

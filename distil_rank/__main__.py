@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         ("nested fit", "nested.command_fit", "fit a nested embedding of a model family"),
         ("nested embed", "nested.command_embed", "embed proteins with a chain, at any dimension"),
         ("nested probe", "nested.command_probe", "what a chain is worth on mutational scans"),
+        ("generator prepare", "generators.command_prepare", "split and tokenize proteins once"),
         ("generator train", "generators.command_train", "distill a generator into a smaller GPT-2"),
         ("generator evaluate", "generators.command_evaluate", "likelihood, calibration and speed"),
         ("generator generate", "generators.command_generate", "write new proteins as FASTA"),

@@ -6,8 +6,8 @@ perplexity of a run,
     effects     y_u - y_0,  y_c - y_0,  y_uc - y_0          interaction     y_uc - y_u - y_c + y_0
 
 each averaged over runs with Student's t interval. Negative is better: an interaction below 0 is
-synergy. Effects are shown as relative change of perplexity, exp(y) - 1. The words come from the
-intervals alone.
+synergy. Effects are shown as relative change of perplexity, exp(y) - 1. A word is given only where
+Holm's corrected p over the four contrasts is below .05.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,23 +49,34 @@ def contrasts(log_perplexity: Mapping[str, Sequence[float] | Array]) -> Record:
         counts = [len(v) for v in y.values()]
         raise InputError(f"as many runs in every cell required, got {counts}; finish the runs")
     found: Record = {cell: relative(y[cell] - y["baseline"]) for cell in CELLS[1:]}
-    found["interaction"] = relative(y["both"] - y["uncertainty"] - y["calibration"] + y["baseline"])
+    crossed = y["both"] - y["uncertainty"] - y["calibration"] + y["baseline"]
+    found["interaction"] = relative(crossed)
+    corrected = holm([y[cell] - y["baseline"] for cell in CELLS[1:]] + [crossed])
+    for name, p in zip((*CELLS[1:], "interaction"), corrected, strict=True):
+        found[name]["corrected_p"] = p
     found["words"] = {cell: effect_word(found[cell]) for cell in CELLS[1:]}
     found["words"]["interaction"] = interaction_word(found["interaction"])
     found["words"]["published_claim"] = claim_word(found)
     return found
 
 
-def effect_word(effect: Mapping[str, Any]) -> str:
-    if effect["high"] < 0:
-        return "helps"
-    return "hurts" if effect["low"] > 0 else "no effect found"
+def holm(differences: Sequence[Array]) -> list[float]:
+    """Corrected p of each mean paired difference being zero (t test, Holm)."""
+    from scipy.stats import ttest_1samp
+    from statsmodels.stats.multitest import multipletests
+
+    plain = [ttest_1samp(d, 0.0).pvalue if np.ptp(d) else float(not d.any()) for d in differences]
+    return multipletests(plain, method="holm")[1].tolist()
+
+
+def effect_word(effect: Mapping[str, Any], words: tuple[str, str] = ("helps", "hurts")) -> str:
+    """A word only where the corrected p is below .05."""
+    return "no effect found" if effect["corrected_p"] >= 0.05 else words[effect["value"] > 0]
 
 
 def interaction_word(effect: Mapping[str, Any]) -> str:
-    if effect["high"] < 0:
-        return "synergy"
-    return "antagonism" if effect["low"] > 0 else "no interaction found"
+    found = effect_word(effect, ("synergy", "antagonism"))
+    return found.replace("effect", "interaction")
 
 
 def claim_word(found: Mapping[str, Any]) -> str:

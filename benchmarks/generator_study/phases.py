@@ -13,7 +13,6 @@ from benchmarks.generator_study.presets import (
     CELLS,
     ENHANCEMENTS,
     FIRST_PILOT,
-    NEXT_SHARES,
     THRESHOLDS,
     Preset,
 )
@@ -113,7 +112,7 @@ def ablate(
                     "log_perplexity": y[cell],
                     **{
                         metric: over_runs([o[metric]["value"] for o in results[name, cell]])
-                        for metric in ("ratio", "kl_to_teacher", "ece_debiased", "signed_gap")
+                        for metric in ("ratio", "kl_to_teacher", "calibration_error", "signed_gap")
                     },
                 }
                 for cell in CELLS
@@ -131,14 +130,13 @@ def ablate(
 
 def final_sizes(
     preset: Preset,
-    retry: bool,
     keep: Path | None,
     bench: Bench,
     base: Objective,
     outcomes: Outcomes,
 ) -> tuple[Record, Record]:
     """The final students, each at the learning rate of its best pilot, each fully evaluated."""
-    from distil_rank.generators.evaluate import Bed, compare, measure
+    from distil_rank.generators.evaluate import NEAREST_OF, Bed, compare, measure
     from distil_rank.generators.models import save
 
     plain = Schedule(preset.steps, preset.batch_size, seed=FIRST_PILOT)
@@ -153,24 +151,18 @@ def final_sizes(
     best = [preset.rates[i] for i in losses.argmin(1)]
     sizes: Record = {}
     histories: Record = {}
-    bed = Bed(bench.tokenizer, bench.test, bench.splits.test, bench.splits.train, preset.generate)
+    natural, training = (
+        bench.prepared.sequences("test"),
+        bench.prepared.sequences("train", NEAREST_OF),
+    )
+    bed = Bed(bench.tokenizer, bench.test, natural, training, preset.generate)
     known = measure(bench.teacher, bed)
     for (name, shape), rate in zip(preset.sizes.items(), best, strict=True):
-        shares = [preset.train_size_prop, *(s for s in NEXT_SHARES if s > preset.train_size_prop)]
-        for share in shares if retry else shares[:1]:
-            here = (
-                bench
-                if share == preset.train_size_prop
-                else Bench(replace(bench.material, train_size_prop=share))
-            )
-            schedule = Schedule(preset.final_steps, preset.batch_size, learning_rate=rate, seed=0)
-            student, log = here.student(Run(shape, base, schedule))
-            own = replace(bed, training=here.splits.train)
-            record: Record = {**compare(student, here.teacher, own, known)}
-            record["verdict"] = verdict(record["ratio"], name)
-            record["train_size_prop"], record["learning_rate"] = share, rate
-            if record["verdict"].get("met", True):
-                break
+        schedule = Schedule(preset.final_steps, preset.batch_size, learning_rate=rate, seed=0)
+        student, log = bench.student(Run(shape, base, schedule))
+        record: Record = {**compare(student, bench.teacher, bed, known)}
+        record["verdict"] = verdict(record["ratio"], name)
+        record["learning_rate"] = rate
         sizes[name] = record
         every = max(1, len(log) // 60)
         histories[name] = [[entry["step"], entry["loss"]] for entry in log[::every]]
@@ -182,12 +174,10 @@ def final_sizes(
 
 
 def verdict(ratio: Metric, size: str) -> Record:
-    """Whether a perplexity ratio meets the size's threshold, and what to try where it does not."""
+    """Whether a perplexity ratio meets the size's threshold."""
     threshold = THRESHOLDS.get(size)
     found: Record = {"size": size, "threshold": threshold}
     if threshold is not None:
         found["met"] = ratio["value"] < threshold
         found["certain"] = ratio["high"] < threshold or ratio["low"] >= threshold
-        if not found["met"]:
-            found["try_train_size_prop"] = list(NEXT_SHARES)
     return found

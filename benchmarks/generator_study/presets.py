@@ -22,9 +22,6 @@ class Preset:
     steps: int
     final_steps: int
     batch_size: int
-    train_size_prop: float
-    held_out: float
-    max_residues: int
     rates: tuple[
         float, ...
     ]  # learning rates tried in every cell under every schedule; the sweeps take the middle one
@@ -38,7 +35,6 @@ class Preset:
 
 CELLS = tuple(ENHANCEMENTS)  # of the 2 x 2 ablation
 THRESHOLDS = {"tiny": 3.0, "small": 2.5, "medium": 2.0}  # student perplexity over teacher's
-NEXT_SHARES = (0.2, 0.5)  # of the training proteins, to try where a size misses its threshold
 FIRST_PILOT = 1000  # seeds of pilots count from here
 STUDENTS = {
     "micro": (4, 4, 256),
@@ -53,9 +49,6 @@ PRESETS = {
         steps=200,
         final_steps=500,
         batch_size=16,
-        train_size_prop=0.25,
-        held_out=0.05,
-        max_residues=250,
         rates=(1e-3, 3e-3, 1e-2, 3e-2),
         temperatures=(1, 2, 4, 8),
         alphas=(0.1, 0.5, 0.9),
@@ -67,9 +60,6 @@ PRESETS = {
         steps=2000,
         final_steps=5000,
         batch_size=32,
-        train_size_prop=0.05,
-        held_out=0.01,
-        max_residues=600,
         rates=(3e-4, 1e-3, 3e-3),
     ),
     "protgpt2": Preset(
@@ -78,9 +68,6 @@ PRESETS = {
         steps=5000,
         final_steps=50000,
         batch_size=64,
-        train_size_prop=0.1,
-        held_out=0.01,
-        max_residues=1000,
         rates=(1e-4, 3e-4, 1e-3),
     ),
 }

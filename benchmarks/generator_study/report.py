@@ -176,12 +176,8 @@ def _reliability(figure: Any, study: Record, curves: Record) -> None:
             side.set_ticks(ticks, [f"{v:g}" for v in ticks])
             side.set_ticks([], minor=True)
         axis.set_title(title, fontsize=9)
-        lines = [
-            f"ECE {found['ece']:.4f} (noise floor {found['noise_floor']:.4f})",
-            f"debiased {found['ece_debiased']['value']:.4f}",
-            f"signed gap {found['signed_gap']['value']:+.4f}",
-        ]
-        axis.text(0.03, 0.97, "\n".join(lines), transform=axis.transAxes, va="top", fontsize=7)
+        text = f"signed gap {found['signed_gap']['value']:+.4f}"
+        axis.text(0.03, 0.97, text, transform=axis.transAxes, va="top", fontsize=7)
     axes[0].set_ylabel("accuracy")
     _caption(
         figure,

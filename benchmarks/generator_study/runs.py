@@ -15,7 +15,6 @@ from distil_rank.core import resume
 from distil_rank.core.errors import at_least
 from distil_rank.core.records import Record, sha256
 from distil_rank.generators.calibration import calibration
-from distil_rank.generators.data import encode, prepare, read_sequences
 from distil_rank.generators.inherit import initial_student
 from distil_rank.generators.loss import Objective
 from distil_rank.generators.metrics import (
@@ -26,7 +25,13 @@ from distil_rank.generators.metrics import (
     perplexity_ratio,
     score,
 )
-from distil_rank.generators.models import load, parameters, weights_sha256
+from distil_rank.generators.models import (
+    load,
+    parameters,
+    require_same_vocabulary,
+    weights_sha256,
+)
+from distil_rank.generators.prepared import PARTS, Prepared
 from distil_rank.generators.teachers import Cache, Live
 from distil_rank.generators.train import Schedule, fit, mean_nll
 
@@ -38,11 +43,7 @@ class Material:
     """The data and the teacher that all runs of a study share."""
 
     teacher: str
-    data: str
-    train_size_prop: float
-    held_out: float
-    max_residues: int
-    seed: int = 0
+    data: str  # folder that `generator prepare` made
     cache: bool = True
     device: str = "cpu"
 
@@ -65,19 +66,10 @@ class Bench:
         self.material = material
         self.teacher, self.tokenizer = load(material.teacher)
         self.teacher.to(material.device)
-        sequences = read_sequences(material.data)
-        self.splits = prepare(
-            sequences,
-            material.train_size_prop,
-            material.held_out,
-            material.seed,
-            material.max_residues,
-        )
-        context = self.teacher.config.n_positions
-        parts = (self.splits.train, self.splits.validation, self.splits.test)
-        self.train, self.validation, self.test = (
-            encode(part, self.tokenizer, context) for part in parts
-        )
+        self.prepared = Prepared(material.data)
+        require_same_vocabulary(self.tokenizer, self.prepared.tokenizer)
+        self.train, self.validation = self.prepared.training_parts(self.teacher)
+        self.test = self.prepared.part("test")
         self.source: Any = Cache(self.teacher, self.train) if material.cache else Live(self.teacher)
         self.test_targets = Cache(self.teacher, self.test) if material.cache else Live(self.teacher)
 
@@ -114,7 +106,8 @@ class Bench:
             "bits_per_residue": bits_per_residue(found),
             "ratio": perplexity_ratio(found, self.teacher_scores),
             "kl_to_teacher": divergence_from_teacher(found),
-            **{k: measured[k] for k in ("ece", "noise_floor", "ece_debiased", "signed_gap")},
+            "calibration_error": measured["error"],
+            "signed_gap": measured["signed_gap"],
             "curve": [[entry["step"], entry["loss"]] for entry in log[::every]],
         }
 
@@ -131,8 +124,11 @@ def describe(run: Run) -> Record:
 
 @cache
 def content(path: str) -> str:
-    """SHA-256 of a file, or of the weights in a folder; a name on the hub stands for itself."""
-    file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+    """Hash of prepared proteins, or of the weights in a folder; a name on the hub is itself."""
+    if (Path(path) / "data.json").is_file():
+        prepared = Prepared(path)
+        return "".join(prepared.part(part).sha256 for part in PARTS)
+    file = Path(path) / "model.safetensors"
     return sha256(file) if file.is_file() else path
 
 
@@ -214,7 +210,8 @@ def uncertainty_examples(bench: Bench, count: int = 6) -> list[Record]:
         ).logits.cpu()
     entropies = entropy(logits.flatten(0, 1)).view(tokens.shape)[:, :-1]
     counted = predictions(mask)
-    weights = position_weights(entropies, counted)
+    residues = counted & ~torch.isin(tokens[:, 1:], torch.tensor(bench.test.layout))
+    weights = position_weights(entropies, counted, residues=residues)
     return [
         {"entropy": entropies[i][counted[i]].tolist(), "weight": weights[i][counted[i]].tolist()}
         for i in range(len(middle))

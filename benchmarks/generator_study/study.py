@@ -1,7 +1,7 @@
 """The whole study: sweeps, the 2 x 2 ablation with its verdict, final sizes, comparison.
 
-    python -m benchmarks.generator_study --data proteins.fasta --preset nano
-    python -m benchmarks.generator_study --data uniref50.fasta --preset protgpt2 --device cuda
+    python -m benchmarks.generator_study --data shards --preset nano
+    python -m benchmarks.generator_study --data shards --preset protgpt2 --device cuda
     python -m benchmarks.generator_study.report results/generators   # figures, and paper.md
 
 Every choice (temperature, alpha, learning rate of each cell and schedule) is made on validation
@@ -27,26 +27,25 @@ from distil_rank.core.records import (
     config_record,
     environment,
     require_writable,
-    sha256,
     shown_path,
     write_json,
 )
 from distil_rank.generators.data import Encoded
 from distil_rank.generators.loss import Objective
+from distil_rank.generators.prepared import Prepared
 
 CURVES = "distil-rank/generator-study-curves/1"
 
 
 @dataclass(frozen=True)
 class Config:
-    data: Path  # proteins: FASTA (plain or gzip), or CSV, TSV or parquet with a column `sequence`
+    data: Path  # folder that `generator prepare` made
     out: Path = Path("results/generators")  # where to write
     preset: Literal["nano", "micro", "protgpt2"] = "nano"
     teacher: str = ""  # instead of the preset's
     work: Path = Path("generator-runs")  # folder of the single runs, kept for resumption
     workers: int = 1  # processes
     seeds: int = 0  # runs per cell of the ablation; 0: the preset's
-    retry: bool = False  # train a size that misses its threshold again on the next larger share
     cache: bool = True  # ask the teacher once
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
     save_students: Path | None = None  # keep the final students here, one folder each
@@ -86,15 +85,7 @@ def run(config: Config) -> None:
 
 def conduct(preset: Preset, config: Config) -> tuple[Record, Record]:
     """All phases; JSON values of the study and of its curves."""
-    material = Material(
-        preset.teacher,
-        str(config.data),
-        preset.train_size_prop,
-        preset.held_out,
-        preset.max_residues,
-        cache=config.cache,
-        device=config.device,
-    )
+    material = Material(preset.teacher, str(config.data), config.cache, config.device)
     bench = Bench(material)
     size, shape = next(iter(preset.sizes.items()))
 
@@ -107,17 +98,12 @@ def conduct(preset: Preset, config: Config) -> tuple[Record, Record]:
     base = replace(warm, alpha=alpha["chosen"])
     ablation, runs = ablate(preset, shape, base, outcomes)
     keep = config.save_students
-    sizes, histories = final_sizes(preset, config.retry, keep, bench, base, outcomes)
+    sizes, histories = final_sizes(preset, keep, bench, base, outcomes)
     study = {
         "data": {
-            "source": shown_path(config.data),
-            "sha256": sha256(config.data),
-            **bench.splits.counts,
-            "n_train": len(bench.train),
-            "n_validation": len(bench.validation),
-            "n_test": len(bench.test),
+            **bench.prepared.summary(),
             "token_frequencies_perplexity": token_frequencies_perplexity(bench.train, bench.test),
-            "teacher_left_these_out": _same_split(preset.teacher, bench.splits.test_sha256),
+            "teacher_left_these_out": _same_split(preset.teacher, bench.prepared),
         },
         "ablated_size": size,
         "teacher": next(iter(sizes.values()))["teacher"] | {"name": shown_path(preset.teacher)},
@@ -137,9 +123,11 @@ def token_frequencies_perplexity(train: Encoded, test: Encoded) -> float:
     return float(np.exp(-np.log(counts / counts.sum())[predicted[1]].mean()))
 
 
-def _same_split(teacher: str, test_sha256: str) -> bool | None:
+def _same_split(teacher: str, prepared: Prepared) -> bool | None:
     """Whether the teacher's own training left out these test proteins; None when not on record."""
     record = Path(teacher) / "training.json"
     if not record.is_file():
         return None
-    return bool(json.loads(record.read_text())["data"].get("test_sha256") == test_sha256)
+    return bool(
+        json.loads(record.read_text())["data"].get("test_sha256") == prepared.record["test_sha256"]
+    )

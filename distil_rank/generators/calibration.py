@@ -1,39 +1,32 @@
-"""Is a model's confidence its accuracy? ECE with sign, noise floor, debiased value and interval.
+"""Is a model's confidence its accuracy? Calibration error and an interval that holds.
 
-A perfectly calibrated model has an expected calibration error above 0, because each bin's accuracy
-is a sample: .08 at 100 tokens, .006 at 20,000 (10 bins). So the plain value is never shown alone:
+    gap_b     = mean confidence - accuracy in bin b of equal mass (positive: overconfident)
+    plain     = sum_b n_b / N gap_b^2, above 0 also for a calibrated model: accuracies are samples
+    unbiased  = plain - sum_b n_b / N Var(gap_b)                 Kumar, Liang and Ma (2019)
+    error     = sqrt(max(0, unbiased))                           root mean square gap
 
-    gap_b    = mean confidence - accuracy in bin b (positive: overconfident), standard error s_b
-    ECE      = sum_b n_b / N |gap_b|                   signed gap = sum_b n_b / N gap_b
-    floor    = mean ECE were the model calibrated: sum_b n_b / N s_b sqrt(2 / pi)
-    debiased = ECE - sum_b n_b / N (E |N(g_b, s_b)| - |g_b|),  g_b = gap_b if beyond 3 s_b, else 0
-
-Under calibration debiased = ECE - floor, which is 0 on average. s_b^2 = sum c (1 - c) / n_b^2 over
-the confidences in the bin: the errors of a calibrated autoregressive model are martingale
-differences, so tokens of one protein need no correction there. The signed gap makes no such
-assumption and takes its interval over proteins.
+Var and the interval come from a bootstrap over proteins (Rubin's weights), so tokens of one protein
+may hang together. A percentile interval would not hold: the bootstrap's own gaps are larger than
+those observed. So tests are inverted: theta is in the interval where |error - theta| is no rarer
+than 5 % among errors of gaps theta u + e, with u the observed gaps' direction and e a bootstrap
+deviation.
 """
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
 
 from distil_rank.core.errors import InputError
-from distil_rank.core.intervals import percentile_interval, ratio_interval
-from distil_rank.core.records import Record, interval
+from distil_rank.core.intervals import LEVEL, ratio_interval
+from distil_rank.core.records import Metric, Record, interval
 
 BINS = 10
-SIGNIFICANT = 3.0  # standard errors beyond which a bin's gap is taken as real
-DRAWS = 4000  # of the interval
+DRAWS, AT_ONCE = 1000, 100  # of the bootstrap
+GRID = 200  # values of theta that are tested
 Array = NDArray[np.float64]
 
 
 def calibration(
-    confidence: Array,
-    correct: Array,
-    brier: Array,
-    protein: NDArray[np.int64],
-    seed: int = 0,
+    confidence: Array, correct: Array, brier: Array, protein: NDArray[np.int64], seed: int = 0
 ) -> Record:
     """Calibration of the most probable token.
 
@@ -42,60 +35,67 @@ def calibration(
     confidence, correct = np.asarray(confidence, float), np.asarray(correct, float)
     if not len(confidence):
         raise InputError("at least one token required for calibration, got none; give proteins")
-    table = reliability(confidence, correct)
-    share, gap, error = table["share"], table["gap"], table["standard_error"]
-    ece = float((share * np.abs(gap)).sum())
-    kept = np.where(np.abs(gap) > SIGNIFICANT * error, gap, 0.0)
-    debiased = ece - float((share * (folded_mean(kept, error) - np.abs(kept))).sum())
-    draws = np.random.default_rng([seed, 9]).normal(kept, error, size=(DRAWS, len(kept)))
-    deviation = (share * np.abs(draws)).sum(1) - (share * folded_mean(kept, error)).sum()
-    low, high = percentile_interval(deviation)
-    used = error > 0
+    place = bins_of(confidence)
+    count, mean, accuracy = (
+        np.bincount(place, values) for values in (np.ones_like(confidence), confidence, correct)
+    )
+    mean, accuracy = mean / count, accuracy / count
+    deviation = deviations(confidence - correct, place, protein, seed)
     ones = np.ones_like(confidence)
-    signed = ratio_interval(confidence - correct, ones, protein)
+    table = {
+        "count": count,
+        "confidence": mean,
+        "accuracy": accuracy,
+        "standard_error": deviation.std(0),
+    }
     return {
         "tokens": len(confidence),
-        "ece": ece,
-        "noise_floor": float((share * error).sum() * np.sqrt(2 / np.pi)),
-        "ece_debiased": interval(debiased, debiased - high, debiased - low, False),
-        "signed_gap": interval(*signed, False, target=0.0),
-        "mce": float(np.abs(gap).max()),
-        "mce_in_standard_errors": float(np.abs(gap[used] / error[used]).max(initial=0.0)),
+        "error": calibration_error(mean - accuracy, count / count.sum(), deviation),
+        "signed_gap": interval(
+            *ratio_interval(confidence - correct, ones, protein), False, target=0.0
+        ),
         "brier": interval(*ratio_interval(np.asarray(brier, float), ones, protein), False),
         "accuracy": float(correct.mean()),
         "mean_confidence": float(confidence.mean()),
-        "bins": {name: [float(v) for v in values] for name, values in table.items()},
+        "bins": {name: values.tolist() for name, values in table.items()},
     }
 
 
-def reliability(confidence: Array, correct: Array) -> dict[str, Array]:
-    """Bins of equal width that hold tokens: share, confidence, accuracy, gap, standard error."""
-    place = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    count = np.bincount(place, minlength=BINS)
-    used = count > 0
-    n = count[used].astype(float)
-
-    def total(values: Array) -> Array:
-        return np.asarray(np.bincount(place, values, minlength=BINS)[used], dtype=float)
-
-    mean, accuracy = total(confidence) / n, total(correct) / n
-    error = np.sqrt(total(confidence * (1 - confidence)).clip(0)) / n
-    return {
-        "count": n,
-        "share": n / n.sum(),
-        "confidence": mean,
-        "accuracy": accuracy,
-        "gap": mean - accuracy,
-        "standard_error": error,
-    }
+def bins_of(confidence: Array) -> NDArray[np.int64]:
+    """Bin (n,) of each token, with as many tokens in each as ties allow, numbered from 0."""
+    edges = np.quantile(confidence, np.arange(1, BINS) / BINS)
+    return np.unique(np.searchsorted(edges, confidence), return_inverse=True)[1]
 
 
-def folded_mean(mean: Array, deviation: Array) -> Array:
-    """E |N(mean, deviation)|, elementwise."""
-    safe = np.where(deviation > 0, deviation, 1.0)
-    z = mean / safe
-    found = deviation * np.sqrt(2 / np.pi) * np.exp(-(z**2) / 2) + mean * (1 - 2 * norm.cdf(-z))
-    return np.where(deviation > 0, found, np.abs(mean))
+def deviations(
+    gap: Array, place: NDArray[np.int64], protein: NDArray[np.int64], seed: int
+) -> Array:
+    """Gap of each bin under bootstrap weights of the proteins, less the observed one (draws, b)."""
+    proteins, label = np.unique(protein, return_inverse=True)
+    shape = (len(proteins), int(place.max()) + 1)
+    cell = label * shape[1] + place
+    total = np.bincount(cell, gap, shape[0] * shape[1]).reshape(shape)
+    count = np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape).astype(float)
+    rng, found = np.random.default_rng([seed, 9]), []
+    for _ in range(DRAWS // AT_ONCE):
+        weight = rng.standard_exponential((AT_ONCE, shape[0]))
+        found.append((weight @ total) / (weight @ count))
+    return np.concatenate(found) - total.sum(0) / count.sum(0)
+
+
+def calibration_error(gap: Array, share: Array, deviation: Array) -> Metric:
+    """The error of the module's text and its interval, from gaps and shares (b,)."""
+    noise = (deviation**2) @ share
+    variance = float(noise.mean())
+    plain = float(gap**2 @ share)
+    value = max(0.0, plain - variance) ** 0.5
+    direction = gap / plain**0.5 if plain > 0 else np.ones_like(gap)
+    along = deviation @ (share * direction)
+    theta = np.linspace(0, value + 6 * variance**0.5, GRID)[:, None]
+    drawn = np.sqrt((theta**2 + 2 * theta * along + noise - variance).clip(0))
+    within = np.abs(value - theta[:, 0]) <= np.quantile(np.abs(drawn - theta), LEVEL, axis=1)
+    kept = np.append(theta[within, 0], value)
+    return interval(value, float(kept.min()), float(kept.max()), False, target=0.0)
 
 
 def best_temperature(grid: Array, nll: Array) -> float:

@@ -1,13 +1,13 @@
 """Evaluate a student beside its teacher on held-out proteins.
 
     distil-rank generator evaluate --student models/tiny --teacher nferruz/ProtGPT2 \\
-        --data heldout.fasta --out tiny.json
-    distil-rank generator evaluate --student models/nano-student --teacher models/nano-teacher \\
-        --data proteins.fasta --part test --out nano.json
+        --data shards --part test --out tiny.json
+    distil-rank generator evaluate --student models/tiny --teacher nferruz/ProtGPT2 \\
+        --data heldout --out tiny.json    # heldout: prepared from a FASTA with --held-out 0
 
-Likelihood, calibration, what either writes, speed. `--part test` takes the test proteins of the
-split stored with the student's training, found again in the same file; `--part all` every protein.
-Below 1,000 proteins the result says underpowered.
+Likelihood, calibration, what either writes, speed. `--part test` is refused unless the student's
+training left these very proteins out; `--part all` takes every protein of the folder. Below 1,000
+proteins the result says underpowered.
 """
 
 from dataclasses import dataclass
@@ -23,15 +23,12 @@ SCHEMA = "distil-rank/generator-evaluation/1"
 class Config:
     student: str  # a generator by folder or name on the Hugging Face hub
     teacher: str  # a generator by folder or name on the Hugging Face hub
-    data: Path  # proteins: FASTA (plain or gzip), or CSV, TSV or parquet with a column `sequence`
+    data: Path  # folder that `generator prepare` made
     out: Path  # where to write
-    # every protein, or the test part of the student's training
-    part: Literal["all", "test"] = "all"
-    # proteins that novelty is measured against; None: the training part
-    training: Path | None = None
-    max_length: int = 1022  # longest protein in residues
+    part: Literal["all", "test"] = "all"  # every protein, or those kept aside for tests
     generate: int = 200  # proteins written by either model
-    structures: bool = False  # fold what is written with ESMFold (needs its weights), report pLDDT
+    # FASTA of a family: whether its profile HMM finds what is written (needs pyhmmer)
+    family: Path | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # arithmetic
     seed: int = 0  # of everything random
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
@@ -39,46 +36,44 @@ class Config:
 
 def run(config: Config) -> None:
     from distil_rank.core.devices import pick_device
-    from distil_rank.core.records import (
-        config_record,
-        environment,
-        require_writable,
-        sha256,
-        shown_path,
-        write_json,
-    )
-    from distil_rank.generators.data import encode, read_sequences
-    from distil_rank.generators.evaluate import Bed, compare
+    from distil_rank.core.records import config_record, environment, require_writable, write_json
+    from distil_rank.generators.command_prepare import clean
+    from distil_rank.generators.evaluate import NEAREST_OF, Bed, compare
     from distil_rank.generators.models import load, require_same_vocabulary
+    from distil_rank.generators.prepared import PARTS, Prepared
 
     at_least(0, generate=config.generate)
     device = pick_device(config.device)
     require_writable(config.out.parent)
+    prepared = Prepared(config.data)
+    if config.part == "test":
+        prepared.require_left_out(config.student)
     student, tokenizer = load(config.student)
     teacher, teacher_tokenizer = load(config.teacher)
-    require_same_vocabulary(teacher_tokenizer, tokenizer)
-    natural, training, counts = proteins(config)
-    if config.training:
-        training = read_sequences(config.training)
-    context = min(student.config.n_positions, teacher.config.n_positions)
+    for model, other in ((teacher, teacher_tokenizer), (student, prepared.tokenizer)):
+        require_same_vocabulary(other, tokenizer)
+        prepared.require(model)
+    parts = PARTS if config.part == "all" else ("test",)
+    natural = [sequence for part in parts for sequence in prepared.sequences(part)]
+    if len(natural) < 2:
+        raise InputError(f"at least two proteins required in {config.data}, got {len(natural)}")
     bed = Bed(
         tokenizer,
-        encode(natural, tokenizer, context),
+        prepared.joined(parts),
         natural,
-        training,
+        prepared.sequences("train", NEAREST_OF) if config.part == "test" else [],
         config.generate,
         config.seed,
         config.dtype,
-        config.structures,
+        list(clean(config.family)) if config.family else (),
     )
     record = compare(student.to(device), teacher.to(device), bed)
-    source = {"source": shown_path(config.data), "sha256": sha256(config.data)}
     write_json(
         config.out,
         {
             "schema": SCHEMA,
             "config": config_record(config),
-            "data": {**source, **counts, "n_test": len(natural)},
+            "data": prepared.summary(),
             "seeds": [config.seed],
             **record,
             "environment": environment(device),
@@ -89,23 +84,3 @@ def run(config: Config) -> None:
     power = " (underpowered)" if record["underpowered"] else ""
     interval = f"{ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
     print(f"{config.out}: perplexity ratio {interval}{power}")
-
-
-def proteins(config: Config) -> tuple[list[str], list[str], dict[str, int]]:
-    """Proteins to evaluate on, those that the student was trained on where known, and counts."""
-    from distil_rank.generators.data import load_split, read_sequences
-
-    sequences = read_sequences(config.data)
-    if config.part == "test":
-        splits = load_split(Path(config.student), sequences)
-        natural, training, counts = splits.test, splits.train, dict(splits.counts)
-    else:
-        distinct = list(dict.fromkeys(sequences))
-        natural, training = [s for s in distinct if len(s) <= config.max_length], []
-        counts = {"read": len(sequences), "too_long_left_out": len(distinct) - len(natural)}
-    if len(natural) < 2:
-        raise InputError(
-            f"at least two distinct proteins of at most {config.max_length} residues required in"
-            f" {config.data}, got {len(natural)}; give more"
-        )
-    return natural, training, counts

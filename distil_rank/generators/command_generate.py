@@ -2,14 +2,14 @@
 
     distil-rank generator generate --model models/nano-student -n 100 --out new.fasta
     distil-rank generator generate --model nferruz/ProtGPT2 --top-k 950 --repetition-penalty 1.2 \\
-        --out new.fasta
+        --prompt MKTAYI --out new.fasta
 
 Protein i depends on the seed and i; with `--dtype float64` the batch size changes nothing either. A
 run that was interrupted goes on with the next proteins when the same command is given again.
 """
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,7 +26,9 @@ class Config:
     max_new_tokens: int = 200  # longest protein written, in tokens
     temperature: float = 1.0  # below 1: safer, above 1: more varied
     top_k: int = 0  # draw among the k most probable tokens; 0: among all
+    top_p: float = 1.0  # draw among the most probable tokens of this joint probability
     repetition_penalty: float = 1.0  # above 1: fewer repeats
+    prompt: str = ""  # residues that every protein begins with
     batch_size: int = 32  # proteins per step
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"  # arithmetic
     seed: int = 0  # of everything random
@@ -45,11 +47,10 @@ def run(config: Config) -> None:
     if config.out.is_dir():
         raise InputError(f"a file to write required, got the folder {config.out}; add a file name")
     device = pick_device(config.device)
-    sampler = Sampler(
-        config.max_new_tokens, config.temperature, config.top_k, config.repetition_penalty
-    )
+    sampler = Sampler(**{f.name: getattr(config, f.name) for f in fields(Sampler)})
+    sampler.check()
     model, tokenizer = load(config.model)
-    sampler.check(model.config.n_positions)
+    sampler.start(tokenizer, model.config.n_positions)
     require_writable(config.out.parent)
     request = (sampler, config.seed, config.dtype, config.batch_size, weights_sha256(model))
     checkpoint = Checkpoint(config.out.with_name(config.out.name + ".partial"), request)

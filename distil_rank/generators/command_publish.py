@@ -6,7 +6,7 @@
         --out upload
 
 `--dry-run` works offline and leaves in `--out` exactly what would be uploaded. An evaluation of
-other weights is refused. Where the repository has a card, the new one compares with it.
+other weights is refused.
 """
 
 import json
@@ -28,13 +28,8 @@ SHOWN = {  # metric in the card: where it stands in an evaluation
     "perplexity ratio to the teacher": ("ratio",),
     "bits per residue": ("student", "bits_per_residue"),
     "KL to the teacher (nats)": ("kl_to_teacher",),
-    "debiased ECE": ("student", "calibration", "as_is", "ece_debiased"),
+    "calibration error": ("student", "calibration", "as_is", "error"),
 }
-CITATION = """@article{ferruz2022protgpt2,
-  title = {ProtGPT2 is a deep unsupervised language model for protein design},
-  author = {Ferruz, Noelia and Schmidt, Steffen and H{\\"o}cker, Birte},
-  journal = {Nature Communications}, volume = {13}, pages = {4348}, year = {2022}
-}"""
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,6 @@ def run(config: Config) -> None:
     if config.repo.count("/") != 1 or not all(config.repo.split("/")):
         raise InputError(f"a repository like owner/name required, got {config.repo}")
     training, evaluation = records(Path(config.model), config.evaluation)
-    previous = None if config.dry_run else card_on_the_hub(config.repo)
     if config.out.is_dir() and any(config.out.iterdir()):
         raise InputError(
             f"an empty or new folder required, got {config.out} with files; choose another --out"
@@ -62,7 +56,7 @@ def run(config: Config) -> None:
         for name in FILES:
             shutil.copyfile(Path(config.model) / name, folder / name)
         (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=1) + "\n")
-        text = card(config.repo, training, evaluation, config.license, previous)
+        text = card(config.repo, training, evaluation, config.license)
         (folder / "README.md").write_text(text)
         folder.chmod(0o755)
         for path in folder.iterdir():  # whatever the umask: others read what is uploaded
@@ -107,9 +101,7 @@ def records(model: Path, evaluation: Path) -> tuple[Record, Record]:
     return trained, evaluated
 
 
-def card(
-    repo: str, training: Record, evaluation: Record, license: str, previous: str | None = None
-) -> str:
+def card(repo: str, training: Record, evaluation: Record, license: str) -> str:
     """The model card with its model-index."""
     from huggingface_hub import ModelCard
 
@@ -143,7 +135,7 @@ On {evaluation["proteins"]:,} held-out proteins of {source}{few}.
 
 {markdown([["metric", "value [95 % interval]"], *shown])}
 
-{_comparison(metrics, previous)}## Training
+## Training
 
 {training["data"]["n_train"]:,} proteins, {training["steps"]:,} steps; temperature
 {objective.get("temperature", "-")}, alpha {objective.get("alpha", "-")}. All settings:
@@ -153,12 +145,6 @@ On {evaluation["proteins"]:,} held-out proteins of {source}{few}.
 ```
 
 Weights (hash of names, shapes and values): `{student["weights_sha256"]}`
-
-## Citation
-
-```bibtex
-{CITATION}
-```
 """
     return str(ModelCard(text))
 
@@ -192,25 +178,6 @@ def _metadata(
     return meta.to_yaml()
 
 
-def _comparison(metrics: dict[str, Metric], previous: str | None) -> str:
-    """Old against new, from the model-index of the card that is there now."""
-    if previous is None:
-        return ""
-    from huggingface_hub import ModelCard
-
-    old = getattr(ModelCard(previous, ignore_metadata_errors=True).data, "eval_results", None) or []
-    before = {result.metric_name: result.metric_value for result in old}
-    rows = [
-        [name, f"{before[name]:.4f}", f"{metric['value']:.4f}"]
-        for name, metric in metrics.items()
-        if name in before
-    ]
-    if not rows:
-        return ""
-    table = markdown([["metric", "before", "now"], *rows])
-    return f"### Against the version before\n\n{table}\n\n"
-
-
 def _at(record: Record, path: tuple[str, ...]) -> Metric:
     for name in path:
         record = record[name]
@@ -220,18 +187,6 @@ def _at(record: Record, path: tuple[str, ...]) -> Metric:
 def _hub_name(name: str | None) -> str | None:
     """A teacher that can be linked on the hub; a local folder cannot."""
     return name if name and name.count("/") == 1 and not Path(name).exists() else None
-
-
-def card_on_the_hub(repo: str) -> str | None:
-    """The card of the repository, None where it has none."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
-
-    with one_line_hub_errors(repo):
-        try:
-            return Path(hf_hub_download(repo, "README.md")).read_text()
-        except (RemoteEntryNotFoundError, RepositoryNotFoundError):
-            return None
 
 
 @contextmanager

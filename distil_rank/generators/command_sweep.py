@@ -1,6 +1,6 @@
 """Train a student for every temperature, alpha and learning rate of a grid.
 
-    distil-rank generator sweep --teacher models/nano-teacher --data proteins.fasta --out sweeps \\
+    distil-rank generator sweep --teacher models/nano-teacher --data shards --out sweeps \\
         --taus 1 2 4 6 8 10 --alphas .1 .3 .5 .7 .9 --learning-rates 1e-3 --steps 500
 
 Every trial is kept, so the same command goes on where it was stopped, a wider grid only makes what
@@ -16,7 +16,6 @@ import os
 import random
 from dataclasses import asdict, dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 from distil_rank.core.devices import pick_device
@@ -26,40 +25,28 @@ from distil_rank.core.records import (
     config_record,
     environment,
     require_writable,
-    sha256,
-    shown_path,
     write_json,
 )
 from distil_rank.core.resume import Cache as Results
-from distil_rank.generators.data import check_shares, encode, prepare, read_sequences
+from distil_rank.generators.command_train import CommonFlags, ShapeFlags
+from distil_rank.generators.data import Encoded
 from distil_rank.generators.inherit import initial_student
 from distil_rank.generators.loss import Objective
-from distil_rank.generators.models import check_shape, load, weights_sha256
+from distil_rank.generators.models import load, require_same_vocabulary, weights_sha256
+from distil_rank.generators.prepared import Prepared
 from distil_rank.generators.teachers import Cache
 from distil_rank.generators.train import Schedule, fit, mean_nll
 
 SCHEMA = "distil-rank/generator-sweep/2"
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(ShapeFlags, CommonFlags):
     teacher: str  # a generator by folder or name on the Hugging Face hub
-    data: Path  # proteins: FASTA (plain or gzip), or CSV, TSV or parquet with a column `sequence`
-    out: Path  # where to write
     taus: tuple[float, ...] = (1, 2, 4, 6, 8, 10)  # values of tau to try
     alphas: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)  # values of alpha to try
     learning_rates: tuple[float, ...] = (1e-3,)  # values to try
     enhancements: tuple[bool, ...] = (False,)  # False: neither, True: uncertainty and calibration
-    n_layer: int = 4  # layers of the network
-    n_head: int = 4  # attention heads
-    n_embd: int = 256  # width of the network
-    steps: int = 1000  # steps of the optimizer
-    batch_size: int = 32  # proteins per step
-    train_size_prop: float = 1.0  # share of the training proteins that is used
-    held_out: float = 0.1  # share of the proteins kept aside
-    max_length: int = 1022  # longest protein in residues
-    seed: int = 0  # of everything random
-    device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
 
 
 def run(config: Config) -> None:
@@ -67,14 +54,15 @@ def run(config: Config) -> None:
     for objective, schedule in wanted:
         objective.check()
         schedule.check()
-    check_shape(config.n_layer, config.n_head, config.n_embd)
-    check_shares(config.train_size_prop, config.held_out)
+    shape = config.shape
     device = pick_device(config.device)
     results = Results(require_writable(config.out) / "trials")
+    prepared = Prepared(config.data)
     teacher, tokenizer = load(config.teacher)
-    names = ("n_layer", "n_head", "n_embd", "train_size_prop", "held_out", "max_length", "seed")
-    shared = [sha256(config.data), weights_sha256(teacher), [getattr(config, n) for n in names]]
-    bench = cache(lambda: _Bench(config, teacher.to(device), tokenizer))
+    require_same_vocabulary(tokenizer, prepared.tokenizer)
+    train, validation = prepared.training_parts(teacher)
+    shared = [train.sha256, validation.sha256, weights_sha256(teacher), shape, config.seed]
+    bench = cache(lambda: _Bench(config, teacher.to(device), train, validation))
 
     def trial(objective: Objective, schedule: Schedule) -> Record:
         return bench().trial(objective, schedule)
@@ -91,7 +79,7 @@ def run(config: Config) -> None:
     record = {
         "schema": SCHEMA,
         "config": config_record(config),
-        "data": {"source": shown_path(config.data), "sha256": shared[0]},
+        "data": prepared.summary(),
         "seeds": [config.seed],
         "trials": trials,
         "environment": environment(device),
@@ -122,21 +110,14 @@ def _grid(config: Config) -> list[tuple[Objective, Schedule]]:
 class _Bench:
     """What all trials share: proteins and the teacher's targets."""
 
-    def __init__(self, config: Config, teacher: Any, tokenizer: Any):
-        how = (config.train_size_prop, config.held_out, config.seed, config.max_length)
-        splits = prepare(read_sequences(config.data), *how)
-        context = teacher.config.n_positions
+    def __init__(self, config: Config, teacher: Any, train: Encoded, validation: Encoded):
         self.config, self.teacher = config, teacher
-        self.train = encode(splits.train, tokenizer, context)
-        self.validation = encode(splits.validation, tokenizer, context)
-        self.source, self.teacher_nll = (
-            Cache(teacher, self.train),
-            mean_nll(teacher, self.validation),
-        )
+        self.train, self.validation = train, validation
+        self.source = Cache(teacher, train)
+        self.teacher_nll = mean_nll(teacher, validation)
 
     def trial(self, objective: Objective, schedule: Schedule) -> Record:
-        shape = (self.config.n_layer, self.config.n_head, self.config.n_embd)
-        student = initial_student(self.teacher, *shape, "random", self.config.seed)
+        student = initial_student(self.teacher, *self.config.shape, "random", self.config.seed)
         student.to(self.teacher.device)
         fit(student, self.train, None, self.source, objective, schedule)
         nll = mean_nll(student, self.validation)

@@ -1,7 +1,9 @@
 """Distill a protein generator into a smaller GPT-2.
 
-    distil-rank generator train --teacher nferruz/ProtGPT2 --data uniref50.fasta --out tiny \\
-        --n-layer 4 --n-head 4 --n-embd 512 --tau 2 --alpha 0.5 --train-size-prop 0.1 --steps 20000
+    distil-rank generator prepare uniref50.fasta.gz --tokenizer nferruz/ProtGPT2 --context 1024 \\
+        --split random --train-size-prop 0.1 --out shards
+    distil-rank generator train --teacher nferruz/ProtGPT2 --data shards --out tiny \\
+        --n-layer 4 --n-head 4 --n-embd 512 --tau 2 --alpha 0.5 --steps 20000
     distil-rank generator train ... --uncertainty --calibration-smoothing --normalise-weights
     torchrun --nproc-per-node 8 -m distil_rank generator train ...
 
@@ -29,21 +31,21 @@ from distil_rank.core.records import (
     config_record,
     environment,
     require_writable,
-    sha256,
     shown_path,
     write_json,
 )
-from distil_rank.generators.data import (
-    Encoded,
-    Splits,
-    check_shares,
-    encode,
-    prepare,
-    read_sequences,
-    save_split,
-)
+from distil_rank.generators.data import Encoded
 from distil_rank.generators.loss import Objective
-from distil_rank.generators.models import Dtype, check_shape, load, parameters, save, weights_sha256
+from distil_rank.generators.models import (
+    Dtype,
+    check_shape,
+    load,
+    parameters,
+    require_same_vocabulary,
+    save,
+    weights_sha256,
+)
+from distil_rank.generators.prepared import Prepared
 from distil_rank.generators.teachers import Cache, Live, Teacher
 from distil_rank.generators.train import (
     CHECKPOINT,
@@ -56,16 +58,35 @@ from distil_rank.generators.train import (
 
 
 @dataclass(frozen=True)
-class TrainingFlags:
-    """What `train`, `pretrain` and `finetune` share."""
+class CommonFlags:
+    """What the commands that train share."""
 
-    data: Path  # proteins: FASTA (plain or gzip), or CSV, TSV or parquet with a column `sequence`
+    data: Path  # folder that `generator prepare` made
     out: Path  # where to write
-    train_size_prop: float = 1.0  # share of the training proteins that is used
-    held_out: float = 0.1  # share of the proteins kept aside
-    max_length: int = 1022  # longest protein in residues
     steps: int = 1000  # steps of the optimizer
     batch_size: int = 32  # proteins per step
+    seed: int = 0  # of everything random
+    device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
+
+
+@dataclass(frozen=True)
+class ShapeFlags:
+    """The network of a new student."""
+
+    n_layer: int = 4  # layers of the network
+    n_head: int = 4  # attention heads
+    n_embd: int = 256  # width of the network
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        check_shape(self.n_layer, self.n_head, self.n_embd)
+        return self.n_layer, self.n_head, self.n_embd
+
+
+@dataclass(frozen=True)
+class TrainingFlags(CommonFlags):
+    """What `train`, `pretrain` and `finetune` share."""
+
     accumulation: int = 1  # micro-batches per step and process
     learning_rate: float | None = None  # peak; None: the command's own, named in its help
     warmup: float = 0.05  # share of the steps with rising learning rate
@@ -74,8 +95,6 @@ class TrainingFlags:
     evaluate_every: int = 500  # steps between validations
     patience: int = 0  # validations without improvement before stopping; 0: never
     save_every: int = 200  # steps between checkpoints
-    seed: int = 0  # of everything random
-    device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
     log_to: Literal["", "wandb", "trackio", "tensorboard"] = ""  # beside log.jsonl
     store_dtype: Literal["float32", "float16"] = "float32"  # of stored embeddings or weights
 
@@ -87,18 +106,14 @@ class TrainingFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainingFlags):
+class Config(ShapeFlags, TrainingFlags):
     teacher: str  # a generator by folder or name on the Hugging Face hub
-    n_layer: int = 4  # layers of the network
-    n_head: int = 4  # attention heads
-    n_embd: int = 256  # width of the network
     tau: float = 2.0  # temperature that softens both distributions
     alpha: float = 0.5  # weight of the cross-entropy to the tokens; the rest: of the divergence
     uncertainty: bool = False  # weight positions by the teacher's entropy
     calibration_smoothing: bool = False  # smooth the teacher where it is unsure
     smoothing: float = 0.1  # strength of --calibration-smoothing
     normalise_weights: bool = False  # weights of mean 1 in each sequence: alpha keeps its meaning
-    published: bool = False  # the formula of the published students, means per micro-batch
     init: Literal["random", "slice", "low-rank"] = "random"  # or from the teacher's weights
     teacher_cache: Literal["none", "exact", "top"] = "none"  # ask the teacher once
     top: int = 64  # tokens kept by --teacher-cache top
@@ -106,17 +121,17 @@ class Config(TrainingFlags):
     @property
     def objective(self) -> Objective:
         smoothing = (self.uncertainty, self.calibration_smoothing, self.smoothing)
-        return Objective(self.tau, self.alpha, *smoothing, self.normalise_weights, self.published)
+        return Objective(self.tau, self.alpha, *smoothing, self.normalise_weights)
 
 
 def run(config: Config) -> None:
     from distil_rank.generators.inherit import initial_student
 
-    shape = (config.n_layer, config.n_head, config.n_embd)
     config.objective.check()
-    check_shape(*shape)
-    begin(config, config.schedule())
+    shape = config.shape
+    prepared = begin(config, config.schedule())
     teacher, tokenizer = load(config.teacher)
+    require_same_vocabulary(tokenizer, prepared.tokenizer)
     student = initial_student(teacher, *shape, config.init, config.seed)
     teacher.to(pick_device(config.device))
 
@@ -132,56 +147,46 @@ def run(config: Config) -> None:
         "parameters": parameters(teacher),
     }
     more = {"kind": "distilled", "objective": asdict(config.objective), "teacher": described}
-    given = (config.schedule(), read_splits(config), tokenizer, student, config.objective, more)
+    given = (config.schedule(), prepared, student, config.objective, more)
     run_training(config, *given, source)
 
 
-def begin(flags: TrainingFlags, schedule: Schedule) -> None:
-    """Refuse what can be refused before a model or a protein is read."""
+def begin(flags: TrainingFlags, schedule: Schedule) -> Prepared:
+    """Refuse what can be refused before a model is read; returns the proteins."""
     schedule.check()
-    check_shares(flags.train_size_prop, flags.held_out)
     if flags.log_to and importlib.util.find_spec(flags.log_to) is None:
         raise InputError(f"the package {flags.log_to} required for --log-to, got none; install it")
-    if not make_accelerator(pick_device(flags.device), flags.dtype).is_main_process:
-        return
+    chief = make_accelerator(pick_device(flags.device), flags.dtype).is_main_process
+    prepared = Prepared(flags.data)
+    if not chief:
+        return prepared
     folder = require_writable(flags.out)
     found = {path.name for path in folder.iterdir()}
     if "training.json" in found:
         raise InputError(f"a new --out required, got {folder} with a finished training")
-    if found and not any(name.startswith("split.json") for name in found):
+    if found - {"log.jsonl", CHECKPOINT, flags.log_to and "distil-rank"}:
         raise InputError(f"an empty or new --out required, got {folder} with other files")
-
-
-def read_splits(flags: TrainingFlags, identity: float = 0.3) -> Splits:
-    sequences = read_sequences(flags.data)
-    how = (flags.train_size_prop, flags.held_out, flags.seed, flags.max_length, identity)
-    return prepare(sequences, *how)
+    return prepared
 
 
 def run_training(
     flags: TrainingFlags,
     schedule: Schedule,
-    splits: Splits,
-    tokenizer: Any,
+    prepared: Prepared,
     student: Any,
     objective: Objective,
     more: Record,
     source: Callable[[Encoded], Teacher | None] = lambda train: None,
 ) -> None:
-    """Encode, fit, save and record; `more` goes into the record."""
+    """Fit, save and record; `more` goes into the record."""
     device, folder = pick_device(flags.device), flags.out
-    context = student.config.n_positions
-    train, validation = (
-        encode(part, tokenizer, context) for part in (splits.train, splits.validation)
-    )
+    train, validation = prepared.training_parts(student)
     left_out = ("data", "out", "device", "log_to")
     told = {k: v for k, v in config_record(flags).items() if k not in left_out}
     told["learning_rate"] = schedule.learning_rate
     trackers = {"log_with": flags.log_to or None, "project_dir": folder}
     accelerator = make_accelerator(device, flags.dtype, **trackers)
     accelerator.init_trackers("distil-rank", told, {"wandb": {"name": folder.name}})
-    if accelerator.is_main_process:
-        save_split(folder, splits)
     print(
         f"{'resuming' if (folder / CHECKPOINT).exists() else 'training'}: {len(train)} proteins, "
         f"{train.lengths.sum()} tokens, {schedule.steps} steps "
@@ -205,28 +210,20 @@ def run_training(
         return
     stored = torch.float16 if flags.store_dtype == "float16" else torch.float32
     student.to("cpu", stored).float()  # what is on disk is what is hashed
-    save(student, tokenizer, folder, stored)
-    data = splits.counts | {"n_train": len(train), "n_validation": len(validation)}
-    write_json(folder / "training.json", _record(flags, splits, data, student, progress, more))
+    save(student, prepared.tokenizer, folder, stored)
+    write_json(folder / "training.json", _record(flags, prepared, student, progress, more))
     (folder / CHECKPOINT).unlink(missing_ok=True)
     at = f"nats per token at step {progress.best_step}"
     print(f"{folder}: validation {progress.best_nll:.4f} {at}")
 
 
 def _record(
-    flags: TrainingFlags,
-    splits: Splits,
-    counts: Record,
-    student: Any,
-    progress: Progress,
-    more: Record,
+    flags: TrainingFlags, prepared: Prepared, student: Any, progress: Progress, more: Record
 ) -> Record:
-    source = {"source": shown_path(flags.data), "sha256": sha256(flags.data)}
-    test = {"n_test": len(splits.test), "test_sha256": splits.test_sha256}
     return {
         "schema": SCHEMA,
         "config": config_record(flags),
-        "data": source | counts | test,
+        "data": {"folder": shown_path(flags.data)} | prepared.summary(),
         "seeds": [flags.seed],
         "weights_sha256": weights_sha256(student),
         "parameters": parameters(student),

@@ -13,12 +13,13 @@ import torch
 from distil_rank.core.records import Metric, Record
 from distil_rank.generators import metrics, quality
 from distil_rank.generators.data import Encoded
+from distil_rank.generators.family import membership
 from distil_rank.generators.models import Dtype, parameters, weights_sha256
 from distil_rank.generators.sample import Sampler, draw
 from distil_rank.generators.teachers import Live
 
 ENOUGH = 1000  # proteins
-NEAREST_OF = 1000  # training proteins that novelty is measured against, at most
+NEAREST_OF = 5000  # training proteins that novelty is measured against, at most
 BATCHES, TOKENS, ROUNDS = (1, 8, 32), 64, 3  # of the measurement of speed
 
 
@@ -33,7 +34,7 @@ class Bed:
     generate: int = 200
     seed: int = 0
     dtype: Dtype = "float32"
-    structures: bool = False
+    family: Sequence[str] = ()  # of which an HMM is made
     max_new_tokens: int | None = None  # None: as many as the model's context holds
 
 
@@ -88,12 +89,12 @@ def writing(model: Any, bed: Bed) -> quality.Writing:
     sampler = Sampler(bed.max_new_tokens or model.config.n_positions - 1)
     drawn = list(draw(model, bed.tokenizer, range(bed.generate), sampler, bed.seed))
     texts, ended = [d.sequence for d in drawn], [d.ended for d in drawn]
-    # the nearest of a sample is farther than the nearest of all, so their number is recorded
-    order = np.random.default_rng([bed.seed, 4]).permutation(len(bed.training))
-    sample = [bed.training[i] for i in sorted(order[:NEAREST_OF])]
-    record = quality.describe(texts, ended, bed.natural, sample, bed.seed)
-    skipped = {"skipped": "not asked for (--structures)"}
-    record["structure"] = quality.fold(texts) if bed.structures else skipped
+    record = quality.describe(texts, ended, bed.natural, bed.training, bed.seed)
+    if bed.family:
+        natural = quality.length_matched(
+            [len(text) for text in texts], bed.natural, np.random.default_rng([bed.seed, 23])
+        )
+        record["family"] = membership(texts, natural, bed.family, bed.seed)
     return record
 
 

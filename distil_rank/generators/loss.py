@@ -7,16 +7,17 @@ predictions. With temperature tau, p = softmax(z_T / tau) and q = softmax(z_S / 
     L = alpha mean_t CE(z_S, token) + (1 - alpha) tau^2 mean_t w_t soft_t    over real predictions
 
 uncertainty   w_t = 0.5 + 0.5 (H_t - min) / (max - min), H_t the entropy of softmax(z_T), extremes
-              per sequence
+              over the residues of a sequence; line breaks and ends lie below and have 0.5
 calibration   p <- (1 - eps_t) p + eps_t / V with eps_t = smoothing (1 - max_v p_v)
 
-Value and gradient are computed together, a few rows of logits at a time: beside the gradient itself
-no array of (rows, V) is held; at V = 50,257 the direct formula keeps seven. Functions return sums
+Value and gradient are computed together, a few rows of logits at a time. Logits are states @
+weight.T: with a large vocabulary states and weight come in (`Hidden`) and their gradients go out,
+so nothing of (rows, V) exists for student, teacher or gradient. Functions return sums
 with their count, not means: whoever accumulates divides once, by the count of the whole batch, and
 the split into micro-batches changes nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,9 +27,8 @@ from torch.nn import functional as F
 
 from distil_rank.core.errors import InputError, above, at_least, at_most
 
-CHUNK = (
-    1 << 20
-)  # logits worked on at a time: 4 MB in float32, so a chunk stays in the processor's cache
+CHUNK = 1 << 20  # logits worked on at a time: 4 MB in float32, within the processor's cache
+WIDE_CHUNK = 1 << 22  # where logits are made from states: a product wants more rows
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,33 @@ class Objective:
     calibration: bool = False  # smooth the teacher where it is unsure
     smoothing: float = 0.1  # lambda of the calibration smoothing
     normalise_weights: bool = False  # weights of mean 1 in each sequence: alpha keeps its meaning
-    published: bool = False  # the formula of the published students, means per micro-batch
 
     def check(self) -> None:
         """Raise InputError on values outside their range."""
         above(0, tau=self.temperature)
         at_least(0, alpha=self.alpha, smoothing=self.smoothing)
         at_most(1, alpha=self.alpha, smoothing=self.smoothing)
-        if self.published and self.normalise_weights:
-            raise InputError("--published has weights of its own; drop --normalise-weights")
+
+
+class Hidden(NamedTuple):
+    """Logits that are made when needed: states @ weight.T, or the states where weight is None."""
+
+    states: Tensor  # (..., d)
+    weight: Tensor | None = None  # (V, d)
+
+    @property
+    def vocabulary(self) -> int:
+        return self.states.shape[-1] if self.weight is None else len(self.weight)
+
+    @property
+    def step(self) -> int:
+        """Rows worked on together."""
+        return max(1, (CHUNK if self.weight is None else WIDE_CHUNK) // self.vocabulary)
+
+    def logits(self, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Logits (n, V) of some rows of flattened states (m, d)."""
+        chosen = self.states[rows]
+        return chosen if self.weight is None else chosen @ self.weight.to(chosen.dtype).T
 
 
 class TopTargets(NamedTuple):
@@ -79,58 +97,71 @@ def predictions(mask: Tensor) -> Tensor:
 
 
 def distillation_sums(
-    student: Tensor,
-    teacher: Tensor | TopTargets | None,
+    student: Tensor | Hidden,
+    teacher: Tensor | Hidden | TopTargets | None,
     tokens: Tensor,
     mask: Tensor,
     objective: Objective,
+    layout: Sequence[int] = (),
 ) -> LossSums:
     """Sums over a batch: logits (b, l, V), tokens and mask (b, l); no teacher: cross-entropy.
 
     Padding may stand left or right and be any token, also the end token: only `mask` says what is
-    real.
+    real. `layout`: tokens without residues, which set no extreme of the weights.
     """
+    student = student if isinstance(student, Hidden) else Hidden(student)
     counted = predictions(mask)
     rows = F.pad(counted, (0, 1)).flatten().nonzero()[:, 0]  # of the flattened (b l, V) logits
     targets = tokens.flatten()[rows + 1]
-    flat: Tensor | TopTargets | None = None
+    flat: Hidden | TopTargets | None = None
     weights = None
     if teacher is None:
         objective = Objective(alpha=1.0)
     elif isinstance(teacher, TopTargets):
         flat = TopTargets(*(part.flatten(0, 1) for part in teacher))
-    elif teacher.shape[-1] != student.shape[-1]:
-        sizes = f"{student.shape[-1]} and {teacher.shape[-1]}"
-        raise InputError(f"one vocabulary required, got {sizes} logits")
     else:
-        flat = teacher.flatten(0, 1)
+        given = teacher if isinstance(teacher, Hidden) else Hidden(teacher)
+        if given.vocabulary != student.vocabulary:
+            sizes = f"{student.vocabulary} and {given.vocabulary}"
+            raise InputError(f"one vocabulary required, got {sizes} logits")
+        flat = Hidden(given.states.flatten(0, 1), given.weight)
     if flat is not None and objective.uncertainty:
         by_row = flat.entropy[rows] if isinstance(flat, TopTargets) else entropy(flat, rows)
         by_position = by_row.new_zeros(counted.shape)
         by_position[counted] = by_row
-        weights = position_weights(by_position, counted, objective.normalise_weights)[counted]
-    loss, hard, soft = _Distil.apply(student, flat, rows, targets, weights, objective)  # type: ignore[no-untyped-call]
+        residues = counted & ~torch.isin(tokens[:, 1:], tokens.new_tensor(layout))
+        normalise = objective.normalise_weights
+        weights = position_weights(by_position, counted, normalise, residues)[counted]
+    loss, hard, soft = _Distil.apply(*student, flat, rows, targets, weights, objective)  # type: ignore[no-untyped-call]
     return LossSums(loss, hard, soft, len(targets))
 
 
-def entropy(logits: Tensor, rows: Tensor | None = None) -> Tensor:
+def entropy(logits: Tensor | Hidden, rows: Tensor | None = None) -> Tensor:
     """Entropy of softmax(logits) in nats, (n, V) -> (n,), or of the chosen rows only, in chunks."""
-    rows = torch.arange(len(logits), device=logits.device) if rows is None else rows
-    found = torch.zeros(len(rows), dtype=_working_dtype(logits), device=logits.device)
-    for part in _chunks(len(rows), logits.shape[-1]):
-        log_p = torch.log_softmax(logits.detach()[rows[part]].to(found.dtype), dim=-1)
+    source = logits if isinstance(logits, Hidden) else Hidden(logits.detach())
+    states = source.states
+    rows = torch.arange(len(states), device=states.device) if rows is None else rows
+    found = torch.zeros(len(rows), dtype=_working_dtype(states), device=states.device)
+    for part in _chunks(len(rows), source.step):
+        log_p = torch.log_softmax(source.logits(rows[part]).to(found.dtype), dim=-1)
         found[part] = -(log_p.exp() * log_p).sum(-1)
     return found
 
 
-def position_weights(entropies: Tensor, counted: Tensor, normalise: bool = False) -> Tensor:
-    """w_t of the module's text per sequence (b, l); 0 where not counted; `normalise`: of mean 1."""
-    low = entropies.masked_fill(~counted, float("inf")).amin(-1, keepdim=True)
-    high = entropies.masked_fill(~counted, float("-inf")).amax(-1, keepdim=True)
+def position_weights(
+    entropies: Tensor, counted: Tensor, normalise: bool = False, residues: Tensor | None = None
+) -> Tensor:
+    """w_t of the module's text per sequence (b, l); 0 where not counted; `normalise`: of mean 1.
+
+    `residues` says where the extremes are looked for; None: at all that are counted.
+    """
+    residues = counted if residues is None else residues
+    low = entropies.masked_fill(~residues, float("inf")).amin(-1, keepdim=True)
+    high = entropies.masked_fill(~residues, float("-inf")).amax(-1, keepdim=True)
     span = high - low
-    flat = ~(span >= 1e-8)  # also sequences without a counted position, where the span is -inf
+    flat = ~(span >= 1e-8)  # also sequences without a residue, where the span is -inf
     low, span = low.masked_fill(flat, 0.0), span.masked_fill(flat, 1.0)
-    scaled = torch.where(flat, torch.zeros_like(entropies), (entropies - low) / span)
+    scaled = torch.where(flat, torch.zeros_like(entropies), ((entropies - low) / span).clamp(0, 1))
     weights = torch.where(counted, 0.5 + 0.5 * scaled, torch.zeros_like(entropies))
     if normalise:
         weights = weights * (
@@ -153,26 +184,31 @@ def top_targets(logits: Tensor, k: int, temperature: float) -> TopTargets:
 
 
 class _Distil(torch.autograd.Function):
-    """Loss sums over chosen rows of the flattened logits, and the gradient in the same pass."""
+    """Loss sums over chosen rows of the flattened logits, and the gradients in the same pass."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        student: Tensor,  # (b, l, V)
-        teacher: Tensor | TopTargets | None,  # (b l, ...)
+        states: Tensor,  # (b, l, d), as the next of a Hidden
+        weight: Tensor | None,  # (V, d)
+        teacher: Hidden | TopTargets | None,  # (b l, ...)
         rows: Tensor,  # (n,) into b l
         targets: Tensor,  # (n,)
         weights: Tensor | None,  # (n,)
         objective: Objective,
     ) -> tuple[Tensor, Tensor, Tensor]:
         tau, alpha = objective.temperature, objective.alpha
-        logits, dtype = student.flatten(0, 1), _working_dtype(student)
-        hard_sum = torch.zeros((), dtype=torch.float64, device=student.device)
+        dtype = _working_dtype(states)
+        student = Hidden(states.flatten(0, 1), None if weight is None else weight.to(states.dtype))
+        hard_sum = torch.zeros((), dtype=torch.float64, device=states.device)
         soft_sum = hard_sum.clone()
-        gradient = torch.zeros_like(logits) if ctx.needs_input_grad[0] else None
-        for part in _chunks(len(rows), logits.shape[-1]):
+        gradient = torch.zeros_like(student.states) if ctx.needs_input_grad[0] else None
+        by_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        if isinstance(teacher, Hidden) and teacher.weight is not None:
+            teacher = Hidden(teacher.states, teacher.weight.to(teacher.states.dtype))
+        for part in _chunks(len(rows), student.step):
             chosen = rows[part]
-            z = logits[chosen].to(dtype)
+            z = student.logits(chosen).to(dtype)
             log_q1 = torch.log_softmax(z, dim=-1)
             picked = targets[part, None]
             hard_sum -= log_q1.gather(1, picked).sum(dtype=torch.float64)
@@ -193,24 +229,29 @@ class _Distil(torch.autograd.Function):
                         difference.mul_(w[:, None])
                     slope = difference if slope is None else slope.add_(difference)
             if gradient is not None and slope is not None:
-                gradient[chosen] = slope.to(gradient.dtype)
+                slope = slope.to(gradient.dtype)
+                gradient[chosen] = slope if weight is None else slope @ student.weight
+                if by_weight is not None:
+                    own = student.states[chosen].to(by_weight.dtype)
+                    by_weight.addmm_(slope.to(by_weight.dtype).T, own)
         loss = alpha * hard_sum + (1 - alpha) * tau**2 * soft_sum
-        ctx.gradient = None if gradient is None else gradient.view(student.shape)
+        ctx.gradients = (None if gradient is None else gradient.view(states.shape), by_weight)
         ctx.mark_non_differentiable(hard_sum, soft_sum)
         return loss, hard_sum, soft_sum
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        gradient, ctx.gradient = ctx.gradient, None  # scaled in place, so there is no second pass
-        if gradient is None:
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place: there is no second pass
+        if gradients is None:
             raise RuntimeError(
                 "the gradient of this loss was already taken; compute the loss again"
             )
-        return gradient.mul_(outer[0].to(gradient.dtype)), None, None, None, None, None
+        scaled = (None if g is None else g.mul_(outer[0].to(g.dtype)) for g in gradients)
+        return *scaled, None, None, None, None, None
 
 
 def _teacher_rows(
-    teacher: Tensor | TopTargets, rows: Tensor, q: Tensor, objective: Objective
+    teacher: Hidden | TopTargets, rows: Tensor, q: Tensor, objective: Objective
 ) -> tuple[Tensor, Tensor]:
     """Teacher's p and log p (n, V) at temperature tau.
 
@@ -219,8 +260,8 @@ def _teacher_rows(
     the full one.
     """
     vocabulary = q.shape[-1]
-    if isinstance(teacher, Tensor):
-        log_p = torch.log_softmax(teacher[rows].to(q.dtype) / objective.temperature, dim=-1)
+    if isinstance(teacher, Hidden):
+        log_p = torch.log_softmax(teacher.logits(rows).to(q.dtype) / objective.temperature, dim=-1)
         p = log_p.exp()
         if not objective.calibration:
             return p, log_p
@@ -238,41 +279,10 @@ def _teacher_rows(
     return p, p.clamp_min(torch.finfo(q.dtype).tiny).log()
 
 
-def published_loss(
-    student: Tensor,
-    teacher: Tensor | TopTargets | None,
-    labels: Tensor,
-    mask: Tensor,
-    objective: Objective,
-) -> Tensor:
-    """The objective of the published ProtGPT2 students (ewijaya/protein-lm-distill), term for term.
-
-    It differs from `distillation_sums`: a prediction counts where its target is real, whatever is
-    read; the cross-entropy leaves out labels of -100, which removes real end tokens when padding
-    and end are one token; log(p + 1e-10) stands for log p; the means are per call, so the split
-    into micro-batches changes the result.
-    """
-    if not isinstance(teacher, Tensor):
-        raise InputError("--published needs all logits of a teacher; drop --teacher-cache top")
-    tau, counted = objective.temperature, mask[:, 1:].bool()
-    z_student, z_teacher, targets = student[:, :-1], teacher[:, :-1], labels[:, 1:]
-    p = torch.softmax(z_teacher / tau, dim=-1)
-    if objective.calibration:
-        p = smooth(p, objective.smoothing, p.shape[-1], p.amax(-1, keepdim=True))
-    soft = (p * (torch.log(p + 1e-10) - torch.log_softmax(z_student / tau, dim=-1))).sum(-1)
-    if objective.uncertainty:
-        p1 = torch.softmax(z_teacher, dim=-1)
-        soft = soft * position_weights(-(p1 * torch.log(p1 + 1e-10)).sum(-1), counted)
-    soft_mean = (soft * counted).sum() / counted.sum().clamp_min(1)
-    hard = F.cross_entropy(z_student.flatten(0, 1), targets.flatten(), ignore_index=-100)
-    return objective.alpha * hard + (1 - objective.alpha) * tau**2 * soft_mean
-
-
 def _working_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
-    step = max(1, CHUNK // vocabulary)
+def _chunks(rows: int, step: int) -> Iterator[slice]:
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))

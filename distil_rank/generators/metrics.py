@@ -15,7 +15,13 @@ from distil_rank.core.intervals import ratio_interval
 from distil_rank.core.records import Metric, Record, interval
 from distil_rank.generators.calibration import best_temperature, calibration
 from distil_rank.generators.data import Encoded
-from distil_rank.generators.loss import Objective, TopTargets, distillation_sums, predictions
+from distil_rank.generators.loss import (
+    Hidden,
+    Objective,
+    TopTargets,
+    distillation_sums,
+    predictions,
+)
 from distil_rank.generators.models import Dtype, autocast
 from distil_rank.generators.teachers import Teacher
 
@@ -97,10 +103,13 @@ def _most_probable(log_q: Tensor, y: Tensor) -> tuple[Array, Array, Array]:
 
 
 def _divergence(
-    targets: Tensor | TopTargets, own: slice, logits: Tensor, tokens: Tensor, mask: Tensor
+    targets: Hidden | TopTargets, own: slice, logits: Tensor, tokens: Tensor, mask: Tensor
 ) -> float:
     """KL of the teacher from the model, summed over one protein, in nats."""
-    given = targets[own] if isinstance(targets, Tensor) else TopTargets(*(t[own] for t in targets))
+    if isinstance(targets, Hidden):
+        given: Hidden | TopTargets = Hidden(targets.states[own], targets.weight)
+    else:
+        given = TopTargets(*(part[own] for part in targets))
     return float(distillation_sums(logits, given, tokens, mask, Objective(1.0, 0.0)).soft)
 
 

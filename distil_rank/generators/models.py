@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +18,6 @@ from distil_rank.core.records import atomic
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
-# name: layers, heads, width
-SIZES = {"micro": (4, 4, 256), "tiny": (4, 4, 512), "small": (6, 8, 768), "medium": (12, 16, 1024)}
-RATIO_THRESHOLDS = {"tiny": 3.0, "small": 2.5, "medium": 2.0}  # student over teacher perplexity
-
 
 def autocast(device: torch.device, dtype: Dtype) -> AbstractContextManager[Any]:
     """Arithmetic in `dtype` with weights in float32."""
@@ -29,25 +26,40 @@ def autocast(device: torch.device, dtype: Dtype) -> AbstractContextManager[Any]:
 
 def load(name: str) -> tuple[Any, Any]:
     """Model (eval mode, float32) and tokenizer from a folder or the Hugging Face hub."""
-    from transformers import AutoTokenizer, GPT2LMHeadModel
+    from transformers import GPT2LMHeadModel
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise InputError(f"a model folder with config.json required, got {name}; check the path")
-    try:
+    with _one_line(f"a GPT-2 with safetensors required, got {name}"):
         model = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"a GPT-2 with safetensors and tokenizer required, got {name} ({reason}); check it"
-        ) from None
+    tokenizer = load_tokenizer(name)
     if len(tokenizer) > model.config.vocab_size:
         size = model.config.vocab_size
         raise InputError(f"a tokenizer of {size} tokens required for {name}, got {len(tokenizer)}")
     return model.eval(), tokenizer
+
+
+def load_tokenizer(name: str) -> Any:
+    """A fast tokenizer from a folder or the Hugging Face hub."""
+    from transformers import AutoTokenizer
+
+    with _one_line(f"a tokenizer required, got {name}"):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise InputError(f"a tokenizer of the fast kind with an end token required, got {name}")
+    return tokenizer
+
+
+@contextmanager
+def _one_line(required: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{required} ({reason}); check it") from None
 
 
 def require_same_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any) -> None:
@@ -57,7 +69,7 @@ def require_same_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any) -> N
         differing = sum(a.get(token) != i for token, i in b.items()) + len(a.keys() - b.keys())
         raise InputError(
             f"one vocabulary for teacher and student required, got {len(a)} and {len(b)} tokens "
-            f"of which {differing} differ; use a student that was made from this teacher"
+            f"of which {differing} differ; use models and proteins of one tokenizer"
         )
 
 

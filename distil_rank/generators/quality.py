@@ -5,9 +5,7 @@ from itertools import groupby
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from distil_rank.core.intervals import percentile_interval, t_interval
 from distil_rank.core.records import Metric, Record, interval
@@ -18,7 +16,7 @@ BOOTSTRAPS = 1000
 WORD = 4  # residues of the words counted as repeats
 RUN = 6  # residues: a run of one residue so long is counted
 QUANTILES = [0.05, 0.25, 0.5, 0.75, 0.95]  # of lengths
-ESMFOLD = "facebook/esmfold_v1"
+SMALL_KL = 0.05  # nats: amino acids as in nature
 
 
 class Lengths(TypedDict):
@@ -44,7 +42,7 @@ class Writing(TypedDict):
     novelty: NotRequired[Record]
     exact_copies: NotRequired[int]
     diversity: NotRequired[float]
-    structure: NotRequired[Record]
+    family: NotRequired[Record]
 
 
 def describe(
@@ -65,8 +63,8 @@ def describe(
         n=n,
         natural_frequencies=frequencies(composition(matched)),
         frequencies=frequencies(composition(generated)),
-        validity=share(len(valid), n, True),
-        ended=share(sum(ended), n, True),
+        validity=shares(len(valid), n, True),
+        ended=shares(sum(ended), n, True),
         lengths=Lengths(
             quantiles=QUANTILES,
             generated=np.quantile(lengths, QUANTILES).tolist(),
@@ -75,13 +73,12 @@ def describe(
         ),
         repeated_words=mean([repeated(s) for s in generated], False),
         repeated_words_natural=mean([repeated(s) for s in matched], False),
-        long_runs=share(sum(longest_run(s) >= RUN for s in generated), n, False),
+        long_runs=shares(sum(longest_run(s) >= RUN for s in generated), n, False),
     )
     if valid:
         found["amino_acid_kl"] = amino_acid_divergence(valid, natural, seed)
         if training:
-            nearest = mean(novelty(valid, training), True)
-            found["novelty"] = {**nearest, "nearest_of": len(training)}
+            found["novelty"] = novelty(valid, [s for s in matched if s], training, seed)
             found["exact_copies"] = len(set(valid) & set(training))
         found["diversity"] = diversity(valid)
     return found
@@ -120,7 +117,9 @@ def amino_acid_divergence(
 ) -> Record:
     """KL of generated to natural amino-acid frequencies at equal lengths, interval over proteins.
 
-    `noise_floor` is the same divergence between two natural samples of these lengths.
+    The plain value is above 0 also for equal frequencies, by about what resampling adds to it: that
+    much is taken off. The interval is of the verdict's question, so it holds the value.
+    `noise_floor` is the plain divergence between two natural samples of these lengths.
     """
     rng = np.random.default_rng([seed, 20])
     lengths = [len(s) for s in generated]
@@ -129,31 +128,59 @@ def amino_acid_divergence(
     counts, control = composition(generated), composition(length_matched(lengths, natural, rng))
     rows = rng.integers(len(counts), size=(BOOTSTRAPS, len(counts)))
     drawn = divergence(np.stack([counts[r].sum(0) for r in rows]), reference)
-    value = float(divergence(counts.sum(0), reference))
-    low, high = percentile_interval(2 * value - drawn)  # basic: resampling adds noise, hence KL
+    plain = float(divergence(counts.sum(0), reference))
+    value = max(0.0, 2 * plain - float(drawn.mean()))
+    low, high = percentile_interval(2 * plain - drawn)
+    low, high = max(0.0, min(low, value)), max(high, value)
     floor = float(divergence(control.sum(0), reference))
-    return {**interval(value, max(0.0, low), high, False), "noise_floor": floor}
+    met = {"target": SMALL_KL, "met": value < SMALL_KL, "certain": not low < SMALL_KL <= high}
+    return {**interval(value, low, high, False), "plain": plain, "noise_floor": floor, **met}
 
 
-def _similarity(a: Sequence[str], b: Sequence[str]) -> NDArray[np.float32]:
-    """1 - edit distance / longer length, (a, b)."""
-    from rapidfuzz.distance import Levenshtein
-    from rapidfuzz.process import cdist
+def nearest_identity(queries: Sequence[str], targets: Sequence[str], same: bool = False) -> Array:
+    """Share of each query's residues that are equal in its best local alignment to a target (n,).
 
-    return cdist(a, b, scorer=Levenshtein.normalized_similarity, dtype=np.float32)
+    Smith-Waterman, BLOSUM62, gaps 11/1, against every target; `same`: the queries are the targets,
+    and a query is not compared with itself.
+    """
+    from pyopal import Aligner, Database
+    from scoring_matrices import ScoringMatrix
+
+    rare = str.maketrans("UO", "XX")  # which BLOSUM62 does not know
+    targets = [target.translate(rare) for target in targets]
+    aligner = Aligner(ScoringMatrix.from_name("BLOSUM62"), gap_open=11, gap_extend=1)
+    database, found = Database(targets), np.zeros(len(queries))
+    for i, query in enumerate(query.translate(rare) for query in queries):
+        scores = [r.score for r in aligner.align(query, database, algorithm="sw")]
+        if same:
+            scores[i] = -1
+        best = [targets[int(np.argmax(scores))]]
+        (full,) = aligner.align(query, Database(best), mode="full", algorithm="sw")
+        found[i] = full.alignment.count("M") / len(query)
+    return found
 
 
-def novelty(generated: Sequence[str], training: Sequence[str]) -> NDArray[np.float32]:
-    """1 - similarity to the nearest training protein, per protein (n,)."""
-    return 1.0 - _similarity(generated, training).max(1)
+def novelty(
+    generated: Sequence[str], natural: Sequence[str], training: Sequence[str], seed: int = 0
+) -> Record:
+    """1 - identity to the nearest training protein, with held-out and shuffled proteins beside."""
+    controls = {"natural": natural, "shuffled": shuffled(natural, seed)}
+    own = mean(1 - nearest_identity(generated, training), True)
+    found = {name: mean(1 - nearest_identity(s, training), True) for name, s in controls.items()}
+    return {**own, **found, "nearest_of": len(training)}
+
+
+def shuffled(sequences: Sequence[str], seed: int = 0) -> list[str]:
+    """Each sequence with its residues in random order."""
+    rng = np.random.default_rng([seed, 22])
+    return ["".join(rng.permutation(list(sequence))) for sequence in sequences]
 
 
 def diversity(generated: Sequence[str]) -> float:
-    """Mean of 1 - similarity over all pairs of generated proteins."""
-    if (n := len(generated)) < 2:
+    """Mean of 1 - identity to the nearest other generated protein."""
+    if len(generated) < 2:
         return 0.0
-    total = _similarity(generated, generated).sum(dtype=np.float64)
-    return float(1 - (total - n) / (n * (n - 1)))
+    return float(1 - nearest_identity(generated, generated, same=True).mean())
 
 
 def repeated(sequence: str) -> float:
@@ -167,7 +194,7 @@ def longest_run(sequence: str) -> int:
     return max((len(list(run)) for _, run in groupby(sequence)), default=0)
 
 
-def share(hits: int, n: int, higher_is_better: bool) -> Metric:
+def shares(hits: int, n: int, higher_is_better: bool) -> Metric:
     """A proportion with Wilson's 95 % interval."""
     from statsmodels.stats.proportion import proportion_confint
 
@@ -179,36 +206,3 @@ def mean(values: Sequence[float] | NDArray[Any], higher_is_better: bool) -> Metr
     """A mean with its Student t interval."""
     array = np.asarray(values, dtype=float)
     return interval(float(array.mean()), *t_interval(array), higher_is_better, n=len(array))
-
-
-def fold(sequences: Sequence[str], longest: int = 400) -> Record:
-    """pLDDT (0 to 1) of the proteins up to `longest` residues by ESMFold, else why it is skipped.
-
-    Needs the weights in the Hugging Face cache, or the network.
-    """
-    chosen = [s for s in sequences if 0 < len(s) <= longest]
-    if not chosen:
-        return {"skipped": f"no generated protein of 1 to {longest} residues"}
-    try:
-        from transformers import AutoTokenizer, EsmForProteinFolding
-
-        tokenizer = AutoTokenizer.from_pretrained(ESMFOLD)
-        model = EsmForProteinFolding.from_pretrained(ESMFOLD).eval()
-    except (OSError, ImportError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:120]
-        return {"skipped": f"ESMFold is not available ({reason})"}
-    values = []
-    with torch.no_grad():
-        for sequence in chosen:
-            out = model(**tokenizer([sequence], return_tensors="pt", add_special_tokens=False))
-            values.append(float(mean_plddt(out.plddt, out.atom37_atom_exists)[0]))
-    return {**mean(values, True), "model": ESMFOLD}
-
-
-def mean_plddt(plddt: Tensor, atom_exists: Tensor) -> Tensor:
-    """Mean pLDDT (b,) over the atoms that exist: plddt and atom_exists (b, l, 37).
-
-    The other atoms of the 37 carry values that mean nothing.
-    """
-    exists = atom_exists.to(plddt)
-    return (plddt * exists).sum((1, 2)) / exists.sum((1, 2)).clamp_min(1)

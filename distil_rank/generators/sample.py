@@ -13,9 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from distil_rank.core.errors import InputError, at_least
+from distil_rank.core.errors import InputError, above, at_least, at_most
 from distil_rank.core.randomness import generator
-from distil_rank.generators.data import parse
+from distil_rank.generators.data import END, parse, render
+from distil_rank.proteins.fasta import clean_sequence
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -30,19 +31,30 @@ class Sampler:
     max_new_tokens: int = 200  # longest text written, in tokens
     temperature: float = 1.0  # below 1: safer, above 1: more varied
     top_k: int = 0  # draw among the k most probable tokens; 0: among all
+    top_p: float = 1.0  # draw among the most probable tokens of this joint probability
     repetition_penalty: float = 1.0  # divides positive logits of tokens used, multiplies negative
+    prompt: str = ""  # residues that every protein begins with
 
-    def check(self, context: int) -> None:
-        if not 1 <= self.max_new_tokens < context:
-            raise InputError(
-                f"max-new-tokens must be at least 1 and below the model's context of {context},"
-                f" got {self.max_new_tokens}"
-            )
-        if not self.temperature > 0:
-            raise InputError(f"temperature must be above 0, got {self.temperature}; 1 is usual")
+    def check(self) -> None:
         at_least(0, top_k=self.top_k)
-        if not self.repetition_penalty > 0:
-            raise InputError(f"repetition-penalty must be above 0, got {self.repetition_penalty}")
+        at_least(1, max_new_tokens=self.max_new_tokens)
+        above(0, temperature=self.temperature, top_p=self.top_p)
+        above(0, repetition_penalty=self.repetition_penalty)
+        at_most(1, top_p=self.top_p)
+
+    def start(self, tokenizer: Any, context: int) -> list[int]:
+        """Tokens that are given, the end token first; InputError where the context is too short."""
+        self.check()
+        given = [int(tokenizer.eos_token_id)]
+        if self.prompt:
+            text = render(clean_sequence(self.prompt)).removesuffix(f"\n{END}")
+            given = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(given) + self.max_new_tokens > context:
+            raise InputError(
+                f"--max-new-tokens of at most {context - len(given)} required (a context of"
+                f" {context}, {len(given)} given), got {self.max_new_tokens}"
+            )
+        return given
 
 
 @dataclass(frozen=True)
@@ -67,40 +79,40 @@ def draw(
     dtype: Dtype = "float32",
 ) -> Iterator[Drawn]:
     """Proteins of these indices, in order. The model is used as a copy in `dtype`."""
-    sampler.check(model.config.n_positions)
+    start = sampler.start(tokenizer, model.config.n_positions)
     at_least(1, batch_size=batch_size)
     working = copy.deepcopy(model).to(getattr(torch, dtype)).eval()
-    for start in range(indices.start, indices.stop, batch_size):
-        yield from _batch(
-            working, tokenizer, range(start, min(start + batch_size, indices.stop)), sampler, seed
-        )
+    for first in range(indices.start, indices.stop, batch_size):
+        part = range(first, min(first + batch_size, indices.stop))
+        yield from _batch(working, tokenizer, part, sampler, seed, start)
 
 
 def _batch(
-    model: Any, tokenizer: Any, indices: range, sampler: Sampler, seed: int
+    model: Any, tokenizer: Any, indices: range, sampler: Sampler, seed: int, start: list[int]
 ) -> Iterator[Drawn]:
     device, end, b = next(model.parameters()).device, tokenizer.eos_token_id, len(indices)
     steps = sampler.max_new_tokens
     streams = (generator(seed, "generate", i) for i in indices)
     rows = [torch.rand(steps, generator=stream, dtype=torch.float64) for stream in streams]
     uniform = torch.stack(rows).to(device)
-    tokens = torch.full((b, 1), end, device=device)
+    tokens = unread = torch.tensor(start, device=device).expand(b, -1)
     ended = torch.zeros(b, dtype=torch.bool, device=device)
     nll, count = torch.zeros(b, dtype=torch.float64, device=device), torch.zeros(b, device=device)
     past = None
     for step in range(steps):
-        out = model(input_ids=tokens[:, -1:], past_key_values=past, use_cache=True)
+        out = model(input_ids=unread, past_key_values=past, use_cache=True)
         past, logits = out.past_key_values, out.logits[:, -1].double()
         chosen = choose(logits, tokens, uniform[:, step], sampler)
         surprise = -torch.log_softmax(logits, -1).gather(1, chosen[:, None])[:, 0]
         nll += torch.where(ended, 0.0, surprise)
         count += ~ended
-        tokens = torch.cat([tokens, torch.where(ended, end, chosen)[:, None]], 1)
+        unread = torch.where(ended, end, chosen)[:, None]
+        tokens = torch.cat([tokens, unread], 1)
         ended |= chosen == end
         if bool(ended.all()):
             break
     for row, index in enumerate(indices):
-        written = tokens[row, : 1 + int(count[row])].tolist()
+        written = tokens[row, : len(start) + int(count[row])].tolist()
         sequence, closed = parse(tokenizer.decode(written))
         yield Drawn(index, sequence, closed, float((nll[row] / count[row]).exp()), int(count[row]))
 
@@ -115,6 +127,10 @@ def choose(logits: Tensor, tokens: Tensor, uniform: Tensor, sampler: Sampler) ->
     if 0 < sampler.top_k < logits.shape[-1]:
         least = logits.topk(sampler.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
+    if sampler.top_p < 1:
+        ordered, ids = torch.softmax(logits, -1).sort(-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= sampler.top_p  # without the token that reaches it
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, ids, beyond), -torch.inf)
     cumulative = torch.softmax(logits, -1).cumsum(-1)
     drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
     return drawn.clamp_max(logits.shape[-1] - 1)

@@ -1,8 +1,9 @@
 """The teacher's targets: asked at every step, or kept so that repeated runs need no teacher.
 
-The exact cache keeps all logits in float32 (4 V bytes a token: for small vocabularies). The top-k
-cache keeps the k most probable tokens at the training temperature, the mass of the rest and the
-entropy (6 k + 8 bytes a token).
+The exact cache keeps what the logits are made of in float32: the logits of a small vocabulary, the
+last states (4 d bytes a token) where they are fewer numbers. The top-k cache keeps the k most
+probable tokens at the training temperature, the mass of the rest and the entropy (6 k + 8 bytes a
+token).
 
 Asked or kept, the teacher reads a protein at one width, that of its own length and not of its
 batch: the order in which attention adds depends on the width, and with the batch's width a
@@ -13,6 +14,7 @@ bit for bit there; a GPU may choose other kernels for other batches.
 
 from __future__ import annotations
 
+import os
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,7 +25,7 @@ from torch.nn import functional as F
 
 from distil_rank.core.errors import InputError
 from distil_rank.generators.data import Encoded
-from distil_rank.generators.loss import TopTargets, top_targets
+from distil_rank.generators.loss import Hidden, TopTargets, top_targets
 from distil_rank.generators.models import Dtype, autocast
 
 WIDTH = 32  # a protein is read with padding to the next multiple
@@ -34,7 +36,18 @@ class Teacher(Protocol):
 
     def targets(
         self, indices: NDArray[np.int64], tokens: Tensor, mask: Tensor
-    ) -> Tensor | TopTargets: ...
+    ) -> Hidden | TopTargets: ...
+
+
+def read(model: Any, tokens: Tensor, dtype: Dtype = "float32") -> Hidden:
+    """Logits (b, l, V) of a small vocabulary; else the last states (b, l, d) and the head."""
+    with autocast(tokens.device, dtype):
+        if model.config.vocab_size <= model.config.n_embd:
+            return Hidden(model(input_ids=tokens, use_cache=False).logits)
+        states = model.transformer(input_ids=tokens, use_cache=False).last_hidden_state
+        if dtype != "float32":  # as the head itself would read them
+            states = states.to(getattr(torch, dtype))
+    return Hidden(states, model.lm_head.weight)
 
 
 class Live:
@@ -44,7 +57,7 @@ class Live:
         self.model, self.dtype = model.eval(), dtype
 
     @torch.no_grad()
-    def targets(self, indices: NDArray[np.int64], tokens: Tensor, mask: Tensor) -> Tensor:
+    def targets(self, indices: NDArray[np.int64], tokens: Tensor, mask: Tensor) -> Hidden:
         """Logits (b, l, V) for tokens padded on the right; those of padding mean nothing."""
         lengths = mask.sum(1)
         widths = ((lengths + WIDTH - 1) // WIDTH * WIDTH).clamp_max(self.model.config.n_positions)
@@ -52,19 +65,16 @@ class Live:
         for width in widths.unique().tolist():
             rows = (widths == width).nonzero()[:, 0]
             padding = max(0, width - tokens.shape[1])
-            logits = self._read(F.pad(tokens[rows], (0, padding))[:, :width])
-            logits = logits[:, : tokens.shape[1]]
+            padded = F.pad(tokens[rows], (0, padding))[:, :width]
+            states, weight = read(self.model, padded, self.dtype)
+            states = states[:, : tokens.shape[1]]
             if len(rows) == len(tokens):
-                return logits
+                return Hidden(states, weight)
             if found is None:
-                found = logits.new_zeros(*tokens.shape, logits.shape[-1])
-            found[rows, : logits.shape[1]] = logits
+                found = states.new_zeros(*tokens.shape, states.shape[-1])
+            found[rows, : states.shape[1]] = states
         assert found is not None
-        return found
-
-    def _read(self, tokens: Tensor) -> Tensor:
-        with autocast(tokens.device, self.dtype):
-            return self.model(input_ids=tokens, use_cache=False).logits
+        return Hidden(found, weight)
 
 
 class Cache:
@@ -83,18 +93,25 @@ class Cache:
         if top is not None and not 1 <= top <= size:
             raise InputError(f"a top-k between 1 and the vocabulary of {size} required, got {top}")
         self.offsets, rows = proteins.offsets, int(proteins.offsets[-1])
+        width = min(size, model.config.n_embd) if top is None else 2 * top
+        require_memory(4 * rows * width)
+        self.weight = model.lm_head.weight.detach() if size > model.config.n_embd else None
         if top is None:
-            self.kept = [torch.empty(rows, size)]
+            self.kept = [torch.empty(rows, width)]
         else:
             ids = torch.empty(rows, top, dtype=torch.int32 if size > 32767 else torch.int16)
             self.kept = [ids, torch.empty(rows, top), torch.empty(rows), torch.empty(rows)]
         live, device = Live(model, dtype), next(model.parameters()).device
         for batch in proteins.in_order_of_length(batch_size):
             tokens, mask = (x.to(device) for x in proteins.batch(batch))
-            for i, logits in zip(batch, live.targets(batch, tokens, mask)):
+            states, weight = live.targets(batch, tokens, mask)
+            for i, row in zip(batch, states):
                 place = self._place(i)
-                own = logits[: place.stop - place.start].float()
-                parts = [own] if top is None else top_targets(own, top, temperature)
+                own = row[: place.stop - place.start]
+                parts = [own]
+                if top is not None:
+                    logits = Hidden(own, weight).logits().detach().float()
+                    parts = [*top_targets(logits, top, temperature)]
                 for kept, part in zip(self.kept, parts):
                     kept[place] = part.to("cpu", kept.dtype)
 
@@ -103,7 +120,7 @@ class Cache:
 
     def targets(
         self, indices: NDArray[np.int64], tokens: Tensor, mask: Tensor
-    ) -> Tensor | TopTargets:
+    ) -> Hidden | TopTargets:
         """Logits (b, l, V), or top targets with leading (b, l); padding positions are zero."""
         places = [self._place(i) for i in indices]
 
@@ -114,4 +131,16 @@ class Cache:
             return out.to(tokens.device)
 
         parts = [padded(kept) for kept in self.kept]
-        return parts[0] if len(parts) == 1 else TopTargets(parts[0].long(), *parts[1:])
+        if len(parts) == 1:
+            return Hidden(parts[0], self.weight)
+        return TopTargets(parts[0].long(), *parts[1:])
+
+
+def require_memory(size: int) -> None:
+    """InputError where a cache would take more than half of this machine's memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory / 2:
+        raise InputError(
+            f"at most half of {memory / 2**30:.1f} GiB of memory required for --teacher-cache, got"
+            f" {size / 2**30:.1f} GiB; use top, fewer --top, fewer proteins, or none"
+        )

@@ -6,7 +6,7 @@ Under `torchrun` or `accelerate launch` each process takes its share of the micr
 are summed, and each is divided by the number of predictions of the whole batch.
 
 What `accelerate` does not do, and is done here: its loop has means over equal shares (DDP), ours
-sums over unequal ones; its prepared model turns logits into float32, a second (b, l, V) array; its
+sums over unequal ones; its prepared model makes all logits, in float32, a (b, l, V) array; its
 `save_state` writes in place, so a kill leaves half a checkpoint, it stores no step of ours and no
 best weights, replaces the global random state, and loads what another request has left.
 """
@@ -31,9 +31,9 @@ from distil_rank.core.errors import InputError, above, at_least, at_most
 from distil_rank.core.records import Record
 from distil_rank.core.resume import Checkpoint
 from distil_rank.generators.data import Encoded, epoch_batches
-from distil_rank.generators.loss import LossSums, Objective, distillation_sums, published_loss
-from distil_rank.generators.models import Dtype, autocast, own_weights, weights_sha256
-from distil_rank.generators.teachers import Teacher
+from distil_rank.generators.loss import Objective, distillation_sums
+from distil_rank.generators.models import Dtype, own_weights, weights_sha256
+from distil_rank.generators.teachers import Teacher, read
 
 SCHEMA = "distil-rank/generator-training/1"  # of training.json
 CHECKPOINT = "checkpoint.pt"
@@ -133,7 +133,7 @@ def fit(
     optimizer = accelerator.prepare(torch.optim.AdamW(student.parameters(), **adamw))
     state, checkpoint = _State(student, optimizer, accelerator.scaler), None
     if folder is not None and schedule.save_every:
-        data = [torch.from_numpy(part.tokens) for part in (train, validation) if part is not None]
+        data = [part.sha256 for part in (train, validation) if part is not None]
         known = (schedule, objective, weights_sha256(student), *data, request)
         checkpoint = Checkpoint(folder / CHECKPOINT, *known)
         state.restore(checkpoint.load())
@@ -177,21 +177,16 @@ def _gradient(
     schedule: Schedule,
 ) -> dict[str, float]:
     """Add the gradient of the batch's mean loss; returns the means of loss, hard and soft part."""
+    total = int((train.offsets[batch + 1] - train.offsets[batch] - 1).sum())
     pieces = np.array_split(batch, schedule.accumulation * accelerator.num_processes)
     pieces = [piece for piece in pieces if len(piece)]
     means = torch.zeros(3, dtype=torch.float64, device=student.device)
     for piece in pieces[accelerator.process_index :: accelerator.num_processes]:
         tokens, mask = (x.to(student.device) for x in train.batch(piece))
         targets = None if source is None else source.targets(piece, tokens, mask)
-        with accelerator.autocast():  # padding is on the right: causal attention needs no mask
-            logits = student(input_ids=tokens, use_cache=False).logits
-        if objective.published:
-            labels, total = tokens.masked_fill(tokens == train.end, -100), len(pieces)
-            loss = published_loss(logits, targets, labels, mask, objective)
-            found = LossSums(loss, loss.new_zeros(()), loss.new_zeros(()), 1)
-        else:
-            total = int((train.lengths[batch] - 1).sum())
-            found = distillation_sums(logits, targets, tokens, mask, objective)
+        # padding is on the right: causal attention needs no mask
+        logits = read(student, tokens, schedule.dtype)
+        found = distillation_sums(logits, targets, tokens, mask, objective, train.layout)
         accelerator.backward(found.loss / total)
         means += torch.stack([found.loss.detach(), found.hard, found.soft]) / total
     if accelerator.num_processes > 1:
@@ -216,9 +211,7 @@ def mean_nll(
     nll, count = 0.0, 0
     for batch in proteins.in_order_of_length(batch_size):
         tokens, mask = (x.to(model.device) for x in proteins.batch(batch))
-        with autocast(model.device, dtype):
-            logits = model(input_ids=tokens, use_cache=False).logits
-        sums = distillation_sums(logits, None, tokens, mask, Objective())
+        sums = distillation_sums(read(model, tokens, dtype), None, tokens, mask, Objective())
         nll, count = nll + float(sums.hard), count + sums.n
     return nll / count
 

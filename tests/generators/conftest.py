@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from distil_rank.generators import command_prepare
 from distil_rank.generators.data import amino_acid_tokenizer, encode
 from distil_rank.generators.models import fresh
 from distil_rank.proteins.fasta import AMINO_ACIDS
@@ -20,9 +21,20 @@ def toy_sequences(n, seed=0, low=12, high=70):
     ]
 
 
-def write_toy_fasta(path, n, seed=0):
-    path.write_text("".join(f">p{i}\n{s}\n" for i, s in enumerate(toy_sequences(n, seed))))
+def write_fasta(path, sequences):
+    path.write_text("".join(f">p{i}\n{s}\n" for i, s in enumerate(sequences)))
     return path
+
+
+def write_toy_fasta(path, n, seed=0):
+    return write_fasta(path, toy_sequences(n, seed))
+
+
+def prepare(fasta, out, **more):
+    """A prepared folder, split at random with a fifth for tests; returns it."""
+    given = {"split": "random", "held_out": 0.2, "context": 96} | more
+    command_prepare.run(command_prepare.Config(fasta, out, **given))
+    return out
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +44,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def proteins(tokenizer):
-    return encode(toy_sequences(40), tokenizer, 128)
+    return encode(toy_sequences(40), tokenizer)
 
 
 @pytest.fixture

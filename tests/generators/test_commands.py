@@ -12,36 +12,34 @@ import pytest
 
 from distil_rank.core.errors import InputError
 from distil_rank.generators import command_finetune, command_pretrain, command_sweep, command_train
-from distil_rank.generators.data import load_split, prepare, read_sequences
 from distil_rank.generators.models import load, weights_sha256
+from distil_rank.generators.prepared import Prepared
 from distil_rank.generators.train import CHECKPOINT
-from tests.generators.conftest import write_toy_fasta
+from tests.generators.conftest import prepare, write_toy_fasta
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16}
 
 
 @pytest.fixture
-def fasta(tmp_path):
-    return write_toy_fasta(tmp_path / "toy.fasta", 80)
+def data(tmp_path):
+    return prepare(write_toy_fasta(tmp_path / "toy.fasta", 80), tmp_path / "data")
 
 
 def pretraining(data, out, steps=8, **more):
-    return command_pretrain.Config(
-        data=data, out=out, context=96, steps=steps, batch_size=4, held_out=0.2, **SHAPE, **more
-    )
+    return command_pretrain.Config(data=data, out=out, steps=steps, batch_size=4, **SHAPE, **more)
 
 
 def command(data, out, steps=60):
-    flags = {"data": data, "out": out, "n-layer": 2, "n-head": 2, "n-embd": 16, "context": 96}
+    flags = {"data": data, "out": out, "n-layer": 2, "n-head": 2, "n-embd": 16}
     flags |= {"steps": steps, "batch-size": 4, "evaluate-every": 10, "save-every": 7}
     flags |= {"learning-rate": 3e-3}
     given = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     return [sys.executable, "-m", "distil_rank", "generator", "pretrain", *given]
 
 
-def test_teacher_student_and_finetuned_student_of_toys(tmp_path, fasta):
-    command_pretrain.run(pretraining(fasta, tmp_path / "teacher", tokenizer="bpe", vocabulary=40))
-    given = {"data": fasta, "steps": 2, "batch_size": 8, "held_out": 0.2}
+def test_teacher_student_and_finetuned_student_of_toys(tmp_path, data):
+    command_pretrain.run(pretraining(data, tmp_path / "teacher"))
+    given = {"data": data, "steps": 2, "batch_size": 8}
     teacher = str(tmp_path / "teacher")
     distilled = command_train.Config(
         teacher=teacher,
@@ -63,52 +61,43 @@ def test_teacher_student_and_finetuned_student_of_toys(tmp_path, fasta):
     assert records[1]["teacher"]["weights_sha256"] == records[0]["weights_sha256"]
     assert records[2]["started_from"]["weights_sha256"] == records[1]["weights_sha256"]
     assert weights_sha256(load(str(tmp_path / "student"))[0]) == records[1]["weights_sha256"]
-    kept = {"config.json", "log.jsonl", "model.safetensors", "split.json", "tokenizer.json"}
+    kept = {"config.json", "log.jsonl", "model.safetensors", "tokenizer.json"}
     assert {p.name for p in (tmp_path / "student").iterdir()} == kept | {
         "tokenizer_config.json",
         "training.json",
     }
 
 
-def test_the_split_of_a_training_is_read_back_whatever_is_installed(tmp_path, fasta, monkeypatch):
-    config = pretraining(fasta, tmp_path / "m", 1, train_size_prop=0.5, seed=3, max_length=60)
-    command_pretrain.run(config)
-    sequences = read_sequences(fasta)
-    wanted = prepare(sequences, 0.5, 0.2, 3, 60)
-    monkeypatch.setattr("shutil.which", lambda name: pytest.fail("a split was made anew"))
-    found = load_split(tmp_path / "m", sequences)
-    assert found == wanted and found.counts["too_long_left_out"] > 0
-    record = json.loads((tmp_path / "m" / "training.json").read_text())
-    assert found.test_sha256 == record["data"]["test_sha256"]
-    assert not {*found.test, *found.validation} & {*found.train}
-    for others in (sequences[:-1], [*sequences, "MKVLAAG"], sequences[::-1]):
-        with pytest.raises(InputError, match="got others"):
-            load_split(tmp_path / "m", others)
-    with pytest.raises(InputError, match=r"split\.json"):
-        load_split(tmp_path, sequences)
+def test_a_training_records_the_test_proteins_that_it_left_out(tmp_path, data):
+    command_pretrain.run(pretraining(data, tmp_path / "m", 1))
+    Prepared(data).require_left_out(str(tmp_path / "m"))
+    record = json.loads((tmp_path / "m" / "training.json").read_text())["data"]
+    assert record["n_test"] == len(Prepared(data).part("test")) and record["folder"].endswith(
+        "data"
+    )
 
 
-def test_an_output_folder_is_never_taken_over_or_emptied(tmp_path, fasta):
+def test_an_output_folder_is_never_taken_over_or_emptied(tmp_path, data):
     out = tmp_path / "out"
-    command_pretrain.run(pretraining(fasta, out))
+    command_pretrain.run(pretraining(data, out))
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     with pytest.raises(InputError, match="finished"):
-        command_pretrain.run(pretraining(fasta, out))
+        command_pretrain.run(pretraining(data, out))
     assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="other files"):
-        command_pretrain.run(pretraining(fasta, tmp_path / "mine"))
+        command_pretrain.run(pretraining(data, tmp_path / "mine"))
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
     with pytest.raises(InputError, match="writable"):
-        command_pretrain.run(pretraining(fasta, fasta / "below"))
+        command_pretrain.run(pretraining(data, data / "data.json" / "below"))
 
 
-def test_a_run_that_failed_early_does_not_block_the_corrected_command(tmp_path, fasta):
-    config = pretraining(fasta, tmp_path / "m", learning_rate=1e30)
+def test_a_run_that_failed_early_does_not_block_the_corrected_command(tmp_path, data):
+    config = pretraining(data, tmp_path / "m", learning_rate=1e30)
     with pytest.raises(InputError, match="finite"):
         command_pretrain.run(replace(config, steps=300))
-    command_pretrain.run(pretraining(fasta, tmp_path / "m"))
+    command_pretrain.run(pretraining(data, tmp_path / "m"))
     assert (tmp_path / "m" / "training.json").exists()
 
 
@@ -120,10 +109,9 @@ BAD = [
     ({"learning_rate": float("nan")}, "--learning-rate must be above 0"),
     ({"accumulation": 0}, "--accumulation must be at least 1"),
     ({"warmup": 1.5}, "--warmup must be at most 1"),
-    ({"train_size_prop": 2.0}, "--train-size-prop"),
     ({"alpha": 1.5}, "--alpha must be at most 1"),
     ({"n_embd": 30}, "n-embd must be divisible by n-head"),
-    ({"held_out": 0.5}, "--held-out"),
+    ({}, "data.json"),
     ({"dtype": "float16"}, "--dtype"),
     ({"device": "mps"}, "--device"),
     ({"log_to": "wandb"}, "the package wandb required"),
@@ -135,34 +123,34 @@ def test_bad_flags_are_refused_before_anything_is_read_or_written(
     tmp_path, monkeypatch, bad, message
 ):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else name)
-    given = {"teacher": "none", "data": tmp_path / "none.fasta", "out": tmp_path / "m"}
+    given = {"teacher": "none", "data": tmp_path / "none", "out": tmp_path / "m"}
     with pytest.raises(InputError, match=message):
         command_train.run(command_train.Config(**given | bad))
     assert not (tmp_path / "m").exists()
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_is_bit_equal_to_uninterrupted(tmp_path, fasta):
+def test_killed_and_resumed_is_bit_equal_to_uninterrupted(tmp_path, data):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
-    subprocess.run(command(fasta, tmp_path / "whole"), check=True, **quiet)
+    subprocess.run(command(data, tmp_path / "whole"), check=True, **quiet)
     log = tmp_path / "torn" / "log.jsonl"
-    process = subprocess.Popen(command(fasta, tmp_path / "torn"), **quiet)
+    process = subprocess.Popen(command(data, tmp_path / "torn"), **quiet)
     while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < 25):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "torn" / "training.json").exists()
     assert (tmp_path / "torn" / CHECKPOINT).exists()
-    subprocess.run(command(fasta, tmp_path / "torn"), check=True, **quiet)
-    for name in ("model.safetensors", "log.jsonl", "split.json"):
+    subprocess.run(command(data, tmp_path / "torn"), check=True, **quiet)
+    for name in ("model.safetensors", "log.jsonl"):
         assert (tmp_path / "torn" / name).read_bytes() == (
             tmp_path / "whole" / name
         ).read_bytes(), name
 
 
 @pytest.mark.slow
-def test_two_processes_take_the_steps_of_one(tmp_path, fasta):
+def test_two_processes_take_the_steps_of_one(tmp_path, data):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     torchrun = [
         sys.executable,
@@ -172,7 +160,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path, fasta):
         "--nproc-per-node",
         "2",
     ]
-    both = command(fasta, tmp_path / "one", 8), torchrun + command(fasta, tmp_path / "two", 8)[1:]
+    both = command(data, tmp_path / "one", 8), torchrun + command(data, tmp_path / "two", 8)[1:]
     for line in both:
         subprocess.run(line, check=True, capture_output=True, env=environment)
     one, two = (
@@ -183,12 +171,12 @@ def test_two_processes_take_the_steps_of_one(tmp_path, fasta):
         assert a == pytest.approx(b, rel=1e-4)
 
 
-def test_tensorboard_is_told_what_the_log_is_told(tmp_path, fasta):
+def test_tensorboard_is_told_what_the_log_is_told(tmp_path, data):
     pytest.importorskip("torch.utils.tensorboard", reason="needs tensorboard", exc_type=ImportError)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     out = tmp_path / "m"
-    command_pretrain.run(pretraining(fasta, out, 4, evaluate_every=2, log_to="tensorboard"))
+    command_pretrain.run(pretraining(data, out, 4, evaluate_every=2, log_to="tensorboard"))
     told = EventAccumulator(str(out / "distil-rank"))
     told.Reload()
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -198,13 +186,13 @@ def test_tensorboard_is_told_what_the_log_is_told(tmp_path, fasta):
 
 
 def test_a_sweep_goes_on_where_it_stopped_and_makes_nothing_twice(
-    tmp_path, fasta, monkeypatch, capsys
+    tmp_path, data, monkeypatch, capsys
 ):
-    command_pretrain.run(pretraining(fasta, tmp_path / "teacher", 1))
+    command_pretrain.run(pretraining(data, tmp_path / "teacher", 1))
     config = command_sweep.Config(
-        str(tmp_path / "teacher"),
-        fasta,
-        tmp_path / "sweep",
+        teacher=str(tmp_path / "teacher"),
+        data=data,
+        out=tmp_path / "sweep",
         taus=(1, 2),
         alphas=(0.5, 1.0),
         steps=2,

@@ -11,20 +11,20 @@ import torch
 from distil_rank.__main__ import main
 from distil_rank.core.errors import InputError
 from distil_rank.generators import command_evaluate, command_generate, metrics, sample
-from distil_rank.generators.data import Encoded, bpe_tokenizer, encode, prepare, save_split
+from distil_rank.generators.data import amino_acid_tokenizer, encode
 from distil_rank.generators.evaluate import Bed, compare
 from distil_rank.generators.models import fresh, load, parameters, save, weights_sha256
+from distil_rank.generators.prepared import Prepared
 from distil_rank.generators.teachers import Live
 from distil_rank.proteins.fasta import read_fasta
-from tests.generators.conftest import toy_sequences, write_toy_fasta
+from tests.generators.conftest import prepare, toy_sequences, write_fasta, write_toy_fasta
 
 
 def test_nll_and_divergence_equal_the_explicit_sums(teacher, proteins):
     student = fresh(27, 2, 2, 16, 128, 0, 3).eval()
     found = metrics.score(student, proteins, Live(teacher), batch_size=7)
     for i in (0, 11, 39):
-        ids = proteins.tokens[proteins.offsets[i] : proteins.offsets[i + 1]]
-        ids = torch.from_numpy(ids).long()
+        ids = torch.from_numpy(proteins.row(i))
         with torch.no_grad():
             logits = [m(input_ids=ids[None]).logits[0, :-1].double() for m in (student, teacher)]
         log_q, log_p = (z.log_softmax(-1) for z in logits)
@@ -69,7 +69,7 @@ def test_temperature_scaling_repairs_a_model_whose_temperature_is_wrong(tokenize
     frequencies = np.array([8, 4, 2, 1, 1]) / 16
     rng = np.random.default_rng(0)
     drawn = ["".join(rng.choice(list("ACDEF"), 40, p=frequencies)) for _ in range(80)]
-    skewed = encode(drawn, tokenizer, 64)
+    skewed = encode(drawn, tokenizer)
     sharpened = np.full(27, -20.0)
     predicted = np.bincount(np.delete(skewed.tokens, skewed.offsets[:-1]), minlength=27)
     seen = predicted > 0
@@ -102,7 +102,7 @@ def folders(tmp_path, teacher, tokenizer):
 
 def evaluation(folders, **more):
     pair = {name: str(folders / name) for name in ("student", "teacher")}
-    given = pair | {"data": folders / "toy.fasta", "out": folders / "e.json", "device": "cpu"}
+    given = pair | {"data": folders / "data", "out": folders / "e.json", "device": "cpu"}
     command_evaluate.run(command_evaluate.Config(**(given | {"generate": 0} | more)))
     return json.loads((folders / "e.json").read_text())
 
@@ -115,12 +115,13 @@ def test_models_come_back_as_saved(folders, teacher):
 
 
 def test_evaluate_writes_a_whole_record_and_calls_few_proteins_underpowered(folders):
-    write_toy_fasta(folders / "toy.fasta", 30)
-    record = evaluation(folders, generate=6)
+    fasta = write_toy_fasta(folders / "toy.fasta", 30)
+    prepare(fasta, folders / "data")
+    record = evaluation(folders, generate=6, family=fasta)
     assert record["underpowered"] and record["proteins"] == 30
     assert record["ratio"]["low"] <= record["ratio"]["value"] <= record["ratio"]["high"]
     assert record["compression"]["total"] > 1 and record["student"]["generation"]["n"] == 6
-    assert "skipped" in record["student"]["generation"]["structure"]
+    assert 0 <= record["student"]["generation"]["family"]["natural"]["value"] <= 1
     assert record["speed"]["models"]["student"]["8"]["tokens_per_second"] > 0
 
 
@@ -132,24 +133,18 @@ def test_evaluating_a_teacher_against_itself_finds_no_loss(teacher, tokenizer, p
     assert record["kl_to_teacher"]["value"] == pytest.approx(0, abs=1e-6)
 
 
-def test_the_test_part_is_the_one_stored_with_the_training_whatever_the_flags(folders):
-    data = write_toy_fasta(folders / "toy.fasta", 60)
-    sequences = [p.sequence for p in read_fasta(data)]
-    with pytest.raises(
-        InputError, match=r"split\.json"
-    ):  # trained elsewhere: nothing is split anew
+def test_the_test_part_is_only_measured_where_the_training_left_it_out(folders):
+    fasta = write_toy_fasta(folders / "toy.fasta", 80)
+    prepared = Prepared(prepare(fasta, folders / "data"))
+    with pytest.raises(InputError, match="a record of its training"):
         evaluation(folders, part="test")
-    splits = prepare(sequences, 1.0, 0.2, seed=5, max_length=60)
-    save_split(folders / "student", splits)
-    record = evaluation(folders, part="test", seed=1)
-    assert record["data"]["n_test"] == record["proteins"] == len(splits.test)
-    for more in ({}, {"seed": 1}, {"max_length": 40}):
-        config = command_evaluate.Config(str(folders / "student"), "", data, data, "test", **more)
-        natural, training, _ = command_evaluate.proteins(config)
-        assert natural == splits.test and training == splits.train
-    write_toy_fasta(folders / "toy.fasta", 60, seed=1)
+    record = {"data": prepared.summary()}
+    (folders / "student" / "training.json").write_text(json.dumps(record))
+    found = evaluation(folders, part="test", seed=1, generate=3)
+    assert found["proteins"] == len(prepared.part("test")) == found["data"]["n_test"]
+    prepare(fasta, folders / "other", seed=1)
     with pytest.raises(InputError, match="got others"):
-        evaluation(folders, part="test")
+        evaluation(folders, part="test", data=folders / "other")
 
 
 def test_generate_resumes_and_its_batch_size_changes_nothing(folders, monkeypatch):
@@ -184,8 +179,10 @@ def test_generate_resumes_and_its_batch_size_changes_nothing(folders, monkeypatc
 
 
 def test_bad_input_of_the_commands_is_one_line_and_status_2(folders, capsys):
-    data = write_toy_fasta(folders / "toy.fasta", 30)
-    save(fresh(60, 1, 1, 8, 64, 0, 0), bpe_tokenizer(toy_sequences(20), 60), folders / "other")
+    data = prepare(write_toy_fasta(folders / "toy.fasta", 30), folders / "toy")
+    more = amino_acid_tokenizer()
+    more.add_tokens(["MK"])
+    save(fresh(60, 1, 1, 8, 128, 0, 0), more, folders / "other")
     student, teacher = (str(folders / name) for name in ("student", "teacher"))
     evaluate = f"evaluate --data {data} --out {folders}/x.json"
     generate = f"generate --model {student} --out"
@@ -200,7 +197,7 @@ def test_bad_input_of_the_commands_is_one_line_and_status_2(folders, capsys):
         (f"{generate} {folders}", "file name"),
         (
             f"{evaluate.replace('toy', 'none')} --student {student} --teacher {teacher}",
-            "none.fasta",
+            "data.json",
         ),
     ]:
         with pytest.raises(SystemExit) as stop:
@@ -210,23 +207,21 @@ def test_bad_input_of_the_commands_is_one_line_and_status_2(folders, capsys):
     assert not (folders / "x.json").exists()
 
 
-def test_fine_tuning_on_a_toy_family_learns_to_end(tmp_path, tokenizer):
+def test_fine_tuning_on_a_family_works_out_of_the_box_and_learns_to_end(tmp_path, tokenizer):
     rng = np.random.default_rng(0)
     parent, letters = "MKTAYIAKQRQISFVKSHFSRQ", list("ACDEFGHIKL")
     family = [
-        "".join(rng.choice(letters) if rng.random() < 0.1 else a for a in parent) for _ in range(60)
+        "".join(rng.choice(letters) if rng.random() < 0.2 else a for a in parent) for _ in range(60)
     ]
-    text = "".join(f">p{i}\n{s}\n" for i, s in enumerate(family))
-    (tmp_path / "family.fasta").write_text(text)
+    write_fasta(tmp_path / "family.fasta", family)
     save(fresh(27, 2, 2, 32, 64, 0, 0), tokenizer, tmp_path / "start")
-    flags = "--identity 1.0 --steps 120 --learning-rate 1e-2 --batch-size 16 --device cpu"
-    given = f"--model {tmp_path}/start --data {tmp_path}/family.fasta --out {tmp_path}/tuned"
+    given = f"--tokenizer {tmp_path}/start --context 64 --out {tmp_path}/data"
+    main(f"generator prepare {tmp_path}/family.fasta {given}".split())
+    flags = "--steps 120 --learning-rate 1e-2 --batch-size 16 --device cpu"
+    given = f"--model {tmp_path}/start --data {tmp_path}/data --out {tmp_path}/tuned"
     main(f"generator finetune {given} {flags}".split())
     out = tmp_path / "new.fasta"
-    flags = f"-n 60 --max-new-tokens 63 --device cpu --out {out}"
+    flags = f"-n 60 --max-new-tokens 60 --prompt MK --top-p 0.95 --device cpu --out {out}"
     main(f"generator generate --model {tmp_path}/tuned {flags}".split())
     assert sum("ended=yes" in p.header for p in read_fasta(out)) >= 0.95 * 60
-
-
-def test_encoded_of_nothing_is_empty():
-    assert len(Encoded(np.empty(0, np.int32), np.zeros(1, np.int64), np.empty(0, np.int64), 0)) == 0
+    assert all(p.sequence.startswith("MK") for p in read_fasta(out))

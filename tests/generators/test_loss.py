@@ -9,13 +9,13 @@ from torch.testing import assert_close
 
 from distil_rank.core.errors import InputError
 from distil_rank.generators.loss import (
+    Hidden,
     Objective,
     TopTargets,
     distillation_sums,
     entropy,
     position_weights,
     predictions,
-    published_loss,
     top_targets,
 )
 from tests.generators.reference import objective_by_hand, objective_direct
@@ -156,26 +156,6 @@ def test_half_precision_stays_finite_at_extreme_logits(dtype, variant):
     assert all(torch.isfinite(part).all() for part in found)
 
 
-def test_published_formula_agrees_where_it_should_and_differs_where_it_is_known_to():
-    student, teacher, tokens, mask = batch()
-    student = student.detach()
-    labels = tokens.masked_fill(mask == 0, -100)
-    for uncertainty, calibration in itertools.product((False, True), repeat=2):
-        objective = Objective(uncertainty=uncertainty, calibration=calibration)
-        published = published_loss(student, teacher, labels, mask, objective)
-        plain = mean_loss(student, teacher, tokens, mask, objective)
-        assert_close(published, plain, rtol=1e-6, atol=1e-6)
-    # per-call means: the split into micro-batches changes the published value
-    rows = [[x[[i]] for x in (student, teacher, labels, mask)] for i in range(4)]
-    whole = published_loss(student, teacher, labels, mask, Objective())
-    parts = sum(published_loss(*row, Objective()) for row in rows) / 4
-    assert abs(float(whole - parts)) > 1e-4
-    # a left-padded sequence: the first real token is predicted from padding and counted
-    given = (student[:1], teacher[:1], tokens[:1], torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1]]))
-    soft = Objective(alpha=0.0)
-    assert abs(float(published_loss(*given, soft) - mean_loss(*given, soft))) > 1e-4
-
-
 def top(teacher, k):
     flat = top_targets(teacher.flatten(0, 1), k, 2.0)
     return TopTargets(*(part.unflatten(0, teacher.shape[:2]) for part in flat))
@@ -219,6 +199,43 @@ def test_large_vocabulary_equals_the_direct_formula():
     assert_close(with_gradient(found, student), with_gradient(wanted, student), **given)
 
 
+@variants
+def test_states_and_head_give_the_loss_and_the_gradients_of_their_logits(variant):
+    objective, (_, _, tokens, mask) = Objective(**variant), batch(v=30)
+    g = torch.Generator().manual_seed(1)
+    shapes = ((4, 9, 6), (30, 6), (4, 9, 8), (30, 8))
+    h, w, h_t, w_t = (torch.randn(s, generator=g, dtype=torch.float64) for s in shapes)
+    h.requires_grad_(), w.requires_grad_()
+    found = mean_loss(Hidden(h, w), Hidden(h_t, w_t), tokens, mask, objective)
+    wanted = mean_loss(h @ w.T, h_t @ w_t.T, tokens, mask, objective)
+    assert_close(found, wanted)
+    assert_close(torch.autograd.grad(found, (h, w)), torch.autograd.grad(wanted, (h, w)))
+
+
+def test_line_breaks_and_ends_set_no_extreme_of_the_weights():
+    student, teacher, tokens, mask = batch(v=20)
+    teacher[:, ::3] *= 20  # these predictions are certain, and of a token without a residue
+    tokens = tokens.clamp_min(2)
+    tokens[:, 1::3] = 1
+    targets = tokens[:, 1:]
+    entropies, counted = entropy(teacher.flatten(0, 1)).view(4, 9)[:, :-1], predictions(mask)
+    residues = counted & (targets != 1)
+    weights = position_weights(entropies, counted, residues=residues)
+    for row in range(4):
+        own = entropies[row][residues[row]]
+        expected = 0.5 + 0.5 * (own - own.min()) / (own.max() - own.min())
+        assert_close(weights[row][residues[row]], expected)
+        assert (weights[row][counted[row] & ~residues[row]] == 0.5).all()
+    objective = Objective(2.0, 0.0, uncertainty=True)
+    found = distillation_sums(student, teacher, tokens, mask, objective, layout=(0, 1))
+    plain = F.kl_div(
+        *(F.log_softmax(z[:, :-1] / 2, -1) for z in (student, teacher)),
+        reduction="none",
+        log_target=True,
+    )
+    assert_close(found.loss, 4 * (plain.sum(-1) * weights).sum())
+
+
 def test_a_second_backward_pass_is_an_error_not_a_wrong_gradient():
     loss = mean_loss(*batch(), Objective())
     loss.backward(retain_graph=True)
@@ -231,7 +248,6 @@ BAD = [
     ({"temperature": float("nan")}, "--tau"),
     ({"alpha": 1.5}, "--alpha"),
     ({"smoothing": -0.1}, "--smoothing"),
-    ({"published": True, "normalise_weights": True}, "--published"),
 ]
 
 

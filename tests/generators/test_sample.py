@@ -1,13 +1,12 @@
 """Generation: the same for any batch size, faithful to the distribution; and what is written."""
 
-import time
-
 import numpy as np
 import pytest
 import torch
 
 from distil_rank.core.errors import InputError
 from distil_rank.generators import quality, sample
+from distil_rank.generators.family import membership
 from distil_rank.generators.sample import Sampler, choose, draw
 from tests.generators.conftest import toy_sequences
 
@@ -61,6 +60,8 @@ def test_tokens_are_drawn_with_their_probabilities():
     assert shares() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.012)
     assert shares(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.012)
     assert shares(temperature=1e-3) == [1, 0, 0, 0]
+    assert shares(top_p=0.7) == pytest.approx([0.625, 0.375, 0, 0], abs=0.012)
+    assert shares(top_p=0.5) == [1, 0, 0, 0]
     penalized = shares(repetition_penalty=2.0)[0]  # log .5 doubled is log .25
     assert penalized == pytest.approx(0.25 / 0.75, abs=0.012)
 
@@ -71,6 +72,8 @@ def test_tokens_are_drawn_with_their_probabilities():
         {"max_new_tokens": 0},
         {"max_new_tokens": 128},
         {"temperature": 0.0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
         {"top_k": -1},
         {"repetition_penalty": 0.0},
     ],
@@ -80,20 +83,41 @@ def test_bad_settings_are_refused(teacher, tokenizer, bad):
         drawn(teacher, tokenizer, sampler=Sampler(**({"max_new_tokens": 60} | bad)))
 
 
-def test_novelty_and_diversity_of_known_sets():
-    training = toy_sequences(30)
-    assert quality.novelty([training[4], "A" * 20], training)[0] == 0
-    assert quality.novelty(["AAAA"], ["AAAC", "WWWW"])[0] == pytest.approx(0.25)
-    assert quality.diversity(["AAAA", "AAAC"]) == pytest.approx(0.25)
-    assert quality.diversity(["AAAA"] * 3) == 0
+def test_a_protein_continues_its_prompt(teacher, tokenizer):
+    sampler = Sampler(20, prompt="mktayiakqr" * 7)
+    for protein in drawn(teacher, tokenizer, 5, sampler):
+        assert protein.sequence.startswith("MKTAYIAKQR" * 7) and protein.tokens <= 20
+    with pytest.raises(InputError, match="at most 55 required"):
+        drawn(teacher, tokenizer, sampler=Sampler(59, prompt="MKTAYIAKQR" * 7))
+    with pytest.raises(InputError, match="letters"):
+        drawn(teacher, tokenizer, sampler=Sampler(9, prompt="MK1"))
 
 
-def test_novelty_of_200_against_1000_is_fast():
-    generated, training = toy_sequences(200, 1, 60, 250), toy_sequences(1000, 2, 60, 250)
-    quality.novelty(generated[:2], training[:2])
-    start = time.process_time()  # of this process alone, whatever else the machine does
-    assert quality.novelty(generated, training).shape == (200,)
-    assert time.process_time() - start <= 2.0
+def test_copied_pieces_are_not_new_and_other_proteins_are():
+    training = toy_sequences(60, low=120, high=250)
+    copies = [s[20:90] for s in training[:5]]  # a copy of 70 residues of a longer protein
+    longer = "W" * 5 + training[7][:100] + "C" * 5
+    found = quality.nearest_identity([*copies, longer, "UOX" * 10], training)
+    assert (1 - found[:5] < 0.05).all() and found[5] == pytest.approx(100 / 110, abs=0.03)
+    record = quality.novelty(copies, toy_sequences(20, 9), training)
+    assert record["value"] < 0.05 < 0.6 < min(record[k]["value"] for k in ("natural", "shuffled"))
+    assert quality.diversity(["ACDEFGHIKL", "ACDEFGHIKV"]) == pytest.approx(0.1)
+    assert quality.diversity(["ACDEFGHIKL"] * 3) == 0
+
+
+def test_an_hmm_of_a_family_finds_its_members_and_no_others():
+    pytest.importorskip("pyhmmer")
+    rng = np.random.default_rng(0)
+    letters = np.array(list("ACDEFGHIKLMNPQRSTVWY"))
+    ancestor = rng.choice(letters, 120)
+
+    def members(n):
+        drawn = np.where(rng.random((n, 120)) < 0.4, rng.choice(letters, (n, 120)), ancestor)
+        return ["".join(row) for row in drawn]
+
+    found = membership([*members(15), *toy_sequences(5, 3, 100, 140), ""], members(20), members(40))
+    shares = [found[name]["value"] for name in ("generated", "natural", "shuffled")]
+    assert shares == [pytest.approx(15 / 21), 1.0, 0.0] and found["built_from"] >= 38
 
 
 def test_repeats_and_runs_of_known_sequences():
@@ -106,13 +130,14 @@ def test_amino_acid_divergence_knows_its_noise():
     rng = np.random.default_rng(0)
     natural = toy_sequences(600, 3, 40, 120)
     alike = quality.amino_acid_divergence(toy_sequences(150, 4, 40, 120), natural)
-    assert alike["value"] < 4 * alike["noise_floor"] and alike["low"] == 0
+    assert alike["value"] < 4 * alike["noise_floor"] and alike["low"] == 0 and alike["met"]
     skewed = ["".join(rng.choice(list("AAAACDEFGHIKLMNPQRSTVWY"), 60)) for _ in range(150)]
     found = quality.amino_acid_divergence(skewed, natural)
     p = np.full(20, 1 / 23)
     p[0] = 4 / 23
     truth = (p * np.log(p * 20)).sum()
     assert found["low"] <= truth <= found["high"] and found["low"] > found["noise_floor"]
+    assert found["low"] <= found["value"] <= found["high"] and not found["met"] and found["certain"]
 
 
 def test_length_matching_gives_natural_residues_of_the_lengths_asked_for():
@@ -131,10 +156,3 @@ def test_description_counts_what_is_wrong():
     assert found["validity"]["low"] < 0.5 < found["validity"]["high"]
     nothing = quality.describe(["", "X"], [True, True], natural, natural)
     assert nothing["validity"]["value"] == 0 and "novelty" not in nothing
-
-
-def test_plddt_counts_only_atoms_that_exist():
-    plddt = torch.tensor([[[0.9, 0.8, 0.0], [0.5, 0.1, 0.3]]])
-    exists = torch.tensor([[[1, 1, 0], [1, 0, 0]]])
-    wanted = torch.tensor([(0.9 + 0.8 + 0.5) / 3])
-    torch.testing.assert_close(quality.mean_plddt(plddt, exists), wanted)

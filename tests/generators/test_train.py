@@ -10,9 +10,9 @@ from distil_rank.core.devices import threads
 from distil_rank.core.errors import InputError
 from distil_rank.generators.data import epoch_batches
 from distil_rank.generators.inherit import initial_student
-from distil_rank.generators.loss import Objective
+from distil_rank.generators.loss import Objective, distillation_sums
 from distil_rank.generators.models import fresh
-from distil_rank.generators.teachers import Cache, Live
+from distil_rank.generators.teachers import Cache, Live, read
 from distil_rank.generators.train import Schedule, fit, mean_nll
 
 SCHEDULE = Schedule(steps=6, batch_size=8, learning_rate=3e-3, seed=5)
@@ -61,14 +61,42 @@ def test_exact_cache_gives_the_losses_of_the_live_teacher(proteins, teacher):
     assert torch.equal(cached, live)
 
 
+def test_a_large_vocabulary_is_never_written_out_and_changes_nothing(proteins):
+    """At V > width states are kept, and logits made a few rows at a time."""
+    teacher, model = fresh(27, 2, 2, 16, 128, 0, 1).eval(), fresh(27, 1, 2, 16, 128, 0, 2)
+    objective, place = Objective(uncertainty=True), np.arange(5)
+    tokens, mask = proteins.batch(place)
+    source = Live(teacher).targets(place, tokens, mask)
+    assert source.states.shape[-1] == 16 and source.weight is teacher.lm_head.weight
+    found = distillation_sums(read(model, tokens), source, tokens, mask, objective)
+    found.loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    logits = (m(input_ids=tokens).logits for m in (model, teacher))
+    direct = distillation_sums(*logits, tokens, mask, objective)
+    direct.loss.backward()
+    torch.testing.assert_close(found.loss, direct.loss)
+    for own, parameter in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(own, parameter.grad, rtol=1e-4, atol=1e-4)
+    kept = Cache(teacher, proteins)
+    assert kept.kept[0].shape == (proteins.offsets[-1], 16)
+
+
+def test_a_cache_too_large_is_refused_before_it_is_made(proteins, teacher, monkeypatch):
+    monkeypatch.setattr("os.sysconf", lambda name: 300)
+    monkeypatch.setattr(torch, "empty", lambda *_: pytest.fail("allocated"))
+    with pytest.raises(InputError, match="at most half of"):
+        Cache(teacher, proteins)
+
+
 def test_a_protein_is_read_at_the_width_of_its_own_length(proteins, teacher):
     order = np.argsort(proteins.lengths)
     mixed = np.concatenate([order[:3], order[-3:]])
     tokens, mask = proteins.batch(mixed)
     with threads(1):
-        together = Live(teacher).targets(mixed, tokens, mask)
+        together = Live(teacher).targets(mixed, tokens, mask).states
         for row, i in enumerate(mixed):
-            alone = Live(teacher).targets(mixed[[row]], *proteins.batch([i]))[0]
+            alone = Live(teacher).targets(mixed[[row]], *proteins.batch([i])).states[0]
             assert torch.equal(together[row, : len(alone)], alone)
             with torch.no_grad():
                 plain = teacher(input_ids=tokens[[row]]).logits[0, : len(alone)]
@@ -95,14 +123,6 @@ def test_best_weights_are_kept_and_patience_ends_the_run(proteins, teacher):
     assert progress.step == progress.best_step + 6 < 40
     assert mean_nll(model, proteins) == pytest.approx(progress.best_nll, rel=1e-6)
     assert progress.best_nll == min(nll for _, nll in progress.validations)
-
-
-def test_published_formula_trains_and_refuses_a_top_cache(proteins, teacher):
-    objective = Objective(published=True)
-    _, losses = trained(proteins, Live(teacher), objective=objective)
-    assert losses[-1] < losses[0]
-    with pytest.raises(InputError, match="published"):
-        trained(proteins, Cache(teacher, proteins, 5), objective=objective)
 
 
 def test_half_precision_follows_full_precision(proteins, teacher):

@@ -1,0 +1,110 @@
+"""Read, split and tokenize proteins once, for every command that trains or measures a generator.
+
+    distil-rank generator prepare proteins.fasta.gz --out shards
+    distil-rank generator prepare uniref50.fasta.gz --tokenizer nferruz/ProtGPT2 --context 1024 \\
+        --split random --held-out .01 --train-size-prop .1 --out shards
+
+`--split cluster` never cuts a cluster of relatives; without `--identity` it takes the lowest of 30,
+50, 70 and 90 % that fills all parts, so a family of close relatives works. Millions of proteins
+take `--split random`, or `--held-out-fasta` with proteins that another program clustered.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from distil_rank.core.errors import InputError, above, at_least, at_most
+
+
+@dataclass(frozen=True)
+class Config:
+    fasta: Annotated[Path, tyro.conf.Positional]  # FASTA of proteins to work on
+    out: Path  # where to write
+    tokenizer: str = "amino-acids"  # amino-acids: one token a residue; or that of a model
+    context: int = 512  # longest protein in tokens; residues plus about 2 %
+    crop: bool = False  # cut longer proteins instead of leaving them out
+    train_size_prop: float = 1.0  # share of the training proteins that is used
+    held_out: float = 0.1  # share of the proteins kept aside
+    held_out_fasta: Path | None = None  # FASTA to measure on, instead of a share of --fasta
+    split: str = "cluster"  # cluster, random, or the split.json of an earlier run
+    identity: float | None = None  # relatives above it never straddle parts; None: as low as works
+    seed: int = 0  # of everything random
+
+
+def run(config: Config) -> None:
+    from distil_rank.core.records import atomic, require_writable, write_json
+
+    above(0, train_size_prop=config.train_size_prop, identity=config.identity)
+    at_most(1, train_size_prop=config.train_size_prop, identity=config.identity)
+    at_least(0, held_out=config.held_out)
+    at_most(0.49, held_out=config.held_out)  # for validation, and as many for test
+    at_least(4, context=config.context)
+    require_writable(config.out.parent)
+    if config.out.exists():
+        raise InputError(f"a new --out required, got {config.out}, which exists; choose another")
+    tokenizer = tokenizer_of(config.tokenizer)
+    with atomic(config.out) as folder:
+        folder.mkdir()
+        record = fill(folder, config, tokenizer)
+        write_json(folder / "data.json", record)
+    counts = ", ".join(f"{v['proteins']} {k}" for k, v in record["parts"].items())
+    long = f"{record['too_long']} too long {'cut' if config.crop else 'left out'}"
+    print(f"{config.out}: {counts}; {record['duplicates']} duplicates, {long}")
+
+
+def fill(folder: Path, config: Config, tokenizer: Any) -> dict[str, Any]:
+    """Write the folder's files; returns its record."""
+    from distil_rank.core.records import config_record, environment, read_json, sha256, shown_path
+    from distil_rank.generators import prepared
+
+    given = list(clean(config.held_out_fasta)) if config.held_out_fasta else []
+    read, made = partial(clean, config.fasta), None
+    if given:
+        method, digests = "given", list(map(prepared.digest, given))
+        part_of = prepared.by_list({"validation": digests[::2], "test": digests[1::2]})
+    elif config.split == "random" or config.held_out == 0:
+        method, part_of = "random", prepared.by_chance(config.held_out, config.seed)
+    elif config.split == "cluster":
+        distinct = list(dict.fromkeys(read()))
+        how = (config.held_out, config.identity, config.seed)
+        method, (part_of, made) = "cluster", prepared.by_cluster(distinct, *how)
+    else:
+        method, part_of = "listed", prepared.by_list(read_json(config.split, prepared.SPLIT))
+    sequences = (s for source in (read(), given) for s in source)
+    how = (config.context, config.crop, config.train_size_prop, config.seed)
+    found = prepared.write(folder, sequences, part_of, tokenizer, *how)
+    if not any(part["proteins"] for part in found["parts"].values()):
+        raise InputError(f"proteins up to --context {config.context} required, got none; raise it")
+    return {
+        "schema": prepared.SCHEMA,
+        "config": config_record(config),
+        "source": shown_path(config.fasta),
+        "sha256": sha256(config.fasta),
+        "split": {"method": method, "clusters": made, "held_out": config.held_out},
+        **found,
+        "seeds": [config.seed],
+        "environment": environment(),
+    }
+
+
+def clean(path: Path) -> Any:
+    """Cleaned sequences of a FASTA file, streaming."""
+    import sys
+
+    from distil_rank.proteins.fasta import clean_proteins, read_fasta
+
+    def note(line: str) -> None:
+        print(f"note: {line}", file=sys.stderr)
+
+    return (protein.sequence for protein in clean_proteins(read_fasta(path), note))
+
+
+def tokenizer_of(name: str) -> Any:
+    """A tokenizer by name or folder, not the weights beside it."""
+    from distil_rank.generators.data import amino_acid_tokenizer
+    from distil_rank.generators.models import load_tokenizer
+
+    return amino_acid_tokenizer() if name == "amino-acids" else load_tokenizer(name)

@@ -1,0 +1,256 @@
+"""Proteins read, split and tokenized once, in a folder that every training command maps.
+
+    data.json          what was read, how it was split, what was left out and why
+    split.json         digests of the proteins kept aside; `--split` of another folder takes it
+    PART.tokens        tokens one after the other (uint16 or int32): mapped, so that processes on
+                       one machine share one copy and a start reads nothing
+    PART.index.npy     (2, n) int32: tokens and residues of each protein
+    tokenizer.json ... the tokenizer
+
+A protein's part is a function of its sequence (random), of its cluster, or of a list. The share of
+the training proteins is taken before they are tokenized; it changes neither validation nor test.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distil_rank.core.errors import InputError
+from distil_rank.core.randomness import generator
+from distil_rank.core.records import Record, read_json, write_json
+from distil_rank.generators.data import Encoded, encode, of_rows, parse
+
+SCHEMA, SPLIT = "distil-rank/generator-data/1", "distil-rank/generator-split/2"
+PARTS = ("train", "validation", "test")
+AT_ONCE = 2048  # proteins tokenized together
+IDENTITIES = (0.3, 0.5, 0.7, 0.9)  # tried where none is asked for
+PartOf = Callable[[str], str]
+
+
+def digest(sequence: str, key: str = "") -> str:
+    """16 hexadecimal digits that stand for a sequence."""
+    return hashlib.blake2b(sequence.encode(), digest_size=8, key=key.encode()).hexdigest()
+
+
+def chance(sequence: str, purpose: str, seed: int) -> float:
+    """A uniform number in [0, 1) that depends on nothing else."""
+    return int(digest(sequence, f"{purpose} {seed}"), 16) / 2**64
+
+
+def by_chance(held_out: float, seed: int) -> PartOf:
+    """Test below `held_out`, validation below twice that, whatever else is in the file."""
+
+    def part_of(sequence: str) -> str:
+        u = chance(sequence, "split", seed)
+        return "test" if u < held_out else "validation" if u < 2 * held_out else "train"
+
+    return part_of
+
+
+def by_list(parts: Record) -> PartOf:
+    """What a split.json says; a protein that it does not list is for training."""
+    part = {name: part for part in PARTS[1:] for name in parts[part]}
+    return lambda sequence: part.get(digest(sequence), "train")
+
+
+def by_cluster(
+    sequences: Sequence[str], held_out: float, identity: float | None, seed: int
+) -> tuple[PartOf, Record]:
+    """No cluster of relatives is cut. Returns the method too, at the lowest identity that works."""
+    from distil_rank.proteins.splits import split
+
+    reason, least = "", max(1, held_out * len(sequences) / 2)
+    for level in IDENTITIES if identity is None else (identity,):
+        try:
+            found = split(sequences, (held_out, held_out), seed, level)
+        except InputError as error:
+            reason = str(error)
+            continue
+        train, *kept = ([digest(sequences[i]) for i in part] for part in found.parts)
+        sizes = len(train), *map(len, kept)
+        if min(sizes[1:]) >= least and sizes[0] >= max(sizes[1:]):
+            return by_list(dict(zip(PARTS[1:], kept))), found.method
+        reason = f"got {sizes} proteins for training, validation and test"
+    raise InputError(
+        f"clusters that fill all parts required at {level:g} identity, {reason};"
+        " use a higher --identity, or --split random"
+    )
+
+
+class Writer:
+    """The files of one part, appended to batch by batch."""
+
+    def __init__(self, folder: Path, part: str, dtype: Any):
+        self.file = (folder / f"{part}.tokens").open("wb")
+        self.index_path, self.dtype = folder / f"{part}.index.npy", dtype
+        self.index = [np.empty((2, 0), np.int32)]
+
+    def add(self, tokens: NDArray[Any], lengths: NDArray[Any], residues: NDArray[Any]) -> None:
+        tokens.astype(self.dtype).tofile(self.file)
+        self.index.append(np.stack([lengths, residues]).astype(np.int32))
+
+    def close(self) -> Record:
+        self.file.close()
+        index = np.concatenate(self.index, axis=1)
+        np.save(self.index_path, index)
+        proteins, (tokens, residues) = index.shape[1], index.sum(1, dtype=np.int64).tolist()
+        return {"proteins": proteins, "tokens": tokens, "residues": residues}
+
+
+def write(
+    folder: Path,
+    sequences: Iterable[str],
+    part_of: PartOf,
+    tokenizer: Any,
+    context: int,
+    crop: bool = False,
+    share: float = 1.0,
+    seed: int = 0,
+) -> Record:
+    """One pass over cleaned sequences into files; returns what it came to."""
+    counts = Counter(dict.fromkeys(("read", "duplicates", "too_long", "left_out_by_share"), 0))
+    dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.int32)
+    writers = {part: Writer(folder, part, dtype) for part in PARTS}
+    kept: dict[str, list[str]] = {part: [] for part in PARTS[1:]}
+    test, encoded = hashlib.sha256(), encode([], tokenizer)
+    chosen = _chosen(sequences, part_of, share, seed, counts)
+    while batch := list(islice(chosen, AT_ONCE)):
+        encoded = encode([sequence for sequence, _ in batch], tokenizer)
+        lengths, residues = encoded.lengths, encoded.residues.copy()
+        long = lengths > context
+        counts["too_long"] += int(long.sum())
+        for i in np.flatnonzero(long) if crop else ():
+            residues[i] = len(parse(tokenizer.decode(encoded.row(i)[:context]))[0])
+        place = np.arange(len(encoded.tokens)) - np.repeat(encoded.offsets[:-1], lengths)
+        short, fits = np.minimum(lengths, context), place < context
+        parts = np.array([part for _, part in batch])
+        for part, writer in writers.items():
+            own = (parts == part) & (crop | ~long)
+            tokens = encoded.tokens[np.repeat(own, lengths) & fits]
+            writer.add(tokens, short[own], residues[own])
+            for i in np.flatnonzero(own) if part in kept else ():
+                if part == "test":
+                    test.update(("\n" if kept[part] else "").encode() + batch[i][0].encode())
+                kept[part].append(digest(batch[i][0]))
+    found = {part: writer.close() for part, writer in writers.items()}
+    write_json(folder / "split.json", {"schema": SPLIT, **kept})
+    tokenizer.save_pretrained(folder)
+    return {
+        "parts": found,
+        **counts,
+        "context": context,
+        "dtype": dtype.name,
+        "end": encoded.end,
+        "layout": list(encoded.layout),
+        "test_sha256": test.hexdigest(),
+    }
+
+
+def _chosen(
+    sequences: Iterable[str], part_of: PartOf, share: float, seed: int, counts: Counter[str]
+) -> Iterator[tuple[str, str]]:
+    """Distinct proteins with their part, without the training proteins outside of the share."""
+    seen: set[int] = set()
+    for sequence in sequences:
+        counts["read"] += 1
+        known = len(seen)
+        seen.add(int(digest(sequence), 16))
+        part = part_of(sequence)
+        if len(seen) == known:
+            counts["duplicates"] += 1
+        elif part == "train" and chance(sequence, "share", seed) >= share:
+            counts["left_out_by_share"] += 1
+        else:
+            yield sequence, part
+
+
+class Prepared:
+    """A folder that `generator prepare` made."""
+
+    def __init__(self, folder: str | Path):
+        from transformers import AutoTokenizer
+
+        self.folder = Path(folder)
+        self.record = read_json(self.folder / "data.json", SCHEMA)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+
+    def part(self, name: str) -> Encoded:
+        """Tokens of a part, mapped from the disk."""
+        path, counts = self.folder / f"{name}.tokens", self.record["parts"][name]
+        dtype = np.dtype(self.record["dtype"])
+        if not path.is_file() or path.stat().st_size != counts["tokens"] * dtype.itemsize:
+            raise InputError(
+                f"{counts['tokens']} tokens required in {path}, got another size; prepare it again"
+            )
+        whole = np.memmap(path, dtype, "r") if counts["tokens"] else np.empty(0, dtype)
+        lengths, residues = np.load(self.folder / f"{name}.index.npy")
+        offsets = np.concatenate([[0], lengths.cumsum(dtype=np.int64)])
+        layout = tuple(self.record["layout"])
+        return Encoded(whole, offsets, residues, self.record["end"], layout)
+
+    def joined(self, names: Sequence[str]) -> Encoded:
+        """Some parts as one."""
+        parts = [part for part in map(self.part, names) if len(part)]
+        if len(parts) == 1:
+            return parts[0]
+        rows = [part.row(i) for part in parts for i in range(len(part))]
+        residues = np.concatenate([part.residues for part in parts])
+        return of_rows(rows, residues, parts[0].end, parts[0].layout)
+
+    def training_parts(self, model: Any) -> tuple[Encoded, Encoded]:
+        """Training and validation proteins, not empty, that the model can read."""
+        self.require(model)
+        parts = self.part("train"), self.part("validation")
+        if not all(map(len, parts)):
+            got = f"{len(parts[0])} and {len(parts[1])}"
+            raise InputError(
+                f"proteins to train on and to validate with required in {self.folder}, got {got};"
+                " prepare more, or with a higher --held-out"
+            )
+        return parts
+
+    def require(self, model: Any) -> None:
+        """InputError where proteins are longer than a model's context."""
+        context, most = self.record["context"], model.config.n_positions
+        if context > most:
+            raise InputError(
+                f"proteins of at most {most} tokens required, got up to {context} in {self.folder};"
+                f" prepare them with --context {most}"
+            )
+
+    def require_left_out(self, model: str) -> None:
+        """InputError unless the training of the model in a folder left these test proteins out."""
+        path = Path(model) / "training.json"
+        if not path.is_file():
+            raise InputError(
+                f"a record of its training required in {model}, got none; --part all measures"
+                " models that were trained elsewhere"
+            )
+        known = json.loads(path.read_text()).get("data", {}).get("test_sha256")
+        if known != self.record["test_sha256"]:
+            raise InputError(
+                f"the test proteins that {model} was trained without required, got others in"
+                f" {self.folder}; prepare the same file with --split, its split.json"
+            )
+
+    def sequences(self, name: str, most: int | None = None, seed: int = 0) -> list[str]:
+        """Residues of a part, or of `most` of its proteins drawn at random."""
+        part = self.part(name)
+        order = np.random.default_rng([seed, 4]).permutation(len(part))[:most]
+        rows = [part.row(int(i)).tolist() for i in np.sort(order)]
+        return [parse(text)[0] for text in self.tokenizer.batch_decode(rows)]
+
+    def summary(self) -> Record:
+        """What the record of a training says of its data."""
+        left = ("schema", "config", "parts", "environment", "end", "layout", "dtype", "seeds")
+        counts = {f"n_{part}": found["proteins"] for part, found in self.record["parts"].items()}
+        return {k: v for k, v in self.record.items() if k not in left} | counts

@@ -1,0 +1,168 @@
+"""Prepared proteins: every protein once, no relative across parts, nothing trained on in a test."""
+
+import gzip
+import json
+from itertools import chain
+
+import numpy as np
+import pytest
+
+from distil_rank.__main__ import main
+from distil_rank.core.errors import InputError
+from distil_rank.generators.models import fresh, save
+from distil_rank.generators.prepared import PARTS, Prepared
+from distil_rank.proteins.splits import related
+from tests.generators.conftest import prepare, toy_sequences, write_fasta
+
+
+def parts(folder):
+    prepared = Prepared(folder)
+    return [prepared.sequences(part) for part in PARTS]
+
+
+def mutated(sequence, rate, rng):
+    letters = np.array(list(sequence))
+    places = rng.random(len(letters)) < rate
+    letters[places] = rng.choice(list("ACDEFGHIKLMNPQRSTVWY"), places.sum())
+    return "".join(letters)
+
+
+def test_every_protein_comes_back_once_in_its_part_and_in_order(tmp_path):
+    sequences = toy_sequences(3000, low=5, high=90)
+    write_fasta(tmp_path / "a.fasta", sequences + sequences[:50])
+    zipped = gzip.compress((tmp_path / "a.fasta").read_bytes())
+    (tmp_path / "a.fasta.gz").write_bytes(zipped)
+    found = [parts(prepare(tmp_path / f"a.fasta{s}", tmp_path / f"o{s}")) for s in ("", ".gz")]
+    assert found[0] == found[1]
+    assert sorted(chain(*found[0])) == sorted(sequences)
+    for part in found[0]:
+        own = set(part)
+        assert part == [s for s in sequences if s in own]
+    assert [len(part) for part in found[0]] == pytest.approx([1800, 600, 600], abs=80)
+    record = json.loads((tmp_path / "o" / "data.json").read_text())
+    assert record["read"] == 3050 and record["duplicates"] == 50 and record["too_long"] == 0
+    encoded = Prepared(tmp_path / "o").part("train")
+    assert encoded.residues.tolist() == [len(s) for s in found[0][0]]
+    assert isinstance(encoded.tokens, np.memmap) and encoded.tokens.dtype == np.uint16
+
+
+def test_the_share_grows_by_inclusion_and_leaves_the_test_alone(tmp_path):
+    fasta = write_fasta(tmp_path / "a.fasta", toy_sequences(2000))
+    whole, fifth, tenth = (
+        parts(prepare(fasta, tmp_path / str(p), train_size_prop=p)) for p in (1.0, 0.2, 0.1)
+    )
+    assert set(tenth[0]) < set(fifth[0]) < set(whole[0])
+    assert len(fifth[0]) == pytest.approx(0.2 * len(whole[0]), rel=0.25)
+    assert whole[1:] == fifth[1:] == tenth[1:]
+
+
+def test_relatives_never_straddle_the_parts_and_a_family_is_split_as_finely_as_it_needs(tmp_path):
+    rng = np.random.default_rng(0)
+    ancestors = toy_sequences(20, low=90, high=140)
+    families = [mutated(s, 0.2, rng) for s in ancestors for _ in range(5)]
+    prepare(
+        write_fasta(tmp_path / "a.fasta", families), tmp_path / "a", split="cluster", context=200
+    )
+    found = parts(tmp_path / "a")
+    assert sorted(chain(*found)) == sorted(families)
+    for i, part in enumerate(found):
+        others = list(chain(*found[:i], *found[i + 1 :]))
+        assert not any(related(a, b, 0.3) for a in part for b in others)
+    family = list(dict.fromkeys(mutated(ancestors[0], 0.25, rng) for _ in range(60)))
+    fasta = write_fasta(tmp_path / "family.fasta", family)
+    prepare(fasta, tmp_path / "family", split="cluster", held_out=0.1, context=200)
+    record = json.loads((tmp_path / "family" / "data.json").read_text())
+    assert record["split"]["identity"] > 0.3
+    assert min(part["proteins"] for part in record["parts"].values()) >= 3
+    with pytest.raises(InputError, match="higher --identity, or --split random"):
+        prepare(fasta, tmp_path / "no", split="cluster", identity=0.3, context=200)
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_listed_split_and_given_proteins_are_kept_whatever_the_other_flags(tmp_path):
+    sequences = toy_sequences(220)
+    fasta = write_fasta(tmp_path / "a.fasta", sequences[:200])
+    first = parts(prepare(fasta, tmp_path / "a"))
+    again = prepare(fasta, tmp_path / "b", split=str(tmp_path / "a" / "split.json"), seed=5)
+    assert parts(again) == first
+    hashes = [Prepared(tmp_path / name).record["test_sha256"] for name in "ab"]
+    assert hashes[0] == hashes[1]
+    given = sequences[190:]  # ten of them are in the other file too
+    held_out = write_fasta(tmp_path / "held_out.fasta", given)
+    train, validation, test = parts(prepare(fasta, tmp_path / "c", held_out_fasta=held_out))
+    assert train == sequences[:190] and sorted(validation + test) == sorted(given)
+    assert len(test) == len(validation)
+
+
+def test_long_proteins_are_left_out_or_cut_by_tokens_and_counted(tmp_path):
+    sequences = ["A" * 92, "C" * 93, "D" * 300, "EFGH"]  # 92: 3 more tokens and 2 line breaks, 97
+    fasta = write_fasta(tmp_path / "a.fasta", sequences)
+    for crop, wanted in (
+        (False, ["A" * 91 + "A", "EFGH"]),
+        (True, ["A" * 92, "C" * 93, "D" * 93, "EFGH"]),
+    ):
+        folder = prepare(fasta, tmp_path / str(crop), context=97, crop=crop, held_out=0.0)
+        prepared = Prepared(folder)
+        assert prepared.record["too_long"] == 2 and prepared.sequences("train") == wanted
+        encoded = prepared.part("train")
+        assert encoded.lengths.max() == 97
+        assert encoded.residues.tolist() == [len(s) for s in wanted]
+
+
+def test_a_model_is_only_measured_on_proteins_that_its_training_left_out(tmp_path):
+    fasta = write_fasta(tmp_path / "a.fasta", toy_sequences(200))
+    prepared = Prepared(prepare(fasta, tmp_path / "a"))
+    with pytest.raises(InputError, match="a record of its training"):
+        prepared.require_left_out(str(tmp_path))
+    record = {"data": prepared.summary()}
+    (tmp_path / "training.json").write_text(json.dumps(record))
+    prepared.require_left_out(str(tmp_path))
+    for name, more in (
+        ("seed", {"seed": 1}),
+        ("share", {"held_out": 0.1}),
+        ("long", {"context": 40}),
+    ):
+        with pytest.raises(InputError, match="got others"):
+            Prepared(prepare(fasta, tmp_path / name, **more)).require_left_out(str(tmp_path))
+    prepare(fasta, tmp_path / "less", train_size_prop=0.5)
+    Prepared(tmp_path / "less").require_left_out(str(tmp_path))
+
+
+def test_damaged_folders_and_models_that_do_not_fit_are_refused(tmp_path, tokenizer):
+    fasta = write_fasta(tmp_path / "a.fasta", toy_sequences(200))
+    prepared = Prepared(prepare(fasta, tmp_path / "a"))
+    with pytest.raises(InputError, match="--context 64"):
+        prepared.training_parts(fresh(27, 1, 1, 8, 64, 0, 0))
+    empty = Prepared(prepare(fasta, tmp_path / "b", held_out=0.0))
+    with pytest.raises(InputError, match="validate with"):
+        empty.training_parts(fresh(27, 1, 1, 8, 128, 0, 0))
+    with (tmp_path / "a" / "train.tokens").open("ab") as file:
+        file.write(b"\0\0")
+    with pytest.raises(InputError, match="another size"):
+        prepared.part("train")
+    with pytest.raises(InputError, match=r"data\.json"):
+        Prepared(tmp_path)
+
+
+def test_bad_flags_are_one_line_and_leave_nothing(tmp_path, capsys, tokenizer):
+    fasta = write_fasta(tmp_path / "a.fasta", toy_sequences(20))
+    (tmp_path / "there").mkdir()
+    save(fresh(27, 1, 1, 8, 64, 0, 0), tokenizer, tmp_path / "model")
+    before = sorted(tmp_path.rglob("*"))
+    for flags, message in (
+        ("--held-out .5", "--held-out"),
+        ("--train-size-prop 0", "--train-size-prop"),
+        ("--identity 1.5", "--identity"),
+        ("--context 3", "--context"),
+        ("--split none.json", "none.json"),
+        ("--tokenizer none/none/none", "tokenizer"),
+        ("--split random --context 8", "proteins up to --context 8"),
+        ("--out there", "which exists"),
+    ):
+        out = "" if "--out" in flags else f"--out {tmp_path}/o"
+        flags = flags.replace("there", f"{tmp_path}/there")
+        with pytest.raises(SystemExit) as stop:
+            main(["generator", "prepare", str(fasta), *flags.split(), *out.split()])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and message in error, error
+    assert sorted(tmp_path.rglob("*")) == before
