@@ -34,6 +34,7 @@ EXCEPTIONS = {
 WITHOUT_DEVICE = {
     "distil-rank report": "draws from JSON",
     "distil-rank generator publish": "copies files",
+    "distil-rank generator prepare": "tokenizes",
 }
 
 

@@ -99,7 +99,7 @@ def test_long_proteins_are_left_out_or_cut_by_tokens_and_counted(tmp_path):
     fasta = write_fasta(tmp_path / "a.fasta", sequences)
     for crop, wanted in (
         (False, ["A" * 91 + "A", "EFGH"]),
-        (True, ["A" * 92, "C" * 93, "D" * 93, "EFGH"]),
+        (True, ["A" * 92, "C" * 93, "D" * 94, "EFGH"]),
     ):
         folder = prepare(fasta, tmp_path / str(crop), context=97, crop=crop, held_out=0.0)
         prepared = Prepared(folder)

@@ -12,16 +12,13 @@ from distil_rank.generators.data import amino_acid_tokenizer
 from distil_rank.generators.loss import Objective
 from distil_rank.generators.models import fresh, save
 from distil_rank.generators.train import Schedule
-from tests.generators.conftest import write_toy_fasta
+from tests.generators.conftest import prepare, write_toy_fasta
 
 TOY = replace(
     presets.PRESETS["nano"],
     sizes={"tiny": (1, 2, 16)},
     steps=2,
     final_steps=3,
-    train_size_prop=0.3,
-    held_out=0.2,
-    max_residues=80,
     rates=(1e-2, 1e-4),
     temperatures=(1, 2),
     alphas=(0.5,),
@@ -35,7 +32,7 @@ TOY = replace(
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     save(fresh(27, 2, 2, 32, 96, 0, 1), amino_acid_tokenizer(), folder / "teacher")
-    write_toy_fasta(folder / "toy.fasta", 80)
+    prepare(write_toy_fasta(folder / "toy.fasta", 80), folder / "data", train_size_prop=0.5)
     return folder
 
 
@@ -43,7 +40,7 @@ def place(tmp_path_factory):
 def conducted(place):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(presets.PRESETS, "nano", replace(TOY, teacher=str(place / "teacher")))
-        config = study.Config(place / "toy.fasta", place / "out", work=place / "work", device="cpu")
+        config = study.Config(place / "data", place / "out", work=place / "work", device="cpu")
         study.run(config)
         first = json.loads((place / "out" / "study.json").read_text())
         patch.setattr(
@@ -110,26 +107,6 @@ def test_learning_rates_are_chosen_by_the_mean_of_pilots_of_other_seeds(conducte
     assert "8 of the 8 chosen rates lie at the edge" in " ".join(paper(conducted[0]).split())
 
 
-def test_a_size_that_misses_its_threshold_is_trained_again_on_more(place, tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(
-            presets.PRESETS,
-            "nano",
-            replace(TOY, teacher=str(place / "teacher"), train_size_prop=0.15),
-        )
-        patch.setitem(presets.THRESHOLDS, "tiny", 0.1)  # out of reach
-        for retry, share in ((False, 0.15), (True, 0.5)):
-            out = tmp_path / str(retry)
-            given = {"work": tmp_path / "work", "retry": retry, "device": "cpu"}
-            study.run(study.Config(place / "toy.fasta", out, **given))
-            found = json.loads((out / "study.json").read_text())["sizes"]["tiny"]
-            assert found["train_size_prop"] == share
-            assert not found["verdict"]["met"] and found["verdict"]["try_train_size_prop"] == [
-                0.2,
-                0.5,
-            ]
-
-
 def test_figures_and_paper_come_from_the_json_alone(conducted, place):
     report.draw(place / "out")
     assert sorted(p.stem for p in (place / "out").glob("*.png")) == sorted(report.FIGURES)
@@ -149,7 +126,7 @@ def test_the_exact_cache_changes_no_outcome(place):
         Objective(uncertainty=True, calibration=True),
         replace(Schedule(4), batch_size=8),
     )
-    material = runs.Material(str(place / "teacher"), str(place / "toy.fasta"), 0.5, 0.2, 80)
+    material = runs.Material(str(place / "teacher"), str(place / "data"))
     with threads(1):
         cached, live = (
             runs.Bench(replace(material, cache=cache)).outcome(run) for cache in (True, False)
@@ -158,7 +135,7 @@ def test_the_exact_cache_changes_no_outcome(place):
 
 
 def test_two_processes_make_the_runs_of_one(place, tmp_path):
-    material = runs.Material(str(place / "teacher"), str(place / "toy.fasta"), 0.5, 0.2, 80)
+    material = runs.Material(str(place / "teacher"), str(place / "data"))
     plan = [runs.Run((1, 2, 16), Objective(), Schedule(2, 8, seed=seed)) for seed in range(3)]
     bench = runs.Bench(material)
     with threads(1):  # as a worker has; with more, sums are taken in another order
@@ -168,12 +145,12 @@ def test_two_processes_make_the_runs_of_one(place, tmp_path):
 
 def test_a_run_is_known_by_everything_that_changes_it(place):
     run = runs.Run((1, 2, 16), Objective(), Schedule(4))
-    material = runs.Material(str(place / "teacher"), str(place / "toy.fasta"), 0.5, 0.2, 80)
+    material = runs.Material(str(place / "teacher"), str(place / "data"))
     own = runs.request(run, material)
     for other in (
         runs.request(replace(run, objective=Objective(3.0)), material),
         runs.request(replace(run, schedule=Schedule(4, seed=1)), material),
-        runs.request(run, replace(material, train_size_prop=0.4)),
+        runs.request(run, replace(material, data=str(place))),
     ):
         assert other != own
     assert runs.request(run, replace(material, cache=False, device="cuda")) == own
@@ -184,7 +161,8 @@ def test_other_proteins_under_the_same_name_are_other_runs(place, tmp_path):
     run, found = runs.Run((1, 2, 16), Objective(), Schedule(4)), []
     for seed in (0, 1):
         (tmp_path / str(seed)).mkdir()
-        data = write_toy_fasta(tmp_path / str(seed) / "toy.fasta", 8, seed)
-        material = runs.Material(str(place / "teacher"), str(data), 0.5, 0.2, 80)
+        fasta = write_toy_fasta(tmp_path / str(seed) / "toy.fasta", 8, seed)
+        data = prepare(fasta, tmp_path / str(seed) / "data")
+        material = runs.Material(str(place / "teacher"), str(data))
         found.append(runs.request(run, material))
     assert found[0] != found[1]
