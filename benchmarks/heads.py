@@ -104,7 +104,7 @@ def students(head: nn.Sequential, x: Tensor, val: Tensor, measure: str) -> Itera
         if name in done:
             continue
         try:
-            small, certificate = compress_head(head, x, val, **size, **options)
+            certificate = compress_head(head, x, val, **size, **options)[1]
         except ValueError:  # no such student is that small
             continue
         if options["metric"] == "whole" and certificate.layers[0].rank == limit == 1:
