@@ -286,7 +286,7 @@ def large() -> dict[str, Any]:
     for tokens in batches:
         tokens[:, 0], tokens[:, -1] = 0, 2
     start, used = time.perf_counter(), time.process_time()
-    _, report = compress_model(model, batches, ratio=0.5, memory=2 << 30)
+    _, report = compress_model(model, batches, ratio=0.5, loss=None, memory=2 << 30)
     seconds, used = time.perf_counter() - start, time.process_time() - used
     return {
         "parameters": report.parameters,
