@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,11 +39,11 @@ def draw(folder: str | Path) -> Path:
         latency(figure.add_axes((0.775, 0.07, 0.2, 0.305)), summary)
         figure.text(0.012, 0.965, title(summary), size=19, weight="bold")
         figure.text(0.012, 0.934, headline(summary), size=11.5, color=INK)
-        notice = "; ".join(summary["notices"])
-        figure.text(0.975, 0.9, notice, size=10.5, color=WARNING, weight="bold", ha="right")
+        notice = textwrap.fill("; ".join(summary["notices"]), 190)
+        figure.text(0.012, 0.891, notice, size=9, color=WARNING, weight="bold", va="top")
         for i, name in enumerate(summary["experiments"]):
             text, ink = f"● {name} teacher", PALETTE[i]
-            figure.text(0.012 + 0.15 * i, 0.9, text, size=11.5, color=ink, weight="bold")
+            figure.text(0.012 + 0.2 * i, 0.9, text, size=11.5, color=ink, weight="bold")
     return folder / PNG
 
 
@@ -143,7 +144,7 @@ def latency(axes: Axes, summary: Record) -> None:
     for layer, rows in timings(summary).items():
         bound, top = rows[0]["flop_bound"], place
         note = f"{layer}; dashed: FLOP bound {number(bound)}"
-        axes.text(0, place, note, va="center", size=9, color=QUIET)
+        axes.text(0.015 * bound, place, note, va="center", size=9, color=QUIET)
         for row in rows:
             place += 1
             low, median, high = (row["speedup"][key] for key in ("q25", "median", "q75"))
@@ -171,7 +172,7 @@ def latency(axes: Axes, summary: Record) -> None:
     device, threads = summary["environment"]["device"], rows[0]["threads"]
     cpu = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
     where = cpu if device == "cpu" else device
-    titles(axes, "Latency", f"on {where}; with the share of the FLOP bound reached")
+    titles(axes, "Latency", f"on {where}; %: share of the FLOP bound")
 
 
 def mark_rank(axes: Axes, rank: int, height: float) -> None:
