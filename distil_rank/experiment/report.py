@@ -98,7 +98,7 @@ def rank_curve(axes: Axes, curves: Record) -> None:
     compared = [experiment["rank"]["fvu"][rank] for experiment in curves["experiments"].values()]
     lowest = max(1e-9, min(1e-3, *(value / 3 for value in compared)))
     axes.set_ylim(lowest, 1.3)
-    mark_rank(axes, rank, 1.2 * lowest)
+    mark_rank(axes, rank, 1.2 * lowest, "right")
     for target in (0.1, 0.05, 0.01):
         axes.axhline(target, color=QUIET, lw=0.8, ls=":")
     plain_axis(axes.xaxis)
@@ -140,7 +140,10 @@ def weight_spectra(axes: Axes, curves: Record) -> None:
 
 def latency(axes: Axes, summary: Record) -> None:
     """Speed-up with its interquartile range at each batch size, against the FLOP bound."""
-    place, ticks, widest = 0.0, {}, 0.0
+    place, ticks = 0.0, {}
+    edge = 1.8 * max(
+        rows[0]["flop_bound"] for rows in timings(summary).values()
+    )  # numbers end here
     for layer, rows in timings(summary).items():
         bound, top = rows[0]["flop_bound"], place
         note = f"{layer}; dashed: FLOP bound {number(bound)}"
@@ -153,19 +156,16 @@ def latency(axes: Axes, summary: Record) -> None:
             spread = [[median - low], [high - median]]
             axes.errorbar(median, place, xerr=spread, color=INK, lw=1.2, capsize=3, zorder=3)
             share = f"{number(median)} x, {row['fraction_of_bound']:.0%}"
-            inside: dict[str, Any] = {"ha": "right", "color": "white", "weight": "bold"}
-            tall = low > 0.4 * bound
-            look = inside if tall else {"ha": "left"}
-            edge = 0.97 * low if tall else high + 0.03 * bound
-            axes.text(edge, place, share, va="center", size=9.5, zorder=4, **look)
+            box = {"fc": "white", "lw": 0, "pad": 1}
+            look: dict[str, Any] = {"ha": "right", "va": "center", "size": 9.5, "bbox": box}
+            axes.text(edge, place, share, zorder=4, **look)
             times = [number(row[f"{side}_ms"]["median"]) for side in ("teacher", "student")]
             graph = "" if row["mode"] == "eager" else ", graph"
             ticks[place] = f"batch {row['batch']}{graph}\n{' → '.join(times)} ms"
-            widest = max(widest, high, bound)
         axes.plot([bound, bound], [top + 0.5, place + 0.5], color=QUIET, lw=1.2, ls=DASHED)
         place += 1.2
     axes.set_ylim(place - 0.4, -0.6)
-    axes.set_xlim(0, 1.08 * widest)
+    axes.set_xlim(0, edge)
     axes.set_yticks(list(ticks), list(ticks.values()), size=9 if len(ticks) < 8 else 7)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("speed-up over the teacher")
@@ -175,10 +175,10 @@ def latency(axes: Axes, summary: Record) -> None:
     titles(axes, "Latency", f"on {where}; %: share of the FLOP bound")
 
 
-def mark_rank(axes: Axes, rank: int, height: float) -> None:
-    """A line at the rank of the students, named at `height`."""
+def mark_rank(axes: Axes, rank: int, height: float, side: str = "left") -> None:
+    """A line at the rank of the students, named at `height`; its text ends or begins there."""
     axes.axvline(rank, color=QUIET, lw=1)
-    axes.text(rank, height, f"  rank {rank}", color=QUIET, va="bottom", size=9)
+    axes.text(rank, height, f"  rank {rank}  ", color=QUIET, va="bottom", ha=side, size=9)
 
 
 def titles(axes: Axes, title: str, subtitle: str) -> None:
@@ -191,7 +191,8 @@ def percent_axis(axis: Any) -> None:
     """Log axis in per cent: 0.1 %, 1 %, 10 %, 100 %."""
     from matplotlib.ticker import LogLocator
 
-    axis.set_major_locator(LogLocator(10))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(10, (1, 2, 5) if high < 100 * low else (1,)))
     plain_axis(axis, " %", 100)
 
 
