@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 from distil_rank.core.records import Record
 from distil_rank.core.tables import markdown, number
-from distil_rank.experiment.report import (
-    SCHEMA,
+from distil_rank.experiment.report import SCHEMA
+from distil_rank.experiment.tables import (
+    batch_one,
     fidelity_table,
     headline,
     latency_table,
     rank_table,
+    remarks,
 )
 
 __all__ = ["BARS", "SCHEMA", "bars", "documentation", "findings", "overview"]
@@ -23,25 +25,29 @@ def overview(summary: Record) -> str:
     rows = [["FVU on held-out rows", *(f"{name} teacher" for name in experiments)]]
     for label in first["students"]:
         found = [experiment["students"][label]["fvu"] for experiment in experiments.values()]
-        cells = [f"{number(f['value'])} [{number(f['low'])}, {number(f['high'])}]" for f in found]
+        cells = [f"{number(f['value'])}{spread(f)}" for f in found]
         rows.append([label, *cells])
-    small = f"{first['compression']:.2f} times smaller, {first['speedup']:.2f} times faster"
-    return f"*{headline(summary)}: {small} at batch 32.*\n\n{markdown(rows)}"
+    small, fast = (number(first[key]) for key in ("compression", "speedup"))
+    gain = f"{small} times smaller, {fast} times faster at batch 32"
+    return f"*{headline(summary)}: {gain}.*\n\n{markdown(rows)}"
+
+
+def spread(metric: Record) -> str:
+    """Its interval, where it has one: a floor has none."""
+    return f" [{number(metric['low'])}, {number(metric['high'])}]" if "low" in metric else ""
 
 
 def documentation(summary: Record) -> str:
     """A heading line, a table and a verdict for each teacher, ranks and latency."""
-    parts = [f"*{headline(summary)}.*"]
+    parts = [f"*{headline(summary)}.*", *(f"**{notice}.**" for notice in summary["notices"])]
     for name, experiment in summary["experiments"].items():
-        parts += [f"**{name} teacher**", fidelity_table(experiment), experiment["verdict"]]
-    first, place = next(iter(summary["experiments"].values())), summary["environment"]
-    sizes = f"{first['params_teacher']:,} to {first['params_student']:,} parameters"
-    threads = f"{first['latency'][0]['threads']} thread(s), {place['cpu']}"
+        parts += [f"**{name} teacher**", fidelity_table(experiment), *remarks(experiment)]
+    place = summary["environment"]
+    threads = f"{summary['claim']['latency'][0]['threads']} thread(s), {place['cpu']}"
     device = threads if place["device"] == "cpu" else place["device"]
     floors = "(in brackets: the floor's)"
     parts += [f"**Smallest rank of the optimum on held-out rows** {floors}", rank_table(summary)]
-    smaller = f"{first['compression']:.2f} times smaller"
-    parts += [f"**Latency** ({sizes}, {smaller}; {device})", latency_table(first)]
+    parts += [f"**Latency** ({device})", latency_table(summary), batch_one(summary)]
     return "\n\n".join(parts)
 
 
@@ -51,13 +57,13 @@ def findings(summaries: Sequence[Record]) -> str:
     for summary in summaries:
         for experiment in summary["experiments"].values():
             students = experiment["students"]
-            difference = students["distilled"]["fvu_minus_optimum"]
+            low, high = students["distilled"]["fvu_minus_optimum"]["rows_and_seeds"]
             best = students["optimum"]["fvu"]["value"]
             ratios.append(students["distilled"]["fvu"]["value"] / best)
-            worse, better = difference["low"] > 0, difference["high"] < 0
-            outcomes.append("above" if worse else "below" if better else "equal")
+            outcomes.append("above" if low > 0 else "below" if high < 0 else "equal")
         first = next(iter(summary["experiments"].values()))["latency"][0]
-        slow.append(f"{first['speedup']['median']:.2f} with {summary['input_dim']} features")
+        speedup = number(first["speedup"]["median"])
+        slow.append(f"{speedup} with {summary['input_dim']} features")
     above, below, equal = (outcomes.count(name) for name in ("above", "below", "equal"))
     counts = f"above the closed form in {above}, below it in {below}, indistinguishable in {equal}"
     times = f"{min(ratios):.3f} to {max(ratios):.3f} times the optimum's"

@@ -8,49 +8,30 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import main
 from distil_rank.core.records import ROOT
-from distil_rank.experiment import report
+from distil_rank.experiment import report, tables
+from distil_rank.experiment.data import fitting_rank
 from distil_rank.experiment.fidelity import HIGHER_IS_BETTER
 
-SMALL = [
-    "--steps",
-    "40",
-    "--teacher-steps",
-    "20",
-    "--seeds",
-    "2",
-    "--rounds",
-    "3",
-    "--bootstrap",
-    "50",
-]
-FAMILIAR = [
-    "svd_cosine",
-    "svd_rel_mse",
-    "student_cosine",
-    "student_rel_mse",
-    "cosine_improvement",
-    "mse_reduction",
-    "latency_teacher_ms",
-    "latency_student_ms",
-    "speedup",
-    "params_teacher",
-    "params_student",
-    "compression",
-]
-STUDENTS = {
+FEW = {"--steps": 40, "--teacher-steps": 200, "--seeds": 2, "--rounds": 3, "--bootstrap": 50}
+SMALL = [str(part) for pair in FEW.items() for part in pair]
+FAMILIAR = """svd_cosine svd_rel_mse student_cosine student_rel_mse cosine_improvement mse_reduction
+latency_teacher_ms latency_student_ms speedup params_teacher params_student compression"""
+STUDENTS = [
     main.CONSTANT,
     main.SVD,
     main.SVD_BIAS,
     main.PLAIN_DISTILLED,
     main.DISTILLED,
     main.OPTIMUM,
+    main.SHRUNK,
     main.FLOOR,
-}
+]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +60,7 @@ def test_every_familiar_key_is_there(results):
     assert (summary["real_data"], summary["target_rank"], summary["input_dim"]) == (True, 3, 24)
     assert list(summary["experiments"]) == ["Random", "Task-Trained", "Spectral"]
     for experiment in summary["experiments"].values():
-        for key in FAMILIAR:
+        for key in FAMILIAR.split():
             assert isinstance(experiment[key], int | float), key
         students = experiment["students"]
         assert experiment["student_cosine"] == students[main.DISTILLED]["cosine"]["value"]
@@ -89,12 +70,52 @@ def test_every_familiar_key_is_there(results):
         ratio = experiment["params_teacher"] / experiment["params_student"]
         assert experiment["compression"] == ratio
         assert [row["batch"] for row in experiment["latency"]] == [1, 7, 32, 512]
-        assert set(students) == STUDENTS
+        assert list(students) == STUDENTS
         fields = {"value", "low", "high", "higher_is_better", "per_seed", "seeds_interval"}
-        for metrics in students.values():
-            assert all(fields <= set(metrics[name]) for name in HIGHER_IS_BETTER)
+        for label, metrics in students.items():
+            # a bootstrapped floor is too low, so the floor has no interval
+            known = fields - {"low", "high", "seeds_interval"} if label == main.FLOOR else fields
+            assert all(known <= set(metrics[name]) for name in HIGHER_IS_BETTER)
+            assert ("low" in metrics["fvu"]) == (label != main.FLOOR)
     assert {"schema", "config", "data", "seeds", "environment", "machine_dependent"} <= set(summary)
     assert summary["data"]["n_train"] == 200 and len(summary["data"]["sha256"]["val"]) == 64
+
+
+def test_what_was_chosen_and_what_holds_for_other_rows_is_recorded(results):
+    summary = summary_of(results)
+    for name, experiment in summary["experiments"].items():
+        losses = experiment["pilot"]["loss"]
+        assert list(losses) == ["0.003", "0.001", "0.0003"]
+        assert losses[f"{experiment['pilot']['learning_rate']:g}"] == min(losses.values())
+        best, bracket = experiment["students"][main.OPTIMUM], experiment["bracket"]
+        assert bracket["low"] == pytest.approx(sum(best["train_fvu"]) / 2)
+        assert bracket["high"] == best["fvu"]["value"]
+        assert ("task" in experiment) == (name == "Task-Trained")
+    task = summary["experiments"]["Task-Trained"]["task"]
+    assert task["wiener_mse"] < task["mse"] < 0.8 * task["constant_mse"]
+    claim = summary["claim"]
+    assert (claim["shape"], claim["rank"]) == ([1280, 1280], 64)
+    assert [row["batch"] for row in claim["latency"]] == [1, 7, 32, 512]
+    assert summary["notices"] == [] and str(results) not in json.dumps(summary)
+    for text in ("1280 x 1280, rank 64", "7.5 is published", "On its own task", "between"):
+        assert text in tables.closing_table(summary)
+
+
+def test_what_a_reader_must_know_first_is_in_the_record_and_the_terminal(data, tmp_path, capsys):
+    x = torch.load(data[1])
+    torch.save(torch.cat([x[:3], torch.load(data[3])[:7]]), tmp_path / "few.pt")
+    few = ["--val", str(tmp_path / "few.pt"), "--rank", "3"]
+    main.main([*data[:2], *few, *SMALL, "--teacher-steps", "1", "--out", str(tmp_path / "out")])
+    notices = summary_of(tmp_path / "out")["notices"]
+    found = (
+        "3 of 10 held-out rows are also",
+        "10 held-out rows, fewer than 5 x rank 3",
+        "NOT trained",
+    )
+    assert all(text in notice for text, notice in zip(found, notices, strict=True))
+    assert "Denoiser (not trained)" in summary_of(tmp_path / "out")["experiments"]
+    shown = capsys.readouterr().out
+    assert shown.startswith("+---") and all(shown.count(notice) == 2 for notice in notices)
 
 
 def test_no_student_is_below_the_floor_and_the_optimum_leads_on_training_rows(results):
@@ -148,11 +169,15 @@ def test_the_report_is_redrawn_from_the_json_alone(results, tmp_path):
 
 
 def test_a_rectangular_layer_of_the_user_is_a_fourth_teacher(data, tmp_path):
-    torch.save(torch.nn.Linear(24, 10).state_dict(), tmp_path / "head.pt")
-    own = ["--teacher", str(tmp_path / "head.pt"), "--rank", "2"]
+    torch.save(torch.nn.Linear(24, 1).state_dict(), tmp_path / "head.pt")
+    own = ["--teacher", str(tmp_path / "head.pt")]  # without --rank: at most the layer's own limit
     main.main([*data, *SMALL, *own, "--out", str(tmp_path / "out")])
-    experiment = summary_of(tmp_path / "out")["experiments"]["User (head)"]
-    assert experiment["params_teacher"] == 250 and experiment["params_student"] == 78
+    summary = summary_of(tmp_path / "out")
+    experiment = summary["experiments"]["User (head)"]
+    assert (experiment["params_teacher"], summary["target_rank"]) == (25, 1)
+    assert experiment["students"][main.OPTIMUM]["fvu"]["value"] < 1e-9
+    wide = torch.eye(2, 100)
+    assert [fitting_rank(wide, torch.nn.Linear(100, n), None) for n in (2, 50)] == [2, 5]
 
 
 def test_without_data_the_word_synthetic_is_everywhere(tmp_path, monkeypatch, capsys):
@@ -164,7 +189,7 @@ def test_without_data_the_word_synthetic_is_everywhere(tmp_path, monkeypatch, ca
     main.main([*SMALL, "--out", str(tmp_path)])
     notice, _, table = capsys.readouterr().out.partition("\n\n")
     assert "SYNTHETIC" in notice and notice.startswith("+---")
-    assert "synthetic" in notice.splitlines()[-1] + table
+    assert "SYNTHETIC" in table and "synthetic" in notice.splitlines()[-1] + table
     summary = summary_of(tmp_path)
     assert summary["real_data"] is False and "synthetic" in summary["data"]["source"]
     assert "SYNTHETIC" in report.title(summary)
@@ -191,6 +216,7 @@ def test_quick_writes_into_the_folder_asked_for(given, folder):
         (["--latency-batches", "0"], "--latency-batches must be at least 1"),
         (["--device", "tpu"], "--device must name a device"),
         (["--device", "cuda:99"], "--device must name a device"),
+        (["--device", "meta"], "--device must name a device"),
         (["--key", "a"], "--teacher FILE required"),
         (["--synthetic"], "got both; choose one"),
         (["--teacher", "none.pt"], "existing file required"),
@@ -215,11 +241,21 @@ def test_bad_data_ends_in_one_line_and_status_2(data, tmp_path, capsys):
     constant = saved("constant.pt", torch.ones(5, 24))
     other = saved("other.pt", torch.nn.Linear(9, 9).state_dict())
     zero = saved("zero.pt", {"weight": torch.zeros(4, 24), "bias": torch.ones(4)})
+    x = torch.load(data[1]).double()
+    tiny, huge = saved("tiny.pt", x * 1e-20), saved("huge.pt", x * 1e20)
+    np.savez(tmp_path / "named.npz", labels=np.ones(5), embeddings=x.numpy())
+    (tmp_path / "known").mkdir()
+    known = saved("known/train.pt", x)
+    (tmp_path / "known" / "embeddings.json").write_text('{"model": "nano-256"}')
     cases = [
         ([*data[:3], narrow], "one width required, got 24 and 7"),
         ([*data[:3], constant], "rows that differ required, got one row 5 times"),
         (["--train", constant, *data[2:]], "rows that differ required"),
         ([*data[:3], str(tmp_path / "text.pt")], "a readable .pt file required"),
+        (["--train", tiny, "--val", tiny], "a spread between 1e-06 and 1e+06 required"),
+        (["--train", huge, "--val", huge], "e+20 in"),
+        ([*data[:3], str(tmp_path / "named.npz")], "got labels, embeddings; save the matrix as X"),
+        (["--train", known, *data[2:], "--embedding-model", "ESM-2 8M"], "'nano-256' required"),
         ([*data, "--teacher", other], "a teacher of 24 inputs required"),
         ([*data, "--teacher", zero], "a teacher whose output varies required"),
         ([*data, "--out", str(Path(narrow) / "out")], "writable output folder"),

@@ -25,10 +25,8 @@ def framed(*lines: str) -> str:
 
 
 def number(value: float) -> str:
-    """Four decimals, so that a column can be compared; scientific where they would all be 0."""
-    if value == 0 or abs(value) >= 1e-4:
-        return f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
-    return f"{value:.1e}"
+    """Three significant digits; scientific below 0.0001."""
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:#.3g}".rstrip(".")
 
 
 def closeness(value: float) -> str:

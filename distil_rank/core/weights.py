@@ -36,8 +36,16 @@ def read_tensors(path: str | Path, key: str = "X") -> object:
         if isinstance(loaded, np.ndarray):
             return torch.from_numpy(loaded)
         with loaded:
-            names = [name for name in loaded.files if name == key or len(loaded.files) == 1]
-            return {name: torch.from_numpy(loaded[name]) for name in names}
+            names = [key] if key in loaded.files else loaded.files
+            if len(names) != 1:
+                got = ", ".join(names) or "none"
+                raise InputError(
+                    f"one array, or one named {key}, required in {path}, got {got};"
+                    f" save the matrix as {key}"
+                )
+            return {names[0]: torch.from_numpy(loaded[names[0]])}
+    except InputError:
+        raise
     except pickle.UnpicklingError as error:
         raise InputError(
             f"plain tensors required in {path}, got a pickle, which was not executed:"

@@ -1,5 +1,6 @@
 """How faithful a student is on held-out rows, with intervals, and what no student can beat."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from distil_rank.core.intervals import percentile_interval, t_interval, weighted_quantile
 from distil_rank.core.lowrank import Optimum, fractions, tails
-from distil_rank.core.records import Metric, interval
+from distil_rank.core.records import Metric, Record, interval
 
 WORST = 0.01  # the worst-1 % cosine is this quantile over rows: 99 % of proteins are above it
 HIGHER_IS_BETTER = {
@@ -73,7 +74,8 @@ def summarize(
 ) -> dict[str, Any]:
     """Metrics of one student over its seeds: mean, interval over rows and over seeds, each seed.
 
-    With a reference student, also the paired difference in FVU: same rows, seeds and draws.
+    With a reference student, also the paired difference in FVU: same rows, seeds and draws, and
+    its interval over rows and seeds together.
     """
     found = [_values_and_draws(rows, counts) for rows in seeds]
     values, draws = (
@@ -88,8 +90,24 @@ def summarize(
         other = [_values_and_draws(rows, counts) for rows in reference]
         by_seed = values["fvu"] - torch.stack([value["fvu"] for value, _ in other])
         paired = draws["fvu"] - torch.stack([drawn["fvu"] for _, drawn in other])
-        summary["fvu_minus_optimum"] = _metric(by_seed, paired, False)
+        summary["fvu_minus_optimum"] = _over_rows_and_seeds(_metric(by_seed, paired, False))
     return summary
+
+
+def without_intervals(summary: dict[str, Any]) -> dict[str, Any]:
+    """The floor's metrics: drawn again, rows repeat and its FVU falls, so draws say nothing."""
+    kept = ("value", "higher_is_better", "per_seed")
+    return {name: {key: metric[key] for key in kept} for name, metric in summary.items()}
+
+
+def _over_rows_and_seeds(metric: Metric) -> Record:
+    """Adds the interval whose half widths are those over rows and over seeds in quadrature."""
+    value, seeds = metric["value"], metric["seeds_interval"]
+    low = value - math.hypot(value - metric["low"], value - seeds[0])
+    return {
+        **metric,
+        "rows_and_seeds": [low, value + math.hypot(metric["high"] - value, seeds[1] - value)],
+    }
 
 
 def _values_and_draws(rows: RowErrors, counts: Tensor) -> tuple[dict[str, Tensor], ...]:

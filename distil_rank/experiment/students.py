@@ -1,11 +1,19 @@
-"""Students by distillation: truncated-SVD warm start, AdamW on MSE + cosine_weight (1 - cosine)."""
+"""Students by distillation (AdamW on MSE + cosine_weight (1 - cosine)), and by shrinkage."""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+
+from distil_rank.core.linear import LowRankLinear
+from distil_rank.core.lowrank import optimum
+from distil_rank.core.moments import Moments
+from distil_rank.core.prior import blended, blended_moments, merged, weights_own
+from distil_rank.core.records import Record
+
+RATES = (3e-3, 1e-3, 3e-4)  # learning rates that a pilot chooses from
 
 
 @dataclass(frozen=True)
@@ -96,3 +104,52 @@ def distill(
         optimizer.step()
         on_step()
     return A, B, b[:, 0] - (B @ (A @ mean)[..., None])[..., 0], losses
+
+
+def pilot(
+    x: Tensor,
+    outputs: Tensor,
+    start: tuple[Tensor, Tensor, Tensor],
+    recipe: Recipe,
+    source: Callable[[], torch.Generator],
+    on_step: Callable[[], object] = lambda: None,
+) -> tuple[Recipe, Record]:
+    """The recipe with the learning rate of RATES whose pilot ends at the lowest training loss.
+
+    A pilot trains the first student for half the steps, its schedule included; `source` gives all
+    the same batches. The loss is the mean over the last tenth. Also what each rate reached.
+    """
+    first, steps = tuple(part[:1] for part in start), max(1, recipe.steps // 2)
+    losses = {}
+    for rate in RATES:
+        short = replace(recipe, lr=rate, steps=steps)
+        *_, loss = distill(x, outputs[:1], first, short, [source()], on_step)  # type: ignore[arg-type]
+        losses[rate] = float(loss[0, -max(1, steps // 10) :].mean())
+    chosen = min(losses, key=lambda rate: losses[rate])
+    found = {
+        "learning_rate": chosen,
+        "steps": steps,
+        "loss": {f"{k:g}": v for k, v in losses.items()},
+    }
+    return replace(recipe, lr=chosen), found
+
+
+def pilot_steps(steps: int) -> int:
+    """Steps of all pilots together."""
+    return len(RATES) * max(1, steps // 2)
+
+
+def shrunk(
+    teachers: list[nn.Linear], folds: list[Moments], rank: int
+) -> tuple[list[LowRankLinear], float]:
+    """Closed forms for rows blended with inputs equally likely in all directions.
+
+    The blend's weight is cross-validated over the folds for the first teacher; also that weight.
+    """
+    students, total = [], merged(folds)
+    _, blend = blended_moments(teachers[0].weight, "input", folds, None, rank)
+    for teacher in teachers:
+        own = weights_own(teacher.weight.detach().to(total.mean), "input", total)
+        solution = optimum(teacher.weight, teacher.bias, blended(total, own, blend), rank)
+        students.append(solution.student(rank, torch.float32))
+    return students, blend.weight

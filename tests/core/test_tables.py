@@ -20,9 +20,16 @@ def test_a_cosine_shows_its_distance_to_one(value, shown):
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(0.20351, "0.2035"), (1.0, "1.0000"), (1447.81, "1447.8"), (5.3e-5, "5.3e-05"), (0, "0.0000")],
+    [
+        (0.20351, "0.204"),
+        (1.0, "1.00"),
+        (999.4, "999"),
+        (1447.81, "1,448"),
+        (4.7e-5, "4.70e-05"),
+        (0, "0.00"),
+    ],
 )
-def test_numbers_of_one_column_compare(value, shown):
+def test_a_number_has_three_significant_digits(value, shown):
     assert number(value) == shown
 
 

@@ -7,9 +7,11 @@ from distil_rank.core.lowrank import optimum
 from distil_rank.experiment.fidelity import (
     HIGHER_IS_BETTER,
     cosine_bound,
+    floor_curve,
     rank_curves,
     row_errors,
     summarize,
+    without_intervals,
 )
 
 
@@ -69,6 +71,22 @@ def test_seeds_are_averaged_and_listed(outputs, source):
         assert metric["value"] == pytest.approx(sum(metric["per_seed"]) / 2, abs=1e-15)
         low, high = metric["seeds_interval"]
         assert low < metric["value"] < high
+    difference = metrics["fvu_minus_optimum"]
+    both, value = difference["rows_and_seeds"], difference["value"]
+    for i, end in enumerate(("low", "high")):  # half widths add up as variances do
+        parts = (difference[end] - value) ** 2 + (difference["seeds_interval"][i] - value) ** 2
+        assert (both[i] - value) ** 2 == pytest.approx(parts)
+    assert both[0] < value < both[1]
+
+
+def test_the_floor_has_no_interval_because_its_bootstrap_is_too_low(source):
+    """Drawn again, rows repeat: a rank-3 floor of 12 rows falls by a third on average."""
+    y = torch.randn(12, 6, generator=source, dtype=torch.float64)
+    again = [y[torch.randint(12, (12,), generator=source)] for _ in range(200)]
+    drawn = [float(floor_curve(rows)[3]) for rows in again]
+    assert sum(drawn) / len(drawn) < 0.9 * float(floor_curve(y)[3])
+    found = without_intervals(summarize([row_errors(y, y + 1)], bootstrap_counts(12, 9, source)))
+    assert {"low", "high", "seeds_interval"}.isdisjoint(found["fvu"]) and "value" in found["fvu"]
 
 
 def problem(n: int = 300, d_in: int = 20, d_out: int = 20):

@@ -3,9 +3,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distil_rank.core.lowrank import truncated_svd
+from distil_rank.core.lowrank import optimum, truncated_svd
+from distil_rank.core.moments import Moments
 from distil_rank.core.randomness import generator
-from distil_rank.experiment.students import Recipe, distill, distillation_loss
+from distil_rank.experiment.students import (
+    RATES,
+    Recipe,
+    distill,
+    distillation_loss,
+    pilot,
+    pilot_steps,
+    shrunk,
+)
+from distil_rank.experiment.teachers import random_teacher
 from tests import reference
 
 
@@ -98,3 +108,34 @@ def test_training_lowers_the_loss_and_two_runs_are_bit_equal():
     assert all(torch.equal(first, second) for first, second in zip(*runs))
     losses = runs[0][3]
     assert bool((losses[:, -20:].mean(1) < losses[:, 0]).all())
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_the_pilot_takes_the_rate_that_ends_lowest_on_training_batches(scale):
+    x, outputs, A, B, b = problem()
+    x, outputs, B = x * scale, outputs * scale, B / 1.3
+    recipe, calls = Recipe(steps=200, decay_lr=True), []
+    start = A, B, b
+    chosen, found = pilot(
+        x, outputs, start, recipe, lambda: generator(0, "pilot"), lambda: calls.append(1)
+    )
+    ends = {}
+    for rate in RATES:
+        again = Recipe(steps=100, decay_lr=True, lr=rate)
+        first = tuple(part[:1] for part in start)
+        *_, loss = distill(x, outputs[:1], first, again, [generator(0, "pilot")])
+        ends[rate] = float(loss[0, -10:].mean())
+    assert found["loss"] == {f"{rate:g}": loss for rate, loss in ends.items()}
+    assert chosen.lr == found["learning_rate"] == min(ends, key=ends.get)
+    assert chosen.steps == 200 and len(calls) == pilot_steps(200) == 300
+
+
+@pytest.mark.parametrize(("n", "spread"), [(10, 0), (10, 2), (3000, 2)])
+def test_shrinkage_helps_where_rows_are_few_and_never_costs_much(n, spread):
+    source = torch.Generator().manual_seed(1)
+    teacher, scales = random_teacher(12, 0), torch.logspace(0, -spread, 12)
+    x, held_out = (torch.randn(k, 12, generator=source) * scales for k in (n, 2000))
+    (student,), weight = shrunk([teacher], [Moments.of(part) for part in x.chunk(5)], 6)
+    plain = optimum(teacher.weight, teacher.bias, Moments.of(x)).student(6, torch.float32)
+    ours, theirs = ((s(held_out) - teacher(held_out)).square().sum() for s in (student, plain))
+    assert ours <= 1.01 * theirs and (weight == 0 or ours < theirs)
