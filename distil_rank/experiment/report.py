@@ -141,9 +141,7 @@ def weight_spectra(axes: Axes, curves: Record) -> None:
 def latency(axes: Axes, summary: Record) -> None:
     """Speed-up with its interquartile range at each batch size, against the FLOP bound."""
     place, ticks = 0.0, {}
-    edge = 1.8 * max(
-        rows[0]["flop_bound"] for rows in timings(summary).values()
-    )  # numbers end here
+    edge = 1.8 * max(rows[0]["flop_bound"] for rows in timings(summary).values())
     for layer, rows in timings(summary).items():
         bound, top = rows[0]["flop_bound"], place
         note = f"{layer}; dashed: FLOP bound {number(bound)}"

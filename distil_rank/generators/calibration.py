@@ -36,12 +36,10 @@ def calibration(
     if not len(confidence):
         raise InputError("at least one token required for calibration, got none; give proteins")
     place = bins_of(confidence)
-    count, mean, accuracy = (
-        np.bincount(place, values) for values in (np.ones_like(confidence), confidence, correct)
-    )
-    mean, accuracy = mean / count, accuracy / count
-    deviation = deviations(confidence - correct, place, protein, seed)
     ones = np.ones_like(confidence)
+    count = np.bincount(place, ones).astype(float)
+    mean, accuracy = (np.bincount(place, x).astype(float) / count for x in (confidence, correct))
+    deviation = deviations(confidence - correct, place, protein, seed)
     table = {
         "count": count,
         "confidence": mean,

@@ -69,8 +69,8 @@ def fill(folder: Path, config: Config, tokenizer: Any) -> dict[str, Any]:
         method, part_of = "random", prepared.by_chance(config.held_out, config.seed)
     elif config.split == "cluster":
         distinct = list(dict.fromkeys(read()))
-        how = (config.held_out, config.identity, config.seed)
-        method, (part_of, made) = "cluster", prepared.by_cluster(distinct, *how)
+        wanted = (config.held_out, config.identity, config.seed)
+        method, (part_of, made) = "cluster", prepared.by_cluster(distinct, *wanted)
     else:
         method, part_of = "listed", prepared.by_list(read_json(config.split, prepared.SPLIT))
     sequences = (s for source in (read(), given) for s in source)

@@ -25,7 +25,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distil_rank.core.errors import InputError
-from distil_rank.core.randomness import generator
 from distil_rank.core.records import Record, read_json, write_json
 from distil_rank.generators.data import Encoded, encode, of_rows, parse
 
@@ -128,7 +127,7 @@ def write(
         lengths, residues = encoded.lengths, encoded.residues.copy()
         long = lengths > context
         counts["too_long"] += int(long.sum())
-        for i in np.flatnonzero(long) if crop else ():
+        for i in np.flatnonzero(long).tolist() if crop else ():
             residues[i] = len(parse(tokenizer.decode(encoded.row(i)[:context]))[0])
         place = np.arange(len(encoded.tokens)) - np.repeat(encoded.offsets[:-1], lengths)
         short, fits = np.minimum(lengths, context), place < context
@@ -137,7 +136,7 @@ def write(
             own = (parts == part) & (crop | ~long)
             tokens = encoded.tokens[np.repeat(own, lengths) & fits]
             writer.add(tokens, short[own], residues[own])
-            for i in np.flatnonzero(own) if part in kept else ():
+            for i in np.flatnonzero(own).tolist() if part in kept else ():
                 if part == "test":
                     test.update(("\n" if kept[part] else "").encode() + batch[i][0].encode())
                 kept[part].append(digest(batch[i][0]))
