@@ -51,7 +51,7 @@ class FunctionCertificate:
     inputs: str  # data, or drawn
     share: float  # of drawn rows among those fitted
     width: float  # of their noise, in standard deviations
-    ridge: float  # how much the map is drawn to the mean Jacobian
+    ridge: float | None  # draws the map to the mean Jacobian; None: that alone
     held_out_rows: int | None = None
     held_out_achieved_fvu: float | None = None
     held_out_linear_fvu: float | None = None
@@ -102,7 +102,8 @@ def distill_function(
     if held_out is not None:
         held = _measured(held_out, outputs(f, held_out), student, whole)
         fields |= {f"held_out_{name}": value for name, value in held.items()}
-    choice = {"inputs": inputs, "share": share, "width": width, "ridge": ridge}
+    found = None if ridge == math.inf else ridge
+    choice = {"inputs": inputs, "share": share, "width": width, "ridge": found}
     return student, FunctionCertificate(rank, **fields, **choice)  # type: ignore[arg-type]
 
 
