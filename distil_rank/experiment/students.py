@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.lowrank import optimum
 from distil_rank.core.moments import Moments
 from distil_rank.core.prior import blended, blended_moments, merged, weights_own
@@ -141,12 +140,13 @@ def pilot_steps(steps: int) -> int:
 
 def shrunk(
     teachers: list[nn.Linear], folds: list[Moments], rank: int
-) -> tuple[list[LowRankLinear], float]:
+) -> tuple[list[nn.Module], float]:
     """Closed forms for rows blended with inputs equally likely in all directions.
 
     The blend's weight is cross-validated over the folds for the first teacher; also that weight.
     """
-    students, total = [], merged(folds)
+    students: list[nn.Module] = []
+    total = merged(folds)
     _, blend = blended_moments(teachers[0].weight, "input", folds, None, rank)
     for teacher in teachers:
         own = weights_own(teacher.weight.detach().to(total.mean), "input", total)
