@@ -54,7 +54,11 @@ def bars(record: Record) -> str:
     if found := record.get("large"):
         minutes = found["processor_seconds"] / 60
         rows.append(
-            [f"650M shape, own metric: processor time, {found['threads']} thread", f"{minutes:.1f} min", ""]
+            [
+                f"650M shape, own metric: processor time, {found['threads']} thread",
+                f"{minutes:.1f} min",
+                "",
+            ]
         )
         rows.append(["650M shape, own metric: peak memory", f"{found['peak_gb']:.1f} GB", "24 GB"])
     return markdown(rows)
