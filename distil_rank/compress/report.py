@@ -9,7 +9,7 @@ from typing import Any
 from distil_rank.core.figures import INK, PALETTE, QUIET, drawn
 from distil_rank.core.records import Record, read_json
 
-SCHEMA = "distil-rank/compressed-model/1"
+SCHEMA = "distil-rank/compressed-model/2"
 LABEL = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6}
 SMALLEST = 1e-9  # what a log axis shows of a loss of zero
 

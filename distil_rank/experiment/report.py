@@ -14,8 +14,8 @@ from distil_rank.experiment.tables import headline, timings
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SCHEMA = "distil-rank/benchmark/1"
-CURVES_SCHEMA = "distil-rank/benchmark-curves/1"
+SCHEMA = "distil-rank/benchmark/2"
+CURVES_SCHEMA = "distil-rank/benchmark-curves/2"
 SUMMARY, CURVES = "distil_rank_summary.json", "distil_rank_curves.json"
 PNG = "distil_rank_final_report.png"
 WARNING = PALETTE[1]
