@@ -36,10 +36,8 @@ def calibration(
     if not len(confidence):
         raise InputError("at least one token required for calibration, got none; give proteins")
     place = bins_of(confidence)
-    count, mean, accuracy = (
-        np.bincount(place, values) for values in (np.ones_like(confidence), confidence, correct)
-    )
-    mean, accuracy = mean / count, accuracy / count
+    count = np.bincount(place).astype(float)
+    mean, accuracy = (np.bincount(place, values) / count for values in (confidence, correct))
     deviation = deviations(confidence - correct, place, protein, seed)
     ones = np.ones_like(confidence)
     table = {

@@ -71,8 +71,8 @@ class Encoded:
 
     @property
     def sha256(self) -> str:
-        digest = hashlib.sha256(np.ascontiguousarray(self.offsets))
-        digest.update(np.ascontiguousarray(self.tokens))
+        digest = hashlib.sha256(np.ascontiguousarray(self.offsets).data)
+        digest.update(np.ascontiguousarray(self.tokens).data)
         return digest.hexdigest()
 
     def row(self, i: int) -> NDArray[np.int64]:

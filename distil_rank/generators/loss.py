@@ -203,7 +203,9 @@ class _Distil(torch.autograd.Function):
         hard_sum = torch.zeros((), dtype=torch.float64, device=states.device)
         soft_sum = hard_sum.clone()
         gradient = torch.zeros_like(student.states) if ctx.needs_input_grad[0] else None
-        by_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        by_weight = None
+        if weight is not None and ctx.needs_input_grad[1]:
+            by_weight = torch.zeros_like(weight)
         if isinstance(teacher, Hidden) and teacher.weight is not None:
             teacher = Hidden(teacher.states, teacher.weight.to(teacher.states.dtype))
         for part in _chunks(len(rows), student.step):
@@ -230,7 +232,7 @@ class _Distil(torch.autograd.Function):
                     slope = difference if slope is None else slope.add_(difference)
             if gradient is not None and slope is not None:
                 slope = slope.to(gradient.dtype)
-                gradient[chosen] = slope if weight is None else slope @ student.weight
+                gradient[chosen] = slope if student.weight is None else slope @ student.weight
                 if by_weight is not None:
                     own = student.states[chosen].to(by_weight.dtype)
                     by_weight.addmm_(slope.to(by_weight.dtype).T, own)
