@@ -201,7 +201,7 @@ def preparation(proteins: int) -> Record:
         with fasta.open("wb") as file:
             for i, length in enumerate(rng.integers(50, 600, proteins)):
                 file.write(b">%d\n%s\n" % (i, rng.choice(letters, length).tobytes()))
-        command = ["-m", "distil_rank", "generator", "prepare", str(fasta), "--split", "random"]
+        command = ["-m", "distil_rank", "generator", "prepare", str(fasta), "--split-by", "random"]
         command += ["--context", "640", "--out", f"{folder}/shards"]
         start = time.perf_counter()
         subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)

@@ -62,11 +62,13 @@ def contrasts(log_perplexity: Mapping[str, Sequence[float] | Array]) -> Record:
 
 def holm(differences: Sequence[Array]) -> list[float]:
     """Corrected p of each mean paired difference being zero (t test, Holm)."""
-    from scipy.stats import ttest_1samp
-    from statsmodels.stats.multitest import multipletests
-
-    plain = [ttest_1samp(d, 0.0).pvalue if np.ptp(d) else float(not d.any()) for d in differences]
-    return multipletests(plain, method="holm")[1].tolist()
+    d = np.stack(differences)
+    runs = d.shape[1]
+    error = d.std(1, ddof=1).clip(np.finfo(float).tiny) / runs**0.5
+    plain = 2 * t.sf(np.abs(d.mean(1)) / error, runs - 1)
+    order = plain.argsort()  # statsmodels' function takes 57 ms, and simulations call this often
+    steps = np.maximum.accumulate(plain[order] * np.arange(len(plain), 0, -1)).clip(max=1.0)
+    return steps[order.argsort()].tolist()
 
 
 def effect_word(effect: Mapping[str, Any], words: tuple[str, str] = ("helps", "hurts")) -> str:
@@ -93,14 +95,15 @@ def claim_word(found: Mapping[str, Any]) -> str:
 
 
 def detectable(deviation: float, runs: int, power: float = 0.8) -> float:
-    """Smallest interaction, as a relative change, that `runs` find with this power.
+    """Smallest interaction, as a relative change, that `runs` find with at least this power.
 
-    `deviation` is the standard deviation of the runs' interactions.
+    `deviation` is the standard deviation of the runs' interactions; the level is that of the first
+    of four contrasts by Holm.
     """
     from scipy.optimize import brentq
     from scipy.stats import nct
 
-    critical = t.ppf(0.975, runs - 1)
+    critical = t.ppf(1 - 0.025 / len(CELLS), runs - 1)
 
     def missing(effect: float) -> float:
         shift = effect * runs**0.5

@@ -36,10 +36,10 @@ def calibration(
     if not len(confidence):
         raise InputError("at least one token required for calibration, got none; give proteins")
     place = bins_of(confidence)
-    ones = np.ones_like(confidence)
-    count = np.bincount(place, ones).astype(float)
-    mean, accuracy = (np.bincount(place, x).astype(float) / count for x in (confidence, correct))
+    count = np.bincount(place).astype(float)
+    mean, accuracy = (np.bincount(place, values) / count for values in (confidence, correct))
     deviation = deviations(confidence - correct, place, protein, seed)
+    ones = np.ones_like(confidence)
     table = {
         "count": count,
         "confidence": mean,

@@ -28,7 +28,7 @@ class Config:
     part: Literal["all", "test"] = "all"  # every protein, or those kept aside for tests
     generate: int = 200  # proteins written by either model
     # FASTA of a family: whether its profile HMM finds what is written (needs pyhmmer)
-    family: Path | None = None
+    family_fasta: Path | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # arithmetic
     seed: int = 0  # of everything random
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
@@ -65,7 +65,7 @@ def run(config: Config) -> None:
         config.generate,
         config.seed,
         config.dtype,
-        list(clean(config.family)) if config.family else (),
+        list(clean(config.family_fasta)) if config.family_fasta else (),
     )
     record = compare(student.to(device), teacher.to(device), bed)
     write_json(

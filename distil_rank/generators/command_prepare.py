@@ -2,11 +2,11 @@
 
     distil-rank generator prepare proteins.fasta.gz --out shards
     distil-rank generator prepare uniref50.fasta.gz --tokenizer nferruz/ProtGPT2 --context 1024 \\
-        --split random --held-out .01 --train-size-prop .1 --out shards
+        --split-by random --held-out .01 --train-size-prop .1 --out shards
 
-`--split cluster` never cuts a cluster of relatives; without `--identity` it takes the lowest of 30,
-50, 70 and 90 % that fills all parts, so a family of close relatives works. Millions of proteins
-take `--split random`, or `--held-out-fasta` with proteins that another program clustered.
+`--split-by cluster` never cuts a cluster of relatives; without `--identity` it takes the lowest of
+30, 50, 70 and 90 % that fills all parts, so a family of close relatives works. Millions of proteins
+take `--split-by random`, or `--held-out-fasta` with proteins that another program clustered.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Config:
     train_size_prop: float = 1.0  # share of the training proteins that is used
     held_out: float = 0.1  # share of the proteins kept aside
     held_out_fasta: Path | None = None  # FASTA to measure on, instead of a share of --fasta
-    split: str = "cluster"  # cluster, random, or the split.json of an earlier run
+    split_by: str = "cluster"  # cluster, random, or the split.json of an earlier run
     identity: float | None = None  # relatives above it never straddle parts; None: as low as works
     seed: int = 0  # of everything random
 
@@ -65,14 +65,14 @@ def fill(folder: Path, config: Config, tokenizer: Any) -> dict[str, Any]:
     if given:
         method, digests = "given", list(map(prepared.digest, given))
         part_of = prepared.by_list({"validation": digests[::2], "test": digests[1::2]})
-    elif config.split == "random" or config.held_out == 0:
+    elif config.split_by == "random" or config.held_out == 0:
         method, part_of = "random", prepared.by_chance(config.held_out, config.seed)
-    elif config.split == "cluster":
+    elif config.split_by == "cluster":
         distinct = list(dict.fromkeys(read()))
         wanted = (config.held_out, config.identity, config.seed)
         method, (part_of, made) = "cluster", prepared.by_cluster(distinct, *wanted)
     else:
-        method, part_of = "listed", prepared.by_list(read_json(config.split, prepared.SPLIT))
+        method, part_of = "listed", prepared.by_list(read_json(config.split_by, prepared.SPLIT))
     sequences = (s for source in (read(), given) for s in source)
     how = (config.context, config.crop, config.train_size_prop, config.seed)
     found = prepared.write(folder, sequences, part_of, tokenizer, *how)
@@ -83,7 +83,12 @@ def fill(folder: Path, config: Config, tokenizer: Any) -> dict[str, Any]:
         "config": config_record(config),
         "source": shown_path(config.fasta),
         "sha256": sha256(config.fasta),
-        "split": {"method": method, "clusters": made, "held_out": config.held_out},
+        "split": {
+            "method": method,
+            "identity": made["identity"] if made else None,
+            "relatives": made,
+            "held_out": config.held_out,
+        },
         **found,
         "seeds": [config.seed],
         "environment": environment(),

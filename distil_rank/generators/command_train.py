@@ -1,7 +1,7 @@
 """Distill a protein generator into a smaller GPT-2.
 
     distil-rank generator prepare uniref50.fasta.gz --tokenizer nferruz/ProtGPT2 --context 1024 \\
-        --split random --train-size-prop 0.1 --out shards
+        --split-by random --train-size-prop 0.1 --out shards
     distil-rank generator train --teacher nferruz/ProtGPT2 --data shards --out tiny \\
         --n-layer 4 --n-head 4 --n-embd 512 --tau 2 --alpha 0.5 --steps 20000
     distil-rank generator train ... --uncertainty --calibration-smoothing --normalise-weights

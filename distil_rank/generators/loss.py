@@ -203,7 +203,7 @@ class _Distil(torch.autograd.Function):
         hard_sum = torch.zeros((), dtype=torch.float64, device=states.device)
         soft_sum = hard_sum.clone()
         gradient = torch.zeros_like(student.states) if ctx.needs_input_grad[0] else None
-        head, by_weight = student.weight, None
+        by_weight = None
         if weight is not None and ctx.needs_input_grad[1]:
             by_weight = torch.zeros_like(weight)
         if isinstance(teacher, Hidden) and teacher.weight is not None:
@@ -232,7 +232,7 @@ class _Distil(torch.autograd.Function):
                     slope = difference if slope is None else slope.add_(difference)
             if gradient is not None and slope is not None:
                 slope = slope.to(gradient.dtype)
-                gradient[chosen] = slope if head is None else slope @ head
+                gradient[chosen] = slope if student.weight is None else slope @ student.weight
                 if by_weight is not None:
                     own = student.states[chosen].to(by_weight.dtype)
                     by_weight.addmm_(slope.to(by_weight.dtype).T, own)

@@ -1,7 +1,7 @@
 """Proteins read, split and tokenized once, in a folder that every training command maps.
 
     data.json          what was read, how it was split, what was left out and why
-    split.json         digests of the proteins kept aside; `--split` of another folder takes it
+    split.json         digests of the proteins kept aside; `--split-by` of another folder takes it
     PART.tokens        tokens one after the other (uint16 or int32): mapped, so that processes on
                        one machine share one copy and a start reads nothing
     PART.index.npy     (2, n) int32: tokens and residues of each protein
@@ -81,7 +81,7 @@ def by_cluster(
         reason = f"got {sizes} proteins for training, validation and test"
     raise InputError(
         f"clusters that fill all parts required at {level:g} identity, {reason};"
-        " use a higher --identity, or --split random"
+        " use a higher --identity, or --split-by random"
     )
 
 
@@ -238,7 +238,7 @@ class Prepared:
         if known != self.record["test_sha256"]:
             raise InputError(
                 f"the test proteins that {model} was trained without required, got others in"
-                f" {self.folder}; prepare the same file with --split, its split.json"
+                f" {self.folder}; prepare the same file with --split-by, its split.json"
             )
 
     def sequences(self, name: str, most: int | None = None, seed: int = 0) -> list[str]:

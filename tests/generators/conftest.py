@@ -32,7 +32,7 @@ def write_toy_fasta(path, n, seed=0):
 
 def prepare(fasta, out, **more):
     """A prepared folder, split at random with a fifth for tests; returns it."""
-    given = {"split": "random", "held_out": 0.2, "context": 96} | more
+    given = {"split_by": "random", "held_out": 0.2, "context": 96} | more
     command_prepare.run(command_prepare.Config(fasta, out, **given))
     return out
 

@@ -117,7 +117,7 @@ def test_models_come_back_as_saved(folders, teacher):
 def test_evaluate_writes_a_whole_record_and_calls_few_proteins_underpowered(folders):
     fasta = write_toy_fasta(folders / "toy.fasta", 30)
     prepare(fasta, folders / "data")
-    record = evaluation(folders, generate=6, family=fasta)
+    record = evaluation(folders, generate=6, family_fasta=fasta)
     assert record["underpowered"] and record["proteins"] == 30
     assert record["ratio"]["low"] <= record["ratio"]["value"] <= record["ratio"]["high"]
     assert record["compression"]["total"] > 1 and record["student"]["generation"]["n"] == 6

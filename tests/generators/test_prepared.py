@@ -61,7 +61,7 @@ def test_relatives_never_straddle_the_parts_and_a_family_is_split_as_finely_as_i
     ancestors = toy_sequences(20, low=90, high=140)
     families = [mutated(s, 0.2, rng) for s in ancestors for _ in range(5)]
     prepare(
-        write_fasta(tmp_path / "a.fasta", families), tmp_path / "a", split="cluster", context=200
+        write_fasta(tmp_path / "a.fasta", families), tmp_path / "a", split_by="cluster", context=200
     )
     found = parts(tmp_path / "a")
     assert sorted(chain(*found)) == sorted(families)
@@ -70,12 +70,12 @@ def test_relatives_never_straddle_the_parts_and_a_family_is_split_as_finely_as_i
         assert not any(related(a, b, 0.3) for a in part for b in others)
     family = list(dict.fromkeys(mutated(ancestors[0], 0.25, rng) for _ in range(60)))
     fasta = write_fasta(tmp_path / "family.fasta", family)
-    prepare(fasta, tmp_path / "family", split="cluster", held_out=0.1, context=200)
+    prepare(fasta, tmp_path / "family", split_by="cluster", held_out=0.1, context=200)
     record = json.loads((tmp_path / "family" / "data.json").read_text())
     assert record["split"]["identity"] > 0.3
     assert min(part["proteins"] for part in record["parts"].values()) >= 3
-    with pytest.raises(InputError, match="higher --identity, or --split random"):
-        prepare(fasta, tmp_path / "no", split="cluster", identity=0.3, context=200)
+    with pytest.raises(InputError, match="higher --identity, or --split-by random"):
+        prepare(fasta, tmp_path / "no", split_by="cluster", identity=0.3, context=200)
     assert not (tmp_path / "no").exists()
 
 
@@ -83,7 +83,7 @@ def test_a_listed_split_and_given_proteins_are_kept_whatever_the_other_flags(tmp
     sequences = toy_sequences(220)
     fasta = write_fasta(tmp_path / "a.fasta", sequences[:200])
     first = parts(prepare(fasta, tmp_path / "a"))
-    again = prepare(fasta, tmp_path / "b", split=str(tmp_path / "a" / "split.json"), seed=5)
+    again = prepare(fasta, tmp_path / "b", split_by=str(tmp_path / "a" / "split.json"), seed=5)
     assert parts(again) == first
     hashes = [Prepared(tmp_path / name).record["test_sha256"] for name in "ab"]
     assert hashes[0] == hashes[1]
@@ -154,9 +154,9 @@ def test_bad_flags_are_one_line_and_leave_nothing(tmp_path, capsys, tokenizer):
         ("--train-size-prop 0", "--train-size-prop"),
         ("--identity 1.5", "--identity"),
         ("--context 3", "--context"),
-        ("--split none.json", "none.json"),
+        ("--split-by none.json", "none.json"),
         ("--tokenizer none/none/none", "tokenizer"),
-        ("--split random --context 8", "proteins up to --context 8"),
+        ("--split-by random --context 8", "proteins up to --context 8"),
         ("--out there", "which exists"),
     ):
         out = "" if "--out" in flags else f"--out {tmp_path}/o"
