@@ -245,6 +245,7 @@ def states_and_logits(width: int = 256) -> Record:
 
 def run(config: Config) -> None:
     require_writable(config.out.parent)
+    prepared = preparation(config.proteins)  # first: a child's peak counts what its parent held
     record: Record = {
         "schema": SCHEMA,
         "config": config_record(config),
@@ -254,7 +255,7 @@ def run(config: Config) -> None:
         "calibration": coverage(config.trials),
         "novelty": novelty_of_copies(),
         "states": states_and_logits(),
-        "prepare": preparation(config.proteins),
+        "prepare": prepared,
         "environment": environment(),
         "machine_dependent": [
             "loss.time_ratio",

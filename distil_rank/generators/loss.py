@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from distil_rank.core.errors import InputError, above, at_least, at_most
 
 CHUNK = 1 << 20  # logits worked on at a time: 4 MB in float32, within the processor's cache
-WIDE_CHUNK = 1 << 22  # where logits are made from states: a product wants more rows
+WIDE_CHUNK = 1 << 21  # where logits are made from states: a product wants more rows
 
 
 @dataclass(frozen=True)
