@@ -52,7 +52,8 @@ def run(config: Config) -> None:
         folder.mkdir()
         record = fill(folder, config, tokenizer)
         write_json(folder / "data.json", record)
-    counts = ", ".join(f"{v['proteins']} {k}" for k, v in record["parts"].items())
+    parts = {part: found["proteins"] for part, found in record["parts"].items()}
+    counts = ", ".join(f"{n} {part}" for part, n in parts.items() if n or part != "hard")
     long = f"{record['too_long']} too long {'cut' if config.crop else 'left out'}"
     print(f"{config.out}: {counts}; {record['duplicates']} duplicates, {long}")
 

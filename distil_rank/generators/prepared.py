@@ -256,8 +256,8 @@ class Prepared:
         """Residues of a part, or of `most` of its proteins drawn at random."""
         part = self.part(name)
         order = np.random.default_rng([seed, 4]).permutation(len(part))[:most]
-        rows = [part.row(int(i)).tolist() for i in np.sort(order)]
-        return [parse(text)[0] for text in self.tokenizer.batch_decode(rows)]
+        rows = (part.row(int(i)).tolist() for i in np.sort(order))
+        return [parse(self.tokenizer.decode(row))[0] for row in rows]
 
     def summary(self) -> Record:
         """What the record of a training says of its data."""
