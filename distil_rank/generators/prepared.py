@@ -257,7 +257,7 @@ class Prepared:
         part = self.part(name)
         order = np.random.default_rng([seed, 4]).permutation(len(part))[:most]
         rows = (part.row(int(i)).tolist() for i in np.sort(order))
-        return [parse(self.tokenizer.decode(row))[0] for row in rows]
+        return [parse(str(self.tokenizer.decode(row)))[0] for row in rows]
 
     def summary(self) -> Record:
         """What the record of a training says of its data."""
