@@ -182,7 +182,8 @@ def make_optimizers(student: Any, schedule: Schedule) -> list[torch.optim.Optimi
     inner = [p for p in student.transformer.h.parameters() if p.ndim == 2]
     known = {id(p) for p in inner}
     outer = [p for p in student.parameters() if id(p) not in known]
-    muon: dict[str, Any] = {"weight_decay": schedule.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+    muon: dict[str, Any] = {"adjust_lr_fn": "match_rms_adamw"}
+    muon["weight_decay"] = schedule.weight_decay
     return [
         torch.optim.Muon([{"params": inner, "scale": MUON_RATE}], **muon),
         torch.optim.AdamW([{"params": outer, "scale": 1.0}], **adamw),
