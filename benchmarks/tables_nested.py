@@ -14,8 +14,7 @@ def documentation(record: Record) -> str:
     parts += [comparison_table(record), verdicts(record)]
     if "leaderboard" in record:
         parts.append(leaderboard_table(record))
-    if record.get("locations"):
-        parts.append(location_table(record))
+    parts += [task_table(name, found) for name, found in record.get("tasks", {}).items()]
     return "\n\n".join(parts)
 
 
@@ -85,12 +84,6 @@ def verdicts(record: Record) -> str:
                 with_interval(row["difference"], "+.3f"),
             )
             lines.append(f"* {POOLS[pool]}: {ours} {outcome(row)} {theirs} ({shown}).")
-    for pool, words in POOLS.items():
-        for kind, chain in record["monotonicity"][pool].items():
-            shown = with_interval(chain["monotone"], ".2f")
-            lines.append(
-                f"* {words}: {kind} never falls along the family in {shown} of the assays."
-            )
     return "\n".join(lines)
 
 
@@ -122,15 +115,18 @@ def outcome(row: Record) -> str:
     return "is better than" if row["difference"]["value"] > 0 else "is worse than"
 
 
-def location_table(record: Record) -> str:
-    found = record["locations"]
-    rows = [["embedding", "accuracy", f"difference to {found['reference']}"]]
-    for name, cell in found["results"].items():
-        accuracy = with_interval(cell["accuracy"], ".3f")
-        rows.append([name, accuracy, with_interval(cell["difference"], "+.3f")])
+def task_table(name: str, found: Record) -> str:
+    """Accuracy and macro-F1 of every representation in one task."""
+    head = ["embedding", "accuracy", "macro-F1"]
+    rows = [[*head, f"difference in accuracy to {found['reference']}"]]
+    for embedding, cell in found["results"].items():
+        shown = [with_interval(cell[key], ".3f") for key in ("accuracy", "macro_f1")]
+        rows.append([embedding, *shown, with_interval(cell["difference"], "+.3f")])
+    proteins, count = found["proteins"], found["rows"]
+    rows_of = f"{count['train']:,} rows of {proteins['train']:,} proteins to train on"
     intro = (
-        f"Subcellular location, {len(found['classes'])} classes, {found['n_train']:,} proteins to"
-        f" train on and {found['n_test']:,} to test on; the largest class alone scores"
+        f"{name.replace('_', ' ').capitalize()}, {len(found['classes'])} classes: {rows_of},"
+        f" {count['test']:,} of {proteins['test']:,} to test on; the largest class alone scores"
         f" {found['majority_accuracy']:.3f}:"
     )
     return f"{intro}\n\n{markdown(rows)}"

@@ -33,7 +33,7 @@ from distil_rank.nested.stage import Fit, Stage, check_regression, fit_stage
 
 SCHEMA = "distil-rank/nested-chain/1"
 FILE = "chain.safetensors"
-TENSORS = ("mean_prefix", "mean_large", "weight", "scale", "directions", "eigenvalues")
+TENSORS = ("mean_prefix", "mean_large", "weight", "directions", "eigenvalues")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,6 @@ class NestedChain:
         stores: Mapping[str, Rows | Tensor | np.ndarray],
         regression: str = "pcr",
         components: str | int = "mp",
-        scale_features: bool = False,
         directions: Mapping[str, int] | None = None,
         held_out: float = 0.1,
     ) -> NestedChain:
@@ -71,8 +70,7 @@ class NestedChain:
         widths = {name: r.dim for name, r in rows.items()}
         check_order(widths)
         fitted, other = joint_moments(rows, held_out)
-        options = regression, components, scale_features
-        return cls.fit_moments(fitted, widths, *options, directions, other)
+        return cls.fit_moments(fitted, widths, regression, components, directions, other)
 
     @classmethod
     def fit_moments(
@@ -81,7 +79,6 @@ class NestedChain:
         widths: Mapping[str, int],
         regression: str = "pcr",
         components: str | int = "mp",
-        scale_features: bool = False,
         directions: Mapping[str, int] | None = None,
         held_out: Moments | None = None,
         random_seed: int | None = None,
@@ -92,11 +89,7 @@ class NestedChain:
         """
         added = _added(moments, widths, directions or {})
         held_out = held_out if held_out is not None and held_out.count >= 2 else None
-        options = {
-            "regression": regression,
-            "components": components,
-            "scale_features": scale_features,
-        }
+        options = {"regression": regression, "components": components}
         first, *others = widths
         nested, shift = torch.eye(widths[first]).double(), torch.zeros(widths[first]).double()
         stages, r2, smaller = [], {}, first
@@ -214,8 +207,6 @@ class NestedChain:
             "schema": SCHEMA,
             "sizes": self.sizes,
             "widths": self.widths,
-            "matryoshka_dims": list(dims.values()),
-            "truncate_dim": dims[self.sizes[-1]],
             "dims_by_size": dims,
             "fits": [asdict(stage.fit) for stage in self.stages],
             **self.record,
@@ -243,6 +234,8 @@ class NestedChain:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             if config.get("schema") != SCHEMA:
                 reason = f"schema {config.get('schema')} instead of {SCHEMA}"
+            elif config["options"].pop("scale_features", False):
+                reason = "fitted with --scale-features, which is gone"
         except (OSError, SafetensorError, ValueError) as error:
             reason = str(error)
         if reason:

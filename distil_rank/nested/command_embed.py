@@ -22,13 +22,7 @@ import tyro
 
 from distil_rank.core.devices import Group, process_group
 from distil_rank.core.errors import InputError
-from distil_rank.core.records import (
-    Record,
-    read_json,
-    require_writable,
-    sha256,
-    write_json,
-)
+from distil_rank.core.records import Record, read_json, require_writable, sha256, write_json
 from distil_rank.nested.chain import FILE, NestedChain
 from distil_rank.nested.rows import StoreRows
 from distil_rank.nested.sources import chain_models, raw_store
@@ -76,17 +70,9 @@ def run(config: Config) -> None:
     require_writable(config.out)
     finished = (config.out / INDEX).exists()
     with process_group(config.device) as group:
+        raw = config.out / "raw"
         stores = {
-            size: raw_store(
-                config.fasta,
-                loaders[size].source,
-                config.out / "raw" / size,
-                pool=config.pool,
-                store_dtype=config.store_dtype,
-                long=config.long,
-                max_length=config.max_length,
-                device=config.device,
-            )
+            size: raw_store(config.fasta, loaders[size].source, raw / size, config.pool, config)
             for size in needed
             if not finished
         }
