@@ -14,20 +14,18 @@ reason the nested embedding of a mean is the mean of the nested ones.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distil_rank.core.errors import InputError
 from distil_rank.core.moments import Moments
 from distil_rank.core.randomness import generator
-from distil_rank.core.records import Record, save_tensors, write_json
+from distil_rank.core.records import Record, load_tensors, save_tensors, write_json
 from distil_rank.nested.rows import Rows, as_rows, check_order, joint_moments
 from distil_rank.nested.stage import Fit, Stage, check_regression, fit_stage
 
@@ -89,31 +87,39 @@ class NestedChain:
         """
         added = _added(moments, widths, directions or {})
         held_out = held_out if held_out is not None and held_out.count >= 2 else None
-        options = {"regression": regression, "components": components}
         first, *others = widths
         nested, shift = torch.eye(widths[first]).double(), torch.zeros(widths[first]).double()
-        stages, r2, smaller = [], {}, first
+        stages, smaller = [], first
         for name in others:
-            joint = joined_moments(moments, nested, shift, widths[name])
-            other = held_out and joined_moments(held_out, nested, shift, widths[name])
             stage = fit_stage(
-                joint,
+                joined_moments(moments, nested, shift, widths[name]),
                 len(nested),
                 added[name],
-                held_out=other,
-                random=None if random_seed is None else generator(random_seed, "completion", name),
-                name=f"{smaller} -> {name}",
-                **options,  # type: ignore[arg-type]
+                regression,
+                components,
+                held_out and joined_moments(held_out, nested, shift, widths[name]),
+                None if random_seed is None else generator(random_seed, "completion", name),
+                f"{smaller} -> {name}",
             )
             stages.append(stage)
-            r2[name] = {
-                "fit": stage.scores(joint),
-                "held_out": stage.scores(other) if other else None,
-            }
             nested, shift = stage.extended(nested, shift)
             smaller = name
         rows = {"fit": moments.count, "held_out": held_out.count if held_out else 0.0}
-        return cls(dict(widths), tuple(stages), {"options": options, "rows": rows, "r2": r2})
+        options = {"regression": regression, "components": components}
+        chain = cls(dict(widths), tuple(stages), {"options": options, "rows": rows})
+        fitted, other = chain.scores(moments), chain.scores(held_out) if held_out else {}
+        r2 = {name: {"fit": fitted[name], "held_out": other.get(name)} for name in others}
+        return replace(chain, record={**chain.record, "r2": r2})
+
+    def scores(self, moments: Moments) -> dict[str, dict[str, float]]:
+        """R^2 of each raw embedding (`Stage.scores`) on the rows behind moments of all sizes."""
+        first, *others = self.widths
+        nested = torch.eye(self.widths[first], dtype=torch.float64)
+        shift, found = torch.zeros(len(nested), dtype=torch.float64), {}
+        for name, stage in zip(others, self.stages):
+            found[name] = stage.scores(joined_moments(moments, nested, shift, self.widths[name]))
+            nested, shift = stage.extended(nested, shift)
+        return found
 
     @property
     def sizes(self) -> list[str]:
@@ -123,6 +129,11 @@ class NestedChain:
     def kind(self) -> str:
         """What the probe calls the chain."""
         return f"nested-{self.record['options']['regression']}"
+
+    @property
+    def of_cls(self) -> bool:
+        """Whether it was fitted on embeddings of <cls>: another space than that of residues."""
+        return {known["pool"] for known in self.record.get("models", {}).values()} == {"bos"}
 
     @property
     def dims(self) -> dict[str, int]:
@@ -200,14 +211,26 @@ class NestedChain:
             raise InputError(f"{required}, got {got}")
         return x
 
+    @classmethod
+    def from_pretrained(cls, name: str | Path, revision: str | None = None) -> NestedChain:
+        """Read a chain of a local folder or file, or of a repository on the Hugging Face hub."""
+        from distil_rank.nested.hub import download
+
+        return cls.load(download(str(name), revision))
+
+    def push_to_hub(self, repo: str, private: bool = False) -> str:
+        """Upload chain, configuration and card to the Hugging Face hub; returns the address."""
+        from distil_rank.nested.hub import upload
+
+        return upload(self, repo, private)
+
     def config(self) -> Record:
         """What the saved chain says of itself (also `config.json` beside the tensors)."""
-        dims = self.dims
         return {
             "schema": SCHEMA,
             "sizes": self.sizes,
             "widths": self.widths,
-            "dims_by_size": dims,
+            "dims_by_size": self.dims,
             "fits": [asdict(stage.fit) for stage in self.stages],
             **self.record,
         }
@@ -225,22 +248,14 @@ class NestedChain:
         write_json(folder / "config.json", self.config())
 
     @classmethod
-    def load(cls, folder: str | Path) -> NestedChain:
-        """Read a chain written by `save`."""
-        path, reason = Path(folder) / FILE, None
-        try:
-            with safe_open(path, framework="pt") as file:
-                config = json.loads((file.metadata() or {}).get("config", "{}"))
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            if config.get("schema") != SCHEMA:
-                reason = f"schema {config.get('schema')} instead of {SCHEMA}"
-            elif config["options"].pop("scale_features", False):
-                reason = "fitted with --scale-features, which is gone"
-        except (OSError, SafetensorError, ValueError) as error:
-            reason = str(error)
-        if reason:
-            remedy = "fit one with `distil-rank nested fit`"
-            raise InputError(f"a chain folder required, got {path} ({reason}); {remedy}")
+    def load(cls, path: str | Path) -> NestedChain:
+        """Read a chain written by `save`: the folder, or `chain.safetensors` itself."""
+        path = Path(path)
+        file = path / FILE if path.is_dir() else path
+        tensors, metadata = load_tensors(file, SCHEMA, "a nested chain")
+        config = metadata["config"]
+        if config["options"].pop("scale_features", False):
+            raise InputError(f"a chain without --scale-features required, got {file}; fit it again")
         stages = tuple(
             Stage(**{key: tensors[f"{i}.{key}"] for key in TENSORS}, fit=Fit(**fit))
             for i, fit in enumerate(config["fits"])

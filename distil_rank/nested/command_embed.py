@@ -52,9 +52,9 @@ def run(config: Config) -> None:
     """Write or complete the store `config.out`. InputError before anything is written."""
     chain = NestedChain.load(config.chain)
     needed = chain.sizes_for(config.dim)
-    fitted = {known["pool"] for known in chain.record.get("models", {}).values()}
-    if (config.pool == "bos") != (fitted == {"bos"}):  # another space, and a map that is not its
-        got = f"--pool {config.pool} for one of {', '.join(fitted)}; fit one with --rows bos"
+    if (config.pool == "bos") != chain.of_cls:  # another space, and a map that is not its
+        fitted = "<cls>" if chain.of_cls else "residues"
+        got = f"--pool {config.pool} for one of {fitted}; fit one with --rows bos"
         raise InputError(
             f"<cls> by a chain of <cls>, residues by one of residues required, got {got}"
         )

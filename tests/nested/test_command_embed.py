@@ -65,7 +65,7 @@ def test_bad_embed(folder, tmp_path, run):
     models = tuple(str(folder / f"{n}.pt") for n in "abc")
     for changes, message in [
         ({"dim": 15}, "between 16 and 32"),
-        ({"chain": tmp_path}, "chain folder required"),
+        ({"chain": tmp_path}, "of a nested chain required"),
         ({"models": (models[1],), "dim": 16}, "16 features required for a, got 24"),
         ({"models": models[:2]}, "got none for c"),
         ({"models": (*models, models[0])}, "at most one model"),

@@ -141,7 +141,7 @@ def test_bad_input(probed, folder, tmp_path):
     (tmp_path / "nowhere.fasta").write_text(f">a\n{WILD_TYPE}\n")
     for changes, message in [
         ({"dms": tmp_path / "absent"}, "at least one assay"),
-        ({"chain": tmp_path}, "chain folder required"),
+        ({"chain": tmp_path}, "of a nested chain required"),
         ({"locations": probed.locations[:1]}, "two FASTA files"),
         ({"locations": (tmp_path / "nowhere.fasta",) * 2}, "a location as second word"),
         ({"residues": (tmp_path / "nowhere.fasta",)}, "a file NAME_sampled.fasta"),
