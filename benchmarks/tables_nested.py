@@ -143,6 +143,12 @@ def benchmark(record: Record) -> str:
     for case in record.get("stream", {}).get("cases", []):
         what = f"one stage 320 → 480 of {record['stream']['rows']:,} residues"
         ratio_row(f"{what}, {case['threads']} thread(s)", case["ratio"])
+        if case["threads"] == 1 and (used := case.get("cpu_seconds_per_million")):
+            shown = f"{used['ours']:.1f} s (scikit-learn {used['theirs']:.1f} s)"
+            rows.append(["CPU time of it for 1,000,000 residues", shown, f"{used['bar']} s"])
+    if error := record.get("stream", {}).get("error_of_eigenvalues"):
+        shown, bar = f"{error['largest_relative']:.1e}", f"{error['bar']:.0e}"
+        rows.append(["largest relative error of an eigenvalue by float32 products", shown, bar])
     if found := record.get("memory"):
         imports = f"{found['bytes_after_import'] / 1e6:.0f} MB"
         for residues, peak in found["peak_bytes"].items():
@@ -156,6 +162,11 @@ def benchmark(record: Record) -> str:
                 rows.append([what, f"{value:.3f}", bar])
         rate = found["false_verdicts"]
         rows.append(["false verdicts at 12 assays", f"{rate['share']:.1%}", f"{rate['bar']:.0%}"])
+    names = {"own": "ours", "corrected": "released, corrected", "as_released": "as released"}
+    for kind, by_size in record.get("released", {}).get("held_out_r2", {}).items():
+        for size, r2 in list(by_size.items())[1:]:
+            what = f"held-out R² of raw {size} from the prefix, from all: scalers {names[kind]}"
+            rows.append([what, f"{r2['regression']:.3f}, {r2['reconstruction']:.3f}", ""])
     for case in record.get("ridge", {}).get("cases", []):
         ratio_row(f"ridge path, {case['n']:,} mutants x {case['d']:,}", case["ratio"])
     return markdown(rows)

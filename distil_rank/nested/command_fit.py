@@ -60,6 +60,7 @@ class Config:
     held_out: float = 0.1  # share of the proteins kept aside
     directions: tuple[int, ...] = ()  # of every size but the first (none: what its width adds)
     rows: Literal["residues", "mean", "bos"] = "residues"  # what the chain is fitted on
+    exact: bool = False  # moments by float64 products: a third of the speed
     max_proteins: int | None = None  # at most this many proteins, drawn at random
     seed: int = 0  # of everything random
     store_dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of stored embeddings
@@ -155,11 +156,16 @@ def _gather(config: Config, rows: Mapping[str, StoreRows], group: Group) -> tupl
 
     total = sum(next(iter(rows.values())).lengths) // group.world
     quiet = not sys.stderr.isatty() or group.rank > 0
-    request = config.held_out, {name: part.store.provenance for name, part in rows.items()}
+    request = (
+        config.held_out,
+        config.exact,
+        {name: part.store.provenance for name, part in rows.items()},
+    )
     state = Checkpoint(_partial(config, group), *request)
     with tqdm(total=total, unit=" rows", desc="moments", disable=quiet) as bar:
         shard = group.rank, group.world
-        fitted, held_out = joint_moments(rows, config.held_out, state, shard, bar.update)
+        options = config.held_out, state, shard, bar.update, config.exact
+        fitted, held_out = joint_moments(rows, *options)
     return group.merge(fitted), group.merge(held_out)
 
 

@@ -63,11 +63,31 @@ def test_numpy_arrays_are_taken():
 
 def test_new_blocks_are_uncorrelated_with_their_prefix():
     raws = family(2000, (8, 12, 20, 26), dtype=torch.float32)
-    chain = NestedChain.fit(raws, "ols", held_out=0)
-    z = chain.embed(raws)
-    correlation = np.corrcoef(z.double().numpy().T)
-    for low, high in itertools.pairwise(chain.dims.values()):
-        assert np.abs(correlation[:low, low:high]).max() <= 1e-6
+    for exact, most in ((True, 1e-6), (False, 1e-5)):
+        chain = NestedChain.fit(raws, "ols", held_out=0, exact=exact)
+        correlation = np.corrcoef(chain.embed(raws).double().numpy().T)
+        for low, high in itertools.pairwise(chain.dims.values()):
+            assert np.abs(correlation[:low, low:high]).max() <= most
+
+
+@pytest.mark.parametrize(("dtype", "mean"), [(torch.float32, 300), (torch.float16, 3)])
+def test_float32_products_keep_the_eigenvalues(dtype, mean):
+    """Whatever the mean, and over batches and merged parts; null directions stay null."""
+    raws = family(20_000, (8, 12, 20))
+    x = torch.cat([*raws.values()], 1)
+    x = torch.cat([x / x.std(0) + mean, x[:, :1] * 0 + 7], 1).to(dtype)
+    exact = torch.linalg.eigvalsh(Moments.of(x).covariance)
+    found, part = Moments(41), Moments(41)
+    for i, batch in enumerate(x.split(3000)):
+        (part if i % 2 else found).update(batch, exact=False)
+    found.merge(part)
+    assert found.count == 20_000
+    torch.testing.assert_close(found.mean, x.double().mean(0), rtol=1e-9, atol=0)
+    near = torch.linalg.eigvalsh(found.covariance)
+    torch.testing.assert_close(near[1:], exact[1:], rtol=1e-5, atol=0)
+    assert abs(float(near[0])) < 1e-8 * float(exact[-1])
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        found.update(x.masked_fill(x == 7, torch.nan), exact=False)
 
 
 def test_fitted_on_raw_and_applied_to_nested_is_not_orthogonal():
