@@ -9,7 +9,8 @@ NAME.csv (mutant,score) beside NAME.fasta (the wild type). Every mutant is embed
 ridge on mean-pooled and on mutated-position embeddings, three cross-validation schemes
 (random, modulo, contiguous), penalty by nested cross-validation, Spearman over all out-of-fold
 predictions of an assay, in units of the training folds. The unit of every interval and test is the
-assay. Writes OUT/nested_summary.json and draws OUT/nested_report.png from it. Interrupted? Run the
+assay. --locations and --residues add classification of proteins and residues (nested/tasks.py).
+Writes OUT/nested_summary.json and draws OUT/nested_report.png from it. Interrupted? Run the
 same command again: what has been embedded and scored is kept in CHAIN/probe/, which may be deleted.
 """
 
