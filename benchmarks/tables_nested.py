@@ -2,7 +2,7 @@
 
 from distil_rank.core.records import Record
 from distil_rank.core.tables import markdown, with_interval
-from distil_rank.nested.report import POOLS, SCHEMA, comparison_table, decided, stage_scores
+from distil_rank.nested.report import POOLS, SCHEMA, comparison_table, decided
 
 __all__ = ["BENCHMARK", "SCHEMA", "benchmark", "documentation"]
 BENCHMARK = "distil-rank/benchmark-nested/1"
@@ -32,6 +32,19 @@ def fitted(record: Record) -> str:
         f" on, {chain['rows']['held_out']:,.0f} held out. Probe: {len(assays)} assays, {used:,} of"
         f" {measured:,} mutants ({drawn})."
     )
+
+
+def stage_scores(chain: Record) -> Record:
+    """R^2 of every stage: on held-out proteins, or on the fitted rows where none were held out."""
+    if chain["held_out_r2"]:
+        return chain["held_out_r2"]
+    return {
+        size: {
+            kind: {"value": v, "low": v, "high": v}
+            for kind, v in (r2["held_out"] or r2["fit"]).items()
+        }
+        for size, r2 in chain["r2"].items()
+    }
 
 
 def stage_table(record: Record) -> str:

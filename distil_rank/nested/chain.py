@@ -133,11 +133,6 @@ class NestedChain:
         return f"nested-{self.record['options']['regression']}"
 
     @property
-    def of_cls(self) -> bool:
-        """Whether it was fitted on embeddings of <cls>: another space than that of residues."""
-        return {known["pool"] for known in self.record.get("models", {}).values()} == {"bos"}
-
-    @property
     def dims(self) -> dict[str, int]:
         """Width of the nested embedding at each size: the Matryoshka dimensions."""
         steps = self.widths[self.sizes[0]], *(stage.added for stage in self.stages)

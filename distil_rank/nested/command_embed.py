@@ -52,12 +52,9 @@ def run(config: Config) -> None:
     """Write or complete the store `config.out`. InputError before anything is written."""
     chain = NestedChain.load(config.chain)
     needed = chain.sizes_for(config.dim)
-    if (config.pool == "bos") != chain.of_cls:  # another space, and a map that is not its
-        fitted = "<cls>" if chain.of_cls else "residues"
-        got = f"--pool {config.pool} for one of {fitted}; fit one with --rows bos"
-        raise InputError(
-            f"<cls> by a chain of <cls>, residues by one of residues required, got {got}"
-        )
+    if config.pool == "bos":  # another space, and a map that is not its
+        required = "--pool mean or residues, what a chain is fitted on, required"
+        raise InputError(f"{required}, got bos; embed <cls> with one model")
     loaders = chain_models(chain, config.models)
     if missing := [size for size in needed if size not in loaders]:
         required = f"models for {', '.join(needed)} required"

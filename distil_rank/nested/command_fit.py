@@ -59,7 +59,6 @@ class Config:
     components: str = "mp"  # of pcr: mp (Marchenko-Pastur edge), held-out, or a number
     held_out: float = 0.1  # share of the proteins kept aside
     directions: tuple[int, ...] = ()  # of every size but the first (none: what its width adds)
-    rows: Literal["residues", "mean", "bos"] = "residues"  # what the chain is fitted on
     exact: bool = False  # moments by float64 products: a third of the speed
     max_proteins: int | None = None  # at most this many proteins, drawn at random
     seed: int = 0  # of everything random
@@ -143,7 +142,7 @@ def _embed(config: Config, sources: Mapping[str, str], group: Group) -> dict[str
         group.barrier()
     stores = {}
     for size, model in sources.items():
-        stores[size] = raw_store(fasta, model, config.out / "stores" / size, config.rows, config)
+        stores[size] = raw_store(fasta, model, config.out / "stores" / size, "residues", config)
     return stores
 
 

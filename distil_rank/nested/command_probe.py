@@ -136,9 +136,6 @@ def _data(config: Config, chain: NestedChain, assays: Sequence[Assay]) -> Record
                 "sha256": sha256(config.dms / f"{assay.name}.csv"),
                 "measured": assay.measured,
                 "used": len(assay.mutants),
-                "length": len(assay.wild_type),
-                "official_folds": sorted(assay.folds),
-                "function": assay.function,
             }
             for assay in assays
         ],

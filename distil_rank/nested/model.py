@@ -52,10 +52,8 @@ class NestedESM(nn.Module):
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:
         """Nested embedding (n, l, dim) by size of tokens (n, l); each is a view of the largest.
 
-        Zero at <cls>, <eos> and padding: the chain is one of residues.
+        Zero at <cls>, <eos> and padding: a chain is one of residues.
         """
-        if self.chain.of_cls:
-            raise InputError("a chain of residues or their means required, got one of <cls>")
         raws = {}
         for size, model in zip(self.chain.sizes, self.models):
             (raws[size],) = model(tokens, (-1,), logits=False).hidden
@@ -72,9 +70,8 @@ class NestedESM(nn.Module):
         Only the models that `truncate_dim` needs are run. `normalize` divides by the L2 norm after
         the cut.
         """
-        pool = "bos" if self.chain.of_cls else "mean"
         cleaned, raws = [clean_sequence(sequence) for sequence in sequences], {}
         for size, model in zip(self.chain.sizes_for(truncate_dim), self.models):
-            found = dict(embed(cast(ESM2, model), cleaned, pool))
+            found = dict(embed(cast(ESM2, model), cleaned))
             raws[size] = torch.cat([found[i][0] for i in range(len(cleaned))])
         return self.chain.embed(raws, truncate_dim, normalize)

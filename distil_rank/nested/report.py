@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,30 +69,18 @@ def decided(row: Record) -> bool:
     return row.get("holm_p", 1) < 0.05 and row["difference"]["n"] >= 6
 
 
-def stage_scores(chain: Record) -> Record:
-    """R^2 of every stage: on held-out proteins, or on the fitted rows where none were held out."""
-    if chain["held_out_r2"]:
-        return chain["held_out_r2"]
-    return {
-        size: {
-            kind: {"value": v, "low": v, "high": v}
-            for kind, v in (r2["held_out"] or r2["fit"]).items()
-        }
-        for size, r2 in chain["r2"].items()
-    }
-
-
 def draw(folder: Path) -> Path:
     """Draw the figure of the summary in `folder`, beside it."""
     record = read_json(folder / SUMMARY, SCHEMA)
     with drawn(folder / FIGURE, (15, 15.5), 130) as figure:
         figure.set_layout_engine("constrained")
-        parts: Any = figure.subfigures(3, 1, height_ratios=[1, 1.1, 1.55], hspace=0.03)
-        top, middle, bottom = parts
-        stage_axis, *task_axes = top.subplots(1, 1 + len(record.get("tasks", {})), squeeze=False)[0]
-        stages(stage_axis, record)
-        for axis, name in zip(task_axes, record.get("tasks", {})):
-            task(axis, record, name)
+        tasks = record.get("tasks", {})
+        heights = [1] * bool(tasks) + [1.1, 1.55]
+        parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0.03)
+        *top, middle, bottom = parts
+        for part in top:
+            for axis, name in zip(part.subplots(1, len(tasks), squeeze=False)[0], tasks):
+                task(axis, record, name)
         axes = middle.subplots(1, 2)
         for axis, pool in zip(axes, POOLS):
             cells = {name: cell["mean"] for name, cell in record["spearman"][pool].items()}
@@ -126,33 +113,6 @@ def caption(record: Record) -> str:
         " then over assays. Bars and bands: 95 % intervals over assays (R²: over proteins;"
         f" accuracy: over test proteins). Holm: over {tested} contrasts."
     )
-
-
-def stages(axis: Any, record: Record) -> None:
-    """What is left unexplained of each size, 1 - R^2: by the prefix, and with new directions."""
-    found, dims = stage_scores(record["chain"]), record["chain"]["dims"]
-    color = KINDS[record["chain"]["regression"]][1]
-    labels = {"regression": "from the prefix alone", "reconstruction": "with the new directions"}
-    for kind, face, side in (("regression", "white", -1), ("reconstruction", color, 1)):
-        for i, values in enumerate(found.values()):
-            at = i + 0.06 * side
-            v = {end: max(1 - values[kind][end], 1e-9) for end in ("value", "low", "high")}
-            axis.plot([at] * 2, [v["low"], v["high"]], color=color, lw=2, zorder=2)
-            axis.plot(at, v["value"], "o", ms=9, mfc=face, mec=color, mew=1.8, zorder=3)
-            text: Any = {"textcoords": "offset points", "xytext": (9 * side, 0), "va": "center"}
-            text["ha"] = "right" if side < 0 else "left"
-            axis.annotate(f"{v['value']:.2g}", (at, v["value"]), **text)
-        axis.plot([], [], "o", ms=8, mfc=face, mec=color, mew=1.8, label=labels[kind])
-    ticks = [f"{a} → {b}\n({dims[a]} → {dims[b]} dims)" for a, b in pairwise(dims)]
-    axis.set_xticks(range(len(found)), ticks)
-    axis.set_xlim(-0.6, len(found) - 0.4)
-    axis.set_yscale("log")
-    axis.margins(y=0.18)
-    where = "held-out proteins" if record["chain"]["held_out_r2"] else "fitted rows"
-    axis.set_ylabel(f"1 − R² of the larger raw embedding, {where}")
-    axis.grid(axis="x", visible=False)
-    axis.legend(loc="center left")
-    axis.set_title("The prefix predicts, the new block completes")
 
 
 def by_dimension(axis: Any, record: Record, cells: Mapping[str, Record]) -> None:

@@ -128,18 +128,18 @@ def as_rows(stores: Mapping[str, Rows | Tensor | np.ndarray]) -> dict[str, Rows]
         raise InputError(f"at least two sizes required, got {got}; add a larger or a smaller model")
     (first, base), *others = rows.items()
     for name, other in others:
-        for i, (a, b) in enumerate(zip_longest(base.keys, other.keys), start=1):
-            if a != b:
+        pairs = zip_longest(zip(base.keys, base.lengths), zip(other.keys, other.lengths))
+        for i, (a, b) in enumerate(pairs, start=1):
+            if a is None or b is None or a[0] != b[0]:
                 raise InputError(
                     f"the same proteins in the same order required in {first} and {name}, got"
                     f" others from number {i} on; embed the same FASTA"
                 )
-        for i, (a, b) in enumerate(zip(base.lengths, other.lengths), start=1):
-            if a != b:
+            if a[1] != b[1]:
                 raise InputError(
-                    f"one row per residue in every size required, got {a} rows in {first} and {b}"
-                    f" in {name} for protein {i}: different tokenization, pooling or truncation;"
-                    " embed both the same way"
+                    f"one row per residue in every size required, got {a[1]} rows in {first} and"
+                    f" {b[1]} in {name} for protein {i}: different tokenization, pooling or"
+                    " truncation; embed both the same way"
                 )
     return rows
 

@@ -47,71 +47,69 @@ SHRINKAGE = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
 BATCH = 4096  # rows at a time
 DRAWS = 1000
 LETTERS = len(AMINO_ACIDS)
-Named = tuple[str, str]  # a sequence, the name of its class or a letter per residue
-Labelled = tuple[str, Tensor]  # a sequence, class numbers (1,) or (residues,), -1: not counted
+Labeled = tuple[str, list[str | None]]  # a sequence, the class of the protein or of every residue
 
 
 @dataclass(frozen=True)
 class Task:
-    """Labeled proteins by side."""
+    """Proteins by side: a sequence and class numbers (1,) or (residues,), -1 where none counts."""
 
     name: str
+    pool: str  # what a row is: `mean`, a protein, or `residues`
     classes: list[str]
-    proteins: dict[str, list[Labelled]]
-
-    @property
-    def pool(self) -> str:
-        """What a row is: `mean`, a protein, or `residues`."""
-        whole = all(len(labels) == 1 for _, labels in self.proteins["train"])
-        return "mean" if whole else "residues"
+    proteins: dict[str, list[tuple[str, Tensor]]]
 
 
-def drawn(records: Sequence[Named], limit: int | None, seed: int, *what: str) -> list[Named]:
-    """At most `limit` records, drawn at random, in their order."""
-    order = torch.randperm(len(records), generator=generator(seed, *what))
-    return [records[i] for i in sorted(order[:limit].tolist())]
+def assembled(
+    name: str, pool: str, found: Mapping[str, list[Labeled]], limit: int | None, seed: int
+) -> Task:
+    """At most `limit` proteins of every side, drawn at random; classes rare in training are out."""
+    chosen = {}
+    for side in SIDES:
+        short = [record for record in found[side] if len(record[0]) <= LONGEST]
+        order = torch.randperm(len(short), generator=generator(seed, "task", name, side))
+        chosen[side] = [short[i] for i in sorted(order[:limit].tolist())]
+    counts = Counter(label for _, labels in chosen["train"] for label in labels if label)
+    classes = sorted(label for label, count in counts.items() if count >= RARE)
+    if len(classes) < 2 or not all(chosen.values()):
+        required = f"two classes, {RARE} times each in training, and proteins of every side"
+        sizes = ", ".join(f"{len(records)} to {side}" for side, records in chosen.items())
+        raise InputError(f"{required} required, got {dict(counts)} and {sizes} in {name}")
+    number = {label: i for i, label in enumerate(classes)}
+    proteins = {
+        side: [
+            (s, torch.tensor([number.get(x or "", -1) for x in labels])) for s, labels in records
+        ]
+        for side, records in chosen.items()
+    }
+    return Task(name, pool, classes, proteins)
 
 
 def read_locations(paths: Sequence[Path], limit: int | None, seed: int) -> Task:
-    """At most `limit` proteins of the training and of the test FASTA, drawn at random."""
     if len(paths) != 2:
         raise InputError(f"two FASTA files required, to train and to test on, got {len(paths)}")
-    sides = []
-    for path in paths:
-        found = []
+    files: list[list[Labeled]] = [[], []]
+    for path, records in zip(paths, files):
         for protein in read_fasta(path):
             words = protein.header.split()
             if len(words) < 2:
                 got = f"{protein.header!r} in {path.name}"
                 raise InputError(f"a location as second word of every header required, got {got}")
-            sequence = clean_sequence(protein.sequence)
-            if len(sequence) <= LONGEST:
-                found.append((sequence, words[1].rpartition("-")[0] or words[1]))
-        sides.append(drawn(found, limit, seed, "locations", path.name))
-    counts = Counter(label for _, label in sides[0])
-    classes = sorted(label for label, count in counts.items() if count >= RARE)
-    if len(classes) < 2:
-        required = f"two locations of {RARE} proteins each required"
-        raise InputError(f"{required}, got {dict(counts)}; give more proteins")
-    train, test = (
-        [(s, torch.tensor([classes.index(label)])) for s, label in side if label in classes]
-        for side in sides
-    )
-    proteins = {"train": [], "validation": [], "test": test}
-    for i, labelled in enumerate(train):
-        proteins["train" if i % 5 else "validation"].append(labelled)
-    return Task("location", classes, proteins)
+            location = words[1].rpartition("-")[0] or words[1]
+            records.append((clean_sequence(protein.sequence), [location]))
+    train, test = files
+    sides = {"train": [x for i, x in enumerate(train) if i % 5], "validation": train[::5]}
+    return assembled("location", "mean", {**sides, "test": test}, limit, seed)
 
 
 def read_residues(path: Path, limit: int | None, seed: int) -> Task:
-    """At most `limit` proteins of each side, drawn at random."""
     name, mark, end = path.name.partition("_sampled")
     if not mark:
         raise InputError(f"a file NAME_sampled.fasta or .fasta.gz required, got {path.name}")
     sequences, mask = (path.with_name(f"{name}_{kind}{end}") for kind in ("sequences", "mask"))
     letters = {protein.id: clean_sequence(protein.sequence) for protein in read_fasta(sequences)}
     kept = {p.id: p.sequence for p in read_fasta(mask)} if mask.is_file() else {}
-    found: dict[str, list[tuple[str, str]]] = {side: [] for side in SIDES}
+    found: dict[str, list[Labeled]] = {side: [] for side in SIDES}
     for protein in read_fasta(path):
         sequence, labels = letters.get(protein.id, ""), protein.sequence
         counted = kept.get(protein.id, "1" * len(labels))
@@ -120,24 +118,11 @@ def read_residues(path: Path, limit: int | None, seed: int) -> Task:
             raise InputError(f"as many letters, classes and marks required, got {got} in {name}")
         marks = dict(word.split("=", 1) for word in protein.header.split()[1:] if "=" in word)
         side = "validation" if marks.get("VALIDATION") == "True" else marks.get("SET")
-        if side not in SIDES:
+        if side not in found:
             raise InputError(f"SET=train or test required, got {protein.header!r} in {path.name}")
-        if len(sequence) <= LONGEST:
-            labels = "".join(a if b == "1" else " " for a, b in zip(labels, counted))
-            found[side].append((sequence, labels))
-    classes = sorted(set("".join(labels for _, labels in found["train"])) - {" "})
-    if len(classes) < 2 or not all(found.values()):
-        got = ", ".join(f"{len(records)} to {side}" for side, records in found.items())
-        raise InputError(f"two classes and proteins of every side required, got {got} in {name}")
-    number = {" ": -1, **{label: i for i, label in enumerate(classes)}}
-    proteins = {
-        side: [
-            (sequence, torch.tensor([number[label] for label in labels]))
-            for sequence, labels in drawn(records, limit, seed, name, side)
-        ]
-        for side, records in found.items()
-    }
-    return Task(name, classes, proteins)
+        classes = [label if mark == "1" else None for label, mark in zip(labels, counted)]
+        found[side].append((sequence, classes))
+    return assembled(name, "residues", found, limit, seed)
 
 
 def letter_windows(sequence: str) -> Tensor:
