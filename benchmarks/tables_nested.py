@@ -175,10 +175,14 @@ def benchmark(record: Record) -> str:
                 rows.append([what, f"{value:.3f}", bar])
         rate = found["false_verdicts"]
         rows.append(["false verdicts at 12 assays", f"{rate['share']:.1%}", f"{rate['bar']:.0%}"])
-    names = {"own": "ours", "corrected": "released, corrected", "as_released": "as released"}
+    names = {
+        "own": "our chain",
+        "corrected": "scalers fitted pair by pair, corrected",
+        "as_released": "the same scalers applied as released",
+    }
     for kind, by_size in record.get("released", {}).get("held_out_r2", {}).items():
         for size, r2 in list(by_size.items())[1:]:
-            what = f"held-out R² of raw {size} from the prefix, from all: scalers {names[kind]}"
+            what = f"held-out R² of raw {size} from the prefix, and from all: {names[kind]}"
             rows.append([what, f"{r2['regression']:.3f}, {r2['reconstruction']:.3f}", ""])
     for case in record.get("ridge", {}).get("cases", []):
         ratio_row(f"ridge path, {case['n']:,} mutants x {case['d']:,}", case["ratio"])
