@@ -2,7 +2,7 @@
 
 from distil_rank.core.records import Record
 from distil_rank.core.tables import markdown, with_interval
-from distil_rank.nested.report import POOLS, SCHEMA, comparison_table, decided, stage_scores
+from distil_rank.nested.report import POOLS, SCHEMA, comparison_table, decided
 
 __all__ = ["BENCHMARK", "SCHEMA", "benchmark", "documentation"]
 BENCHMARK = "distil-rank/benchmark-nested/1"
@@ -14,8 +14,7 @@ def documentation(record: Record) -> str:
     parts += [comparison_table(record), verdicts(record)]
     if "leaderboard" in record:
         parts.append(leaderboard_table(record))
-    if record.get("locations"):
-        parts.append(location_table(record))
+    parts += [task_table(name, found) for name, found in record.get("tasks", {}).items()]
     return "\n\n".join(parts)
 
 
@@ -33,6 +32,19 @@ def fitted(record: Record) -> str:
         f" on, {chain['rows']['held_out']:,.0f} held out. Probe: {len(assays)} assays, {used:,} of"
         f" {measured:,} mutants ({drawn})."
     )
+
+
+def stage_scores(chain: Record) -> Record:
+    """R^2 of every stage: on held-out proteins, or on the fitted rows where none were held out."""
+    if chain["held_out_r2"]:
+        return chain["held_out_r2"]
+    return {
+        size: {
+            kind: {"value": v, "low": v, "high": v}
+            for kind, v in (r2["held_out"] or r2["fit"]).items()
+        }
+        for size, r2 in chain["r2"].items()
+    }
 
 
 def stage_table(record: Record) -> str:
@@ -85,12 +97,6 @@ def verdicts(record: Record) -> str:
                 with_interval(row["difference"], "+.3f"),
             )
             lines.append(f"* {POOLS[pool]}: {ours} {outcome(row)} {theirs} ({shown}).")
-    for pool, words in POOLS.items():
-        for kind, chain in record["monotonicity"][pool].items():
-            shown = with_interval(chain["monotone"], ".2f")
-            lines.append(
-                f"* {words}: {kind} never falls along the family in {shown} of the assays."
-            )
     return "\n".join(lines)
 
 
@@ -122,15 +128,18 @@ def outcome(row: Record) -> str:
     return "is better than" if row["difference"]["value"] > 0 else "is worse than"
 
 
-def location_table(record: Record) -> str:
-    found = record["locations"]
-    rows = [["embedding", "accuracy", f"difference to {found['reference']}"]]
-    for name, cell in found["results"].items():
-        accuracy = with_interval(cell["accuracy"], ".3f")
-        rows.append([name, accuracy, with_interval(cell["difference"], "+.3f")])
+def task_table(name: str, found: Record) -> str:
+    """Accuracy and macro-F1 of every representation in one task."""
+    head = ["embedding", "accuracy", "macro-F1"]
+    rows = [[*head, f"difference in accuracy to {found['reference']}"]]
+    for embedding, cell in found["results"].items():
+        shown = [with_interval(cell[key], ".3f") for key in ("accuracy", "macro_f1")]
+        rows.append([embedding, *shown, with_interval(cell["difference"], "+.3f")])
+    proteins, count = found["proteins"], found["rows"]
+    rows_of = f"{count['train']:,} rows of {proteins['train']:,} proteins to train on"
     intro = (
-        f"Subcellular location, {len(found['classes'])} classes, {found['n_train']:,} proteins to"
-        f" train on and {found['n_test']:,} to test on; the largest class alone scores"
+        f"{name.replace('_', ' ').capitalize()}, {len(found['classes'])} classes: {rows_of},"
+        f" {count['test']:,} of {proteins['test']:,} to test on; the largest class alone scores"
         f" {found['majority_accuracy']:.3f}:"
     )
     return f"{intro}\n\n{markdown(rows)}"
@@ -147,6 +156,12 @@ def benchmark(record: Record) -> str:
     for case in record.get("stream", {}).get("cases", []):
         what = f"one stage 320 → 480 of {record['stream']['rows']:,} residues"
         ratio_row(f"{what}, {case['threads']} thread(s)", case["ratio"])
+        if case["threads"] == 1 and (used := case.get("cpu_seconds_per_million")):
+            shown = f"{used['ours']:.1f} s (scikit-learn {used['theirs']:.1f} s)"
+            rows.append(["CPU time of it for 1,000,000 residues", shown, f"{used['bar']} s"])
+    if error := record.get("stream", {}).get("error_of_eigenvalues"):
+        shown, bar = f"{error['largest_relative']:.1e}", f"{error['bar']:.0e}"
+        rows.append(["largest relative error of an eigenvalue by float32 products", shown, bar])
     if found := record.get("memory"):
         imports = f"{found['bytes_after_import'] / 1e6:.0f} MB"
         for residues, peak in found["peak_bytes"].items():
@@ -160,6 +175,15 @@ def benchmark(record: Record) -> str:
                 rows.append([what, f"{value:.3f}", bar])
         rate = found["false_verdicts"]
         rows.append(["false verdicts at 12 assays", f"{rate['share']:.1%}", f"{rate['bar']:.0%}"])
+    names = {
+        "own": "our chain",
+        "corrected": "scalers fitted pair by pair, corrected",
+        "as_released": "the same scalers applied as released",
+    }
+    for kind, by_size in record.get("released", {}).get("held_out_r2", {}).items():
+        for size, r2 in list(by_size.items())[1:]:
+            what = f"held-out R² of raw {size} from the prefix, and from all: {names[kind]}"
+            rows.append([what, f"{r2['regression']:.3f}, {r2['reconstruction']:.3f}", ""])
     for case in record.get("ridge", {}).get("cases", []):
         ratio_row(f"ridge path, {case['n']:,} mutants x {case['d']:,}", case["ratio"])
     return markdown(rows)

@@ -22,13 +22,7 @@ import tyro
 
 from distil_rank.core.devices import Group, process_group
 from distil_rank.core.errors import InputError
-from distil_rank.core.records import (
-    Record,
-    read_json,
-    require_writable,
-    sha256,
-    write_json,
-)
+from distil_rank.core.records import Record, read_json, require_writable, sha256, write_json
 from distil_rank.nested.chain import FILE, NestedChain
 from distil_rank.nested.rows import StoreRows
 from distil_rank.nested.sources import chain_models, raw_store
@@ -58,12 +52,9 @@ def run(config: Config) -> None:
     """Write or complete the store `config.out`. InputError before anything is written."""
     chain = NestedChain.load(config.chain)
     needed = chain.sizes_for(config.dim)
-    fitted = {known["pool"] for known in chain.record.get("models", {}).values()}
-    if (config.pool == "bos") != (fitted == {"bos"}):  # another space, and a map that is not its
-        got = f"--pool {config.pool} for one of {', '.join(fitted)}; fit one with --rows bos"
-        raise InputError(
-            f"<cls> by a chain of <cls>, residues by one of residues required, got {got}"
-        )
+    if config.pool == "bos":  # another space, and a map that is not its
+        required = "--pool mean or residues, what a chain is fitted on, required"
+        raise InputError(f"{required}, got bos; embed <cls> with one model")
     loaders = chain_models(chain, config.models)
     if missing := [size for size in needed if size not in loaders]:
         required = f"models for {', '.join(needed)} required"
@@ -76,17 +67,9 @@ def run(config: Config) -> None:
     require_writable(config.out)
     finished = (config.out / INDEX).exists()
     with process_group(config.device) as group:
+        raw = config.out / "raw"
         stores = {
-            size: raw_store(
-                config.fasta,
-                loaders[size].source,
-                config.out / "raw" / size,
-                pool=config.pool,
-                store_dtype=config.store_dtype,
-                long=config.long,
-                max_length=config.max_length,
-                device=config.device,
-            )
+            size: raw_store(config.fasta, loaders[size].source, raw / size, config.pool, config)
             for size in needed
             if not finished
         }

@@ -9,18 +9,18 @@ NAME.csv (mutant,score) beside NAME.fasta (the wild type). Every mutant is embed
 ridge on mean-pooled and on mutated-position embeddings, three cross-validation schemes
 (random, modulo, contiguous), penalty by nested cross-validation, Spearman over all out-of-fold
 predictions of an assay, in units of the training folds. The unit of every interval and test is the
-assay. Writes OUT/nested_summary.json and draws OUT/nested_report.png from it. Interrupted? Run the
+assay. --locations and --residues add classification of proteins and residues (nested/tasks.py).
+Writes OUT/nested_summary.json and draws OUT/nested_report.png from it. Interrupted? Run the
 same command again: what has been embedded and scored is kept in CHAIN/probe/, which may be deleted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from torch import Tensor
 
 from distil_rank.core.devices import process_group
 from distil_rank.core.moments import Moments
@@ -32,15 +32,17 @@ from distil_rank.core.records import (
     sha256,
     write_json,
 )
-from distil_rank.core.resume import Cache
+from distil_rank.core.resume import Cache, fingerprint
 from distil_rank.nested.chain import FILE, NestedChain
 from distil_rank.nested.command_fit import HELD_OUT, MOMENTS
 from distil_rank.nested.compare import summary
-from distil_rank.nested.features import Representation, raw_features, representations
-from distil_rank.nested.locations import Located, accuracies, composition, hits, read_locations
+from distil_rank.nested.features import raw_features, representations
 from distil_rank.nested.probe import score_assay
 from distil_rank.nested.report import SCHEMA, SUMMARY, comparison_table, draw
-from distil_rank.nested.sources import chain_models
+from distil_rank.nested.rows import StoreRows
+from distil_rank.nested.sources import Loader, chain_models, raw_store
+from distil_rank.nested.tasks import SIDES, Task, measure, read_locations, read_residues
+from distil_rank.proteins.fasta import Protein, write_fasta
 from distil_rank.proteins.variants import Assay, read_assays
 
 
@@ -51,6 +53,7 @@ class Config:
     out: Path  # where to write
     mutants: int | None = None  # at most this many mutants an assay, drawn at random
     locations: tuple[Path, ...] = ()  # two FASTA files with locations in the headers: train, test
+    residues: tuple[Path, ...] = ()  # NAME_sampled.fasta files of classes, a letter per residue
     max_proteins: int | None = None  # at most this many proteins, drawn at random
     models: tuple[str, ...] = ()  # models by name, file or folder, smallest first
     seed: int = 0  # of everything random
@@ -60,15 +63,17 @@ class Config:
 def run(config: Config) -> None:
     """Score every representation and write summary and report. InputError before work starts."""
     chain = NestedChain.load(config.chain)
-    loaders = list(chain_models(chain, config.models).values())
+    loaders = chain_models(chain, config.models)
     assays = read_assays(config.dms, config.mutants, config.seed)
-    located = read_locations(config.locations, config.max_proteins, config.seed)
+    tasks = _tasks(config)
     moments, held_out = (Moments.load(config.chain / name) for name in (MOMENTS, HELD_OUT))
     require_writable(config.out)
     cache = Cache(require_writable(config.chain / "probe"))
     with process_group(config.device) as group:
         compared = representations(chain, moments, held_out, seed=config.seed)
-        embedded = partial(raw_features, loaders=loaders, cache=cache, device=group.device)
+        embedded = partial(
+            raw_features, loaders=list(loaders.values()), cache=cache, device=group.device
+        )
 
         def scored(assay: Assay) -> Record:
             names = [r.name for r in compared]
@@ -83,15 +88,13 @@ def run(config: Config) -> None:
         longest = sorted(assays, key=lambda a: -len(a.mutants) * len(a.wild_type))
         for assay in longest[group.rank :: group.world]:
             scored(assay)
+        stores = [_stores(config, loaders, task) for task in tasks]
         group.barrier()
         if group.rank == 0:
             scores = {assay.name: scored(assay) for assay in assays}
             record = {
                 "schema": SCHEMA,
-                "config": {
-                    **config_record(config),
-                    "models": [Path(m).name for m in config.models],
-                },
+                "config": config_record(config),
                 "seeds": [config.seed],
                 "data": _data(config, chain, assays),
                 "chain": _described(chain),
@@ -99,8 +102,11 @@ def run(config: Config) -> None:
                 "environment": environment(group.device),
                 "machine_dependent": ["environment"],
             }
-            if located:
-                record["locations"] = _locations(config, chain, compared, located, embedded)
+            own = f"{chain.kind}_{chain.sizes[-1]}"
+            record["tasks"] = {
+                task.name: measure(task, rows, compared, own, config.seed)
+                for task, rows in zip(tasks, stores)
+            }
             write_json(config.out / SUMMARY, record)
             print(f"{comparison_table(record)}\n\n{draw(config.out)}")
         group.barrier()
@@ -130,42 +136,27 @@ def _data(config: Config, chain: NestedChain, assays: Sequence[Assay]) -> Record
                 "sha256": sha256(config.dms / f"{assay.name}.csv"),
                 "measured": assay.measured,
                 "used": len(assay.mutants),
-                "length": len(assay.wild_type),
-                "official_folds": sorted(assay.folds),
-                "function": assay.function,
             }
             for assay in assays
         ],
     }
 
 
-def _locations(
-    config: Config,
-    chain: NestedChain,
-    compared: Sequence[Representation],
-    located: tuple[Located, Located],
-    embedded: partial[dict[str, dict[str, Tensor]]],
-) -> Record:
-    train, test = located
-    raws = [
-        embedded(f"locations-{side}", part.sequences, None)["mean"]
-        for side, part in zip(("train", "test"), located)
-    ]
-    features = {
-        r.name.partition("#")[0]: (r.features(raws[0]), r.features(raws[1]))
-        for r in compared
-        if r.draw in (None, 0)
-    }
-    features["composition"] = composition(train), composition(test)
-    correct = {name: hits(a, b, located) for name, (a, b) in features.items()}
-    own = f"{chain.kind}_{chain.sizes[-1]}"
-    most = int(train.labels.bincount().argmax())
-    return {
-        "classes": train.classes,
-        "n_train": len(train.labels),
-        "n_test": len(test.labels),
-        "sha256": [sha256(path) for path in config.locations],
-        "majority_accuracy": float((test.labels == most).double().mean()),
-        "reference": own,
-        "results": accuracies(correct, own, config.seed),
-    }
+def _tasks(config: Config) -> list[Task]:
+    found = [read_residues(path, config.max_proteins, config.seed) for path in config.residues]
+    if config.locations:
+        found.insert(0, read_locations(config.locations, config.max_proteins, config.seed))
+    return found
+
+
+def _stores(config: Config, loaders: Mapping[str, Loader], task: Task) -> dict[str, StoreRows]:
+    """Embeddings of the task's proteins by every size, kept beside the chain."""
+    sequences = [sequence for side in SIDES for sequence, _ in task.proteins[side]]
+    folder = config.chain / "probe" / f"{task.name}.{fingerprint(sequences)[:16]}"
+    fasta = require_writable(folder) / "proteins.fasta"
+    write_fasta(fasta, (Protein(str(i), str(i), s) for i, s in enumerate(sequences)))
+    stores = {}
+    for size, loader in loaders.items():
+        loader.load()  # that it is the model the chain was fitted on
+        stores[size] = raw_store(fasta, loader.source, folder / size, task.pool, config)
+    return stores

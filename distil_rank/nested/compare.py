@@ -25,14 +25,6 @@ def over_assays(values: ArrayLike, seed: int) -> Metric:
     return mean_interval(x, generator(seed, "bootstrap", len(x)), higher_is_better=True)
 
 
-def share(successes: float, n: int) -> Metric:
-    """A proportion with Wilson's (1927) 95 % interval."""
-    from statsmodels.stats.proportion import proportion_confint
-
-    low, high = proportion_confint(successes, n, method="wilson")
-    return interval(successes / n, max(0.0, float(low)), min(1.0, float(high)), True, n=n)
-
-
 def wilcoxon(ours: ArrayLike, theirs: ArrayLike) -> float:
     """Two-sided p of Wilcoxon's signed-rank test on paired assays; 1 where all are tied."""
     from scipy import stats
@@ -42,10 +34,17 @@ def wilcoxon(ours: ArrayLike, theirs: ArrayLike) -> float:
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float], seed: int) -> Record:
-    """Difference and win rate over assays, in one order of assays. Ties are half a win."""
+    """Difference and win rate over assays, in one order of assays. Ties are half a win.
+
+    The interval of the win rate is Wilson's (1927).
+    """
+    from statsmodels.stats.proportion import proportion_confint
+
     difference = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
-    wins = float((difference > 0).sum() + 0.5 * (difference == 0).sum())
-    return {"difference": over_assays(difference, seed), "win_rate": share(wins, len(difference))}
+    n, wins = len(difference), float((difference > 0).sum() + 0.5 * (difference == 0).sum())
+    low, high = proportion_confint(wins, n, method="wilson")
+    rate = interval(wins / n, max(0.0, float(low)), min(1.0, float(high)), True, n=n)
+    return {"difference": over_assays(difference, seed), "win_rate": rate}
 
 
 def compare(
@@ -70,19 +69,6 @@ def compare(
     for row, p, adjusted in zip(rows, raw, holm):
         row |= {"wilcoxon_p": p, "holm_p": float(adjusted)}
     return rows
-
-
-def monotonicity(chain: Sequence[Sequence[float]], seed: int) -> Record:
-    """How often more dimensions mean more; `chain[i]`: scores per assay at the i-th size.
-
-    `monotone`: share of assays whose score never falls along the chain, smallest first; `steps`:
-    mean gain of every step.
-    """
-    steps = np.diff(np.asarray(chain, dtype=float), axis=0)
-    return {
-        "monotone": share(float((steps >= 0).all(0).sum()), steps.shape[1]),
-        "steps": [over_assays(step, seed) for step in steps],
-    }
 
 
 Pairs = list[tuple[str, str]]
@@ -134,57 +120,35 @@ def summary(
     Random completions count as one representation: the mean of the draws.
     """
     rows = {"one-hot": {"name": "one-hot", "kind": "one-hot", "dim": 0}}
-    for r in sorted(compared, key=lambda r: r.draw is not None):
+    for r in compared:
         name = r.name.partition("#")[0]
         rows[name] = {"name": name, "kind": r.kind, "dim": r.dim}
-    cells = {pool: {name: _cells(scores, pool, name) for name in rows} for pool in POOLS}
-    by_assay = {
-        pool: {name: cell.mean(1).tolist() for name, cell in named.items()}
-        for pool, named in cells.items()
-    }
-    means = {
-        pool: {
-            name: {
-                "mean": over_assays(by_assay[pool][name], seed),
-                **{s: over_assays(column, seed) for s, column in zip(SCHEMES, cell.T)},
-            }
-            for name, cell in named.items()
-        }
-        for pool, named in cells.items()
-    }
-    pairs = (
-        [(f"{p}/{a}", f"{p}/{b}") for p in POOLS for a, b in part] for part in planned_pairs(chain)
-    )
-    contrasts, described = pairs
-    flat = {f"{pool}/{name}": v for pool, named in by_assay.items() for name, v in named.items()}
-    families = {"nested": chain.kind, "raw": "raw"}
-    record = {
+    record: Record = {
         "representations": list(rows.values()),
         "assays": [assay.name for assay in assays],
         "schemes": list(SCHEMES),
-        "spearman": means,
-        "spearman_by_assay": by_assay,
-        "comparisons": compare(flat, contrasts, seed, described),
-        "monotonicity": {
-            pool: {
-                family: monotonicity([named[f"{kind}_{size}"] for size in chain.sizes], seed)
-                for family, kind in families.items()
-            }
-            for pool, named in by_assay.items()
-        },
+        "spearman": {pool: {} for pool in POOLS},
+        "spearman_by_assay": {pool: {} for pool in POOLS},
+        "leaderboard": {pool: {} for pool in POOLS},
     }
-    if any(assay.function for assay in assays):
-        record["leaderboard"] = {
-            pool: {
-                name: {
-                    **leaderboard(cell.mean(1), assays),
-                    **{s: leaderboard(c, assays)["mean"] for s, c in zip(SCHEMES, cell.T)},
-                }
-                for name, cell in named.items()
+    flat = {}
+    for pool in POOLS:
+        for name in rows:
+            cell = _cells(scores, pool, name)
+            by_scheme = {"mean": cell.mean(1), **dict(zip(SCHEMES, cell.T))}
+            flat[f"{pool}/{name}"] = by_assay = by_scheme["mean"].tolist()
+            record["spearman_by_assay"][pool][name] = by_assay
+            record["spearman"][pool][name] = {
+                scheme: over_assays(column, seed) for scheme, column in by_scheme.items()
             }
-            for pool, named in cells.items()
-        }
-    return record
+            schemes = {s: leaderboard(c, assays)["mean"] for s, c in zip(SCHEMES, cell.T)}
+            record["leaderboard"][pool][name] = {**leaderboard(by_assay, assays), **schemes}
+    if not any(assay.function for assay in assays):
+        del record["leaderboard"]
+    contrasts, described = (
+        [(f"{p}/{a}", f"{p}/{b}") for p in POOLS for a, b in part] for part in planned_pairs(chain)
+    )
+    return {**record, "comparisons": compare(flat, contrasts, seed, described)}
 
 
 def _cells(scores: Mapping[str, Record], pool: str, name: str) -> NDArray[np.float64]:

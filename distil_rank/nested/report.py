@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,31 +69,18 @@ def decided(row: Record) -> bool:
     return row.get("holm_p", 1) < 0.05 and row["difference"]["n"] >= 6
 
 
-def stage_scores(chain: Record) -> Record:
-    """R^2 of every stage: on held-out proteins, or on the fitted rows where none were held out."""
-    if chain["held_out_r2"]:
-        return chain["held_out_r2"]
-    return {
-        size: {
-            kind: {"value": v, "low": v, "high": v}
-            for kind, v in (r2["held_out"] or r2["fit"]).items()
-        }
-        for size, r2 in chain["r2"].items()
-    }
-
-
 def draw(folder: Path) -> Path:
     """Draw the figure of the summary in `folder`, beside it."""
     record = read_json(folder / SUMMARY, SCHEMA)
     with drawn(folder / FIGURE, (15, 15.5), 130) as figure:
         figure.set_layout_engine("constrained")
-        parts: Any = figure.subfigures(3, 1, height_ratios=[1, 1.1, 1.55], hspace=0.03)
-        top, middle, bottom = parts
-        upper = top.subplots(1, 3 if record.get("locations") else 2)
-        stages(upper[0], record)
-        schemes(upper[1], record, "site")
-        if record.get("locations"):
-            located(upper[2], record)
+        tasks = record.get("tasks", {})
+        heights = [1] * bool(tasks) + [1.1, 1.55]
+        parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0.03)
+        *top, middle, bottom = parts
+        for part in top:
+            for axis, name in zip(part.subplots(1, len(tasks), squeeze=False)[0], tasks):
+                task(axis, record, name)
         axes = middle.subplots(1, 2)
         for axis, pool in zip(axes, POOLS):
             cells = {name: cell["mean"] for name, cell in record["spearman"][pool].items()}
@@ -104,15 +90,12 @@ def draw(folder: Path) -> Path:
         axes[1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=1.6)
         for axis, pool in zip(bottom.subplots(1, 2, sharey=True), POOLS):
             forest(axis, record, pool)
-        figure.suptitle(title(record), x=0.012, ha="left", fontsize=15, fontweight="bold")
+        models = [m["model"] for m in record["data"]["models"].values()]
+        names = ", ".join(models or record["chain"]["dims"])
+        title = f"Nested embeddings of {names}: what every dimension is worth"
+        figure.suptitle(title, x=0.012, ha="left", fontsize=15, fontweight="bold")
         figure.supxlabel(caption(record), x=0.012, ha="left", fontsize=9, color=QUIET)
     return folder / FIGURE
-
-
-def title(record: Record) -> str:
-    models = [m["model"] for m in record["data"]["models"].values()]
-    names = ", ".join(models or record["chain"]["dims"])
-    return f"Nested embeddings of {names}: what every dimension is worth"
 
 
 def caption(record: Record) -> str:
@@ -132,36 +115,10 @@ def caption(record: Record) -> str:
     )
 
 
-def stages(axis: Any, record: Record) -> None:
-    """What is left unexplained of each size, 1 - R^2: by the prefix, and with new directions."""
-    found, dims = stage_scores(record["chain"]), record["chain"]["dims"]
-    color = KINDS[record["chain"]["regression"]][1]
-    labels = {"regression": "from the prefix alone", "reconstruction": "with the new directions"}
-    for kind, face, side in (("regression", "white", -1), ("reconstruction", color, 1)):
-        for i, values in enumerate(found.values()):
-            at = i + 0.06 * side
-            v = {end: max(1 - values[kind][end], 1e-9) for end in ("value", "low", "high")}
-            axis.plot([at] * 2, [v["low"], v["high"]], color=color, lw=2, zorder=2)
-            axis.plot(at, v["value"], "o", ms=9, mfc=face, mec=color, mew=1.8, zorder=3)
-            text: Any = {"textcoords": "offset points", "xytext": (9 * side, 0), "va": "center"}
-            text["ha"] = "right" if side < 0 else "left"
-            axis.annotate(f"{v['value']:.2g}", (at, v["value"]), **text)
-        axis.plot([], [], "o", ms=8, mfc=face, mec=color, mew=1.8, label=labels[kind])
-    ticks = [f"{a} → {b}\n({dims[a]} → {dims[b]} dims)" for a, b in pairwise(dims)]
-    axis.set_xticks(range(len(found)), ticks)
-    axis.set_xlim(-0.6, len(found) - 0.4)
-    axis.set_yscale("log")
-    axis.margins(y=0.18)
-    where = "held-out proteins" if record["chain"]["held_out_r2"] else "fitted rows"
-    axis.set_ylabel(f"1 − R² of the larger raw embedding, {where}")
-    axis.grid(axis="x", visible=False)
-    axis.legend(loc="center left")
-    axis.set_title("The prefix predicts, the new block completes")
-
-
 def by_dimension(axis: Any, record: Record, cells: Mapping[str, Record]) -> None:
     """A line a kind of embedding against dimension; the chain's own with its intervals."""
-    own, control = record["chain"]["regression"], cells.get("one-hot") or cells.get("composition")
+    own = record["chain"]["regression"]
+    controls = [name for name in ("one-hot", "one-hot-window", "composition") if name in cells]
     for kind, (label, color) in KINDS.items():
         rows = [r for r in record["representations"] if r["kind"] == kind and r["dim"]]
         points = sorted((r["dim"], r["name"]) for r in rows if r["name"] in cells)
@@ -176,11 +133,11 @@ def by_dimension(axis: Any, record: Record, cells: Mapping[str, Record]) -> None
         if kind == own:
             low, high = ([cell[end] for cell in found] for end in ("low", "high"))
             axis.fill_between(dims, low, high, color=color, alpha=0.1, lw=0)
-    if control:
-        name = "one-hot" if "one-hot" in cells else "amino-acid composition"
-        axis.axhline(control["value"], color=PALE, lw=1.5, ls=(0, (5, 3)))
+    for name in controls:
+        at = cells[name]["value"]
+        axis.axhline(at, color=PALE, lw=1.5, ls=(0, (5, 3)))
         where: Any = {"transform": axis.get_yaxis_transform(), "ha": "right", "va": "bottom"}
-        axis.text(1, control["value"], f"{name} ", fontsize=9, color=QUIET, **where)
+        axis.text(1, at, f"{name} ", fontsize=9, color=QUIET, **where)
     widest = max(row["dim"] for row in record["representations"])
     ticks = sorted({*record["chain"]["dims"].values(), widest})
     axis.set_xscale("log")
@@ -189,30 +146,12 @@ def by_dimension(axis: Any, record: Record, cells: Mapping[str, Record]) -> None
     axis.set_xlabel("dimensions")
 
 
-def located(axis: Any, record: Record) -> None:
-    """Accuracy of the location probe against dimension."""
-    found = record["locations"]
+def task(axis: Any, record: Record, name: str) -> None:
+    """Accuracy of one task against dimension."""
+    found = record["tasks"][name]
     by_dimension(axis, record, {name: c["accuracy"] for name, c in found["results"].items()})
     axis.set_ylabel("accuracy on test proteins")
-    axis.set_title(f"Subcellular location, {len(found['classes'])} classes")
-
-
-def schemes(axis: Any, record: Record, pool: str) -> None:
-    """Spearman by cross-validation scheme for the widest representations."""
-    own, last = record["chain"]["regression"], list(record["chain"]["dims"])[-1]
-    names = ["one-hot", f"raw_{last}", f"{own}_{last}", "concatenation"]
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        cells = [record["spearman"][pool][name][s] for s in record["schemes"]]
-        at = [j + (i - (len(names) - 1) / 2) * width for j in range(len(cells))]
-        label, color = KINDS[name.partition("_")[0]]
-        axis.bar(at, [c["value"] for c in cells], width * 0.9, color=color, label=label)
-    axis.axhline(0, color=INK, lw=0.8)
-    axis.set_xticks(range(len(record["schemes"])), record["schemes"])
-    axis.grid(axis="x", visible=False)
-    axis.set_ylabel("Spearman")
-    axis.legend(fontsize=9)
-    axis.set_title(f"By scheme, {POOLS[pool]}")
+    axis.set_title(f"{name.replace('_', ' ').capitalize()}, {len(found['classes'])} classes")
 
 
 def forest(axis: Any, record: Record, pool: str) -> None:
@@ -225,14 +164,7 @@ def forest(axis: Any, record: Record, pool: str) -> None:
         axis.plot([d["low"], d["high"]], [i, i], color=color, lw=2.2)
         face = color if sure else "white"
         axis.plot(d["value"], i, "o", ms=8, mfc=face, mec=color, mew=1.8, zorder=3)
-        holm = row.get("holm_p")
-        p = (
-            ""
-            if holm is None
-            else "p < .001"
-            if holm < 0.001
-            else f"p = {holm:.3f}".replace("0.", ".")
-        )
+        p = f"p = {row['holm_p']:.3f}" if "holm_p" in row else ""
         text = f"{d['value']:+.3f}   {w['value']:>4.0%} [{w['low']:.0%}, {w['high']:.0%}]   {p}"
         axis.text(1.015, i, text, va="center", **beside)
     axis.axvline(0, color=INK, lw=1)

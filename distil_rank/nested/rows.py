@@ -128,18 +128,18 @@ def as_rows(stores: Mapping[str, Rows | Tensor | np.ndarray]) -> dict[str, Rows]
         raise InputError(f"at least two sizes required, got {got}; add a larger or a smaller model")
     (first, base), *others = rows.items()
     for name, other in others:
-        for i, (a, b) in enumerate(zip_longest(base.keys, other.keys), start=1):
-            if a != b:
+        pairs = zip_longest(zip(base.keys, base.lengths), zip(other.keys, other.lengths))
+        for i, (a, b) in enumerate(pairs, start=1):
+            if a is None or b is None or a[0] != b[0]:
                 raise InputError(
                     f"the same proteins in the same order required in {first} and {name}, got"
                     f" others from number {i} on; embed the same FASTA"
                 )
-        for i, (a, b) in enumerate(zip(base.lengths, other.lengths), start=1):
-            if a != b:
+            if a[1] != b[1]:
                 raise InputError(
-                    f"one row per residue in every size required, got {a} rows in {first} and {b}"
-                    f" in {name} for protein {i}: different tokenization, pooling or truncation;"
-                    " embed both the same way"
+                    f"one row per residue in every size required, got {a[1]} rows in {first} and"
+                    f" {b[1]} in {name} for protein {i}: different tokenization, pooling or"
+                    " truncation; embed both the same way"
                 )
     return rows
 
@@ -168,8 +168,8 @@ def batches(lengths: Sequence[int], start: int, stop: int, rows: int) -> Iterato
 
 
 def read_joined(rows: Mapping[str, Rows], start: int, stop: int) -> Tensor:
-    """All sizes side by side (rows, sum of widths), float64, for proteins start ... stop - 1."""
-    return torch.cat([source.read(start, stop) for source in rows.values()], 1).double()
+    """All sizes side by side (rows, sum of widths) for proteins start ... stop - 1."""
+    return torch.cat([source.read(start, stop) for source in rows.values()], 1)
 
 
 def joint_moments(
@@ -178,12 +178,14 @@ def joint_moments(
     checkpoint: Checkpoint | None = None,
     shard: tuple[int, int] = (0, 1),
     progress: Callable[[int], object] | None = None,
+    exact: bool = False,
 ) -> tuple[Moments, Moments]:
     """Moments of all sizes side by side over the fitted and over the held-out proteins.
 
     Memory O((sum of widths)^2), whatever the number of rows. `shard` (i, n) takes the i-th of n
     equal runs of proteins; shards are merged with `Moments.merge`. With `checkpoint`, a killed pass
-    goes on where it was, with an equal result. `progress` is called with the rows done.
+    goes on where it was, with an equal result. `progress` is called with the rows done. With
+    `exact`, products are in float64 too.
     """
     if not 0 <= held_out < 1:
         raise InputError(f"a held-out fraction in [0, 1) required, got {held_out}")
@@ -202,8 +204,8 @@ def joint_moments(
         x = read_joined(rows, first, last)
         is_out = out[first:last].repeat_interleave(lengths[first:last])
         try:  # the moments refuse what is not finite: one pass less over the rows
-            fitted.update(x[~is_out] if bool(is_out.any()) else x)
-            other.update(x[is_out])
+            fitted.update(x[~is_out] if bool(is_out.any()) else x, exact=exact)
+            other.update(x[is_out], exact=exact)
         except ValueError:
             bad = [n for n, part in rows.items() if not part.read(first, last).isfinite().all()]
             got = f"NaN or infinity in {', '.join(bad)}; embed again in float32"

@@ -91,10 +91,15 @@ def chain_models(chain: NestedChain, models: Sequence[str] = ()) -> dict[str, Lo
     }
 
 
-def raw_store(fasta: Path, model: str, out: Path, **options: Any) -> StoreRows:
-    """Embed proteins with one model, or complete the store that was begun."""
-    out.parent.mkdir(exist_ok=True)
-    command_embed.run(command_embed.Config(fasta, model, out, **options))
+def raw_store(fasta: Path, model: str, out: Path, pool: Any, config: Any) -> StoreRows:
+    """Embed proteins with one model, or complete the store that was begun.
+
+    `config` is that of the command, whose flags of embedding are those of `distil-rank embed`.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shared = "store_dtype", "long", "max_length", "device"
+    options = {name: getattr(config, name) for name in shared if hasattr(config, name)}
+    command_embed.run(command_embed.Config(fasta, model, out, pool, **options))
     return StoreRows(out)
 
 

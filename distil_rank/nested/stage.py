@@ -3,12 +3,12 @@
 With z = nested_r (k_r,) and x = raw_p (k_p,), and nothing but their joint moments:
 
     f(z) = mean_x + W (z - mean_z)          regression of x on z
-    R    = (x - f(z)) / scale               residual, in units of `scale` (ones unless scaled)
+    R    = x - f(z)                         residual
     V    = the m leading eigenvectors of Cov R
     nested_p = [z, V^T R]
 
 The mean of R is zero on the fitted rows, so V^T R is a plain PCA of the residual. The
-reconstruction of x is f(z) + scale V V^T R; its error is exactly the sum of Cov R's remaining
+reconstruction of x is f(z) + V V^T R; its error is exactly the sum of Cov R's remaining
 eigenvalues. With OLS the new block is uncorrelated with z, and no representation of the same width
 that keeps z reconstructs x better; with PCR that holds towards the kept components.
 
@@ -17,8 +17,8 @@ C = Q^T Cov(z, x) and filter factors f in [0, 1]:
 
     W^T = Q diag(f / L) C      ols: f = 1; pcr: f = 1 for the first q; ridge: f = L / (L + penalty)
 
-Directions of z whose variance is below eps * k * L_1 (numerically null: LayerNorm outputs have one)
-get f = 0.
+Directions of z whose variance is below 1e-8 L_1 (numerically null: LayerNorm outputs have one) get
+f = 0.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from distil_rank.core.moments import Moments
 REGRESSIONS = ("ols", "ridge", "pcr")
 COMPONENTS = ("mp", "held-out")
 PENALTIES = torch.logspace(-10, 3, 66, dtype=torch.float64)  # of the mean eigenvalue of Cov z
-EPS = torch.finfo(torch.float64).eps
+NULL = 1e-8  # of the largest variance: what float32 products leave of a direction without any
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,6 @@ class Stage:
     mean_prefix: Tensor  # (k_r,)
     mean_large: Tensor  # (k_p,)
     weight: Tensor  # W (k_p, k_r)
-    scale: Tensor  # (k_p,)
     directions: Tensor  # V (k_p, m), orthonormal columns, signs fixed
     eigenvalues: Tensor  # of Cov R, all of them, descending (k_p,)
     fit: Fit  # how W was chosen
@@ -67,29 +66,28 @@ class Stage:
 
     def block(self, z: Tensor, x: Tensor, count: int | None = None) -> Tensor:
         """The first `count` new coordinates V^T R (..., count), float64."""
-        V, W = self.directions[:, :count].to(z.device), self.weight.to(z.device)
-        A = (V / self.scale.to(z.device)[:, None]).T  # (count, k_p); no k_p-wide residual is formed
+        A = self.directions[:, :count].T.to(z.device)  # (count, k_p): no wide residual
         centered_z = z.double() - self.mean_prefix.to(z.device)
         centered_x = x.double() - self.mean_large.to(z.device)
-        return centered_x @ A.T - centered_z @ (A @ W).T
+        return centered_x @ A.T - centered_z @ (A @ self.weight.to(z.device)).T
 
     def reconstruct(self, z: Tensor, block: Tensor) -> Tensor:
         """raw_p (..., k_p) from the prefix and the first new coordinates (..., <= m), float64."""
         z, block = z.double(), block.double()
         V, W = self.directions[:, : block.shape[-1]].to(z.device), self.weight.to(z.device)
         predicted = self.mean_large.to(z.device) + (z - self.mean_prefix.to(z.device)) @ W.T
-        return predicted + (block @ V.T) * self.scale.to(z.device)
+        return predicted + block @ V.T
 
     def extended(self, nested: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """The affine map from raw embeddings side by side to nested_p, from that to nested_r."""
-        A = (self.directions / self.scale[:, None]).T
+        A = self.directions.T
         B = A @ self.weight
         old = torch.cat([nested, nested.new_zeros(len(nested), A.shape[1])], 1)
         matrix = torch.cat([old, torch.cat([-B @ nested, A], 1)])
         return matrix, torch.cat([shift, B @ (self.mean_prefix - shift) - A @ self.mean_large])
 
     def scores(self, joint: Moments) -> dict[str, float]:
-        """R^2 of raw_p on the rows behind the joint moments of [z, x], in the stage's units.
+        """R^2 of raw_p on the rows behind the joint moments of [z, x].
 
         `regression`: from the prefix alone; `reconstruction`: from the prefix and the new block.
         """
@@ -105,7 +103,6 @@ def fit_stage(
     added: int,
     regression: str = "ols",
     components: str | int = "mp",
-    scale_features: bool = False,
     held_out: Moments | None = None,
     random: torch.Generator | None = None,
     name: str = "stage",
@@ -113,22 +110,14 @@ def fit_stage(
     """Fit a step from the joint moments of [nested_r, raw_p].
 
     `prefix` = k_r, `added` = m. `components` (of pcr) is mp, held-out or a number; `held_out` are
-    the joint moments of other proteins. `scale_features` works in units of standard deviations, so
-    that outlier features do not rule. With `random`, V is a random orthonormal completion instead
+    the joint moments of other proteins. With `random`, V is a random orthonormal completion instead
     of the residual's PCA (a baseline). InputError where the rows do not determine m directions.
     """
     large = joint.dim - prefix
     if not (1 <= prefix < joint.dim and 1 <= added <= large):
         required = f"1 <= prefix < {joint.dim} and 1 <= added <= {large}"
         raise ValueError(f"{required} required, got {prefix} and {added}")
-    scale, scaled, scaled_held_out = torch.ones_like(joint.mean), joint, held_out
-    if scale_features:
-        deviation = joint.covariance.diagonal().sqrt()
-        scale = torch.where(deviation > 0, deviation, 1.0)  # a constant feature has no unit
-        unit = scale.reciprocal().diag()
-        scaled = joint.mapped(unit)
-        scaled_held_out = None if held_out is None else held_out.mapped(unit)
-    scaled_weight, fit = regress(scaled, prefix, regression, components, scaled_held_out)
+    weight, fit = regress(joint, prefix, regression, components, held_out)
     regressors = {"ols": prefix, "ridge": 0}.get(regression, fit.components or 0)
     needed = regressors + added + 1
     if joint.count < needed:
@@ -137,13 +126,12 @@ def fit_stage(
             f" and a mean), got {joint.count:.0f}; give more proteins, or ask for fewer components"
             " or directions"
         )
-    weight = scale[prefix:, None] * scaled_weight / scale[:prefix]
     none = joint.mean.new_zeros(large, 0)
     means = joint.mean[:prefix], joint.mean[prefix:]
-    stage = Stage(*means, weight, scale[prefix:], none, joint.mean, fit)
+    stage = Stage(*means, weight, none, joint.mean, fit)
     residual, variance = residual_covariance(joint, stage)
     eigenvalues, basis = (t.flip(-1) for t in torch.linalg.eigh(residual))
-    carrying = int((eigenvalues > EPS * joint.dim * variance).sum())
+    carrying = int((eigenvalues > 0.1 * NULL * variance).sum())
     if random is None and carrying < added:
         raise InputError(
             f"{name}: a residual of {added} directions required, got {carrying} that carry"
@@ -158,17 +146,13 @@ def fit_stage(
 
 
 def residual_covariance(joint: Moments, stage: Stage) -> tuple[Tensor, float]:
-    """Second moment of R about zero (k_p, k_p) on the rows behind `joint`, and raw_p's variance.
-
-    Both in the stage's units.
-    """
+    """Second moment of R about zero (k_p, k_p) on the rows behind `joint`, and raw_p's variance."""
     k_r, W = stage.weight.shape[1], stage.weight
     covariance = joint.covariance
     among, across, own = covariance[:k_r, :k_r], covariance[:k_r, k_r:], covariance[k_r:, k_r:]
     half = W @ (across - 0.5 * among @ W.T)  # Cov(x - W z) = Cov x - half - half^T
     bias = joint.mean[k_r:] - stage.mean_large - W @ (joint.mean[:k_r] - stage.mean_prefix)
-    error = (own - half - half.T + torch.outer(bias, bias)) / stage.scale[:, None] / stage.scale
-    return error, float((own.diagonal() / stage.scale.square()).sum())
+    return own - half - half.T + torch.outer(bias, bias), float(own.trace())
 
 
 def fixed_signs(basis: Tensor) -> Tensor:
@@ -188,7 +172,7 @@ def regress(
     check_regression(regression, components)
     covariance = joint.covariance
     L, Q = (t.flip(-1) for t in torch.linalg.eigh(covariance[:prefix, :prefix]))
-    rank = min(int(L.gt(EPS * prefix * float(L[0])).sum()), int(joint.count) - 1)
+    rank = min(int(L.gt(NULL * L[0]).sum()), int(joint.count) - 1)
     if rank < 1:
         raise InputError("a prefix that varies required, got constant features: another embedding")
     C = Q.T @ covariance[:prefix, prefix:]

@@ -7,7 +7,7 @@ import torch
 
 from distil_rank.core.randomness import generator
 from distil_rank.nested import command_fit
-from distil_rank.proteins.fasta import AMINO_ACIDS, Protein
+from distil_rank.proteins.fasta import AMINO_ACIDS, Protein, write_fasta
 
 
 def family(rows=600, widths=(6, 10, 17), seed=0, dtype=torch.float64, noise=0.3):
@@ -42,3 +42,32 @@ def fit_config(folder: Path, **changes) -> command_fit.Config:
         held_out=0.2,
     )
     return replace(base, **changes)
+
+
+def write_locations(folder: Path) -> tuple[Path, Path]:
+    """FASTA files to train and to test on: the letters tell the location."""
+    draw, paths = generator(0, "locations"), (folder / "train.fasta", folder / "test.fasta")
+    for path in paths:
+        records = []
+        for i in range(60):
+            letters, where = ("KRLA", "Nucleus-U") if i % 2 else ("DELA", "Cell.membrane-U")
+            drawn = torch.randint(4, (30,), generator=draw).tolist()
+            records.append(Protein("", f"{i} {where}", "".join(letters[j] for j in drawn)))
+        write_fasta(path, records)
+    return paths
+
+
+def write_residues(folder: Path) -> Path:
+    """FLIP's three files: helix where the letter is A to K, strand elsewhere, C where masked."""
+    found = {"sampled": [], "sequences": [], "mask": []}
+    for i, protein in enumerate(proteins(60, seed=3)):
+        marks = f"SET={'test' if i < 15 else 'train'} VALIDATION={15 <= i < 25}"
+        classes = "".join("H" if a <= "K" else "E" for a in protein.sequence)
+        found["sampled"].append(
+            replace(protein, header=f"p{i} {marks}", sequence=f"C{classes[1:]}")
+        )
+        found["sequences"].append(protein)
+        found["mask"].append(replace(protein, sequence="0" + "1" * len(classes[1:])))
+    for kind, records in found.items():
+        write_fasta(folder / f"toy_{kind}.fasta", records)
+    return folder / "toy_sampled.fasta"

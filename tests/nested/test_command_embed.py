@@ -7,10 +7,9 @@ import torch
 
 from distil_rank.core.errors import InputError
 from distil_rank.nested import command_embed as embed
-from distil_rank.nested import command_fit as fit
 from distil_rank.proteins.fasta import write_fasta
 from distil_rank.proteins.store import EmbeddingStore
-from tests.nested.data import fit_config, proteins
+from tests.nested.data import proteins
 from tests.proteins import reference
 
 
@@ -48,24 +47,12 @@ def test_nested_mean_is_the_mean_of_nested_residues(tmp_path, run):
         torch.testing.assert_close(unit[i], mean[i][:20] / mean[i][:20].norm())
 
 
-def test_cls_is_mapped_by_a_chain_of_cls_alone(folder, tmp_path, run):
-    write_fasta(tmp_path / "many.fasta", proteins(120, seed=1))
-    options = {"fasta": tmp_path / "many.fasta", "out": tmp_path / "chain"}
-    fit.run(fit_config(folder, rows="bos", **options))
-    right = replace(run, chain=tmp_path / "chain", pool="bos")
-    embed.run(right)
-    assert EmbeddingStore(tmp_path / "out").pool == "bos"
-    for wrong in (replace(run, pool="bos"), replace(right, pool="mean")):
-        with pytest.raises(InputError, match="<cls> by a chain of <cls>"):
-            embed.run(replace(wrong, out=tmp_path / "wrong"))
-    assert not (tmp_path / "wrong").exists()
-
-
 def test_bad_embed(folder, tmp_path, run):
     models = tuple(str(folder / f"{n}.pt") for n in "abc")
     for changes, message in [
         ({"dim": 15}, "between 16 and 32"),
-        ({"chain": tmp_path}, "chain folder required"),
+        ({"pool": "bos"}, "got bos; embed <cls> with one model"),
+        ({"chain": tmp_path}, "of a nested chain required"),
         ({"models": (models[1],), "dim": 16}, "16 features required for a, got 24"),
         ({"models": models[:2]}, "got none for c"),
         ({"models": (*models, models[0])}, "at most one model"),

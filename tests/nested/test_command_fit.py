@@ -47,15 +47,6 @@ def test_held_out_scores_through_embed_agree_with_the_moments(folder):
             assert measured["low"] <= measured["value"] <= measured["high"] and measured["n"] < 40
 
 
-def test_a_chain_of_means(folder, tmp_path):
-    write_fasta(tmp_path / "many.fasta", proteins(120, seed=1))
-    options = {"out": tmp_path / "chain", "rows": "mean"}
-    fit.run(fit_config(folder, fasta=tmp_path / "many.fasta", **options))
-    record = NestedChain.load(tmp_path / "chain").record
-    assert record["rows"]["fit"] + record["rows"]["held_out"] == 120
-    assert {m["pool"] for m in record["models"].values()} == {"mean"}
-
-
 def test_sampled_proteins_and_fewer_directions(folder, tmp_path):
     for name in ("one", "two"):
         fit.run(fit_config(folder, out=tmp_path / name, max_proteins=25, directions=(3, 5)))
