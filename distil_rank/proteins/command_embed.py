@@ -29,7 +29,7 @@ import sqlite3
 import sys
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Literal
@@ -57,6 +57,9 @@ from distil_rank.proteins.store import (
 )
 from distil_rank.proteins.store_index import IndexWriter, checksums, open_index
 
+# settings that stand in the provenance under their own names
+DECIDING = ("pool", "long", "max_length", "batch_tokens", "shard_residues")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -79,8 +82,7 @@ class Config:
     @property
     def shards(self) -> Shards:
         """How the FASTA becomes shards."""
-        limits = (self.max_length, self.shard_residues)
-        return Shards(self.fasta, self.pool, self.long, *limits)
+        return Shards(self.fasta, self.pool, self.long, self.max_length, self.shard_residues)
 
 
 def run(config: Config) -> None:
@@ -145,16 +147,12 @@ def _provenance(config: Config, loaded: Loaded, survey: Survey) -> Record:
         "schema": SCHEMA,
         "model": loaded.name,
         "weights_sha256": loaded.sha256,
-        "pool": config.pool,
         "layers": layers,
         "dim": loaded.model.width,
         "dtype": config.store_dtype,
         "compute": config.dtype,
-        "long": config.long,
-        "max_length": config.max_length,
+        **{key: getattr(config, key) for key in DECIDING},
         "longer_proteins": survey.longer,
-        "batch_tokens": config.batch_tokens,
-        "shard_residues": config.shard_residues,
         "proteins": survey.proteins,
         "residues": survey.residues,
         "rows": sum(survey.shards),
@@ -236,9 +234,10 @@ def _fill(
     shards = set(computed[group.rank :: group.world])
     source = config.shards
     index = IndexWriter(config.out) if group.rank == 0 else None
-    position = 0
+    position = count()
     quiet = None if group.rank == 0 else True  # None: a bar on a terminal only
     options = (config.pool, config.layers, config.max_length, config.batch_tokens)
+    kind = (model.width, getattr(torch, config.store_dtype))
     with tqdm(total=provenance["residues"], unit="residue", unit_scale=True, disable=quiet) as bar:
         for number, shard in enumerate(source.read()):
             sizes = list(map(source.rows, shard))
@@ -247,17 +246,11 @@ def _fill(
                 for protein, rows, first in zip(shard, sizes, first_rows):
                     digest = hashlib.sha256(protein.sequence.encode()).hexdigest()
                     length = len(protein.sequence)
-                    index.add(position, protein.id, length, rows, digest, number, first)
-                    position += 1
+                    index.add(next(position), protein.id, length, rows, digest, number, first)
             if number in shards:
                 sequences = [protein.sequence[: source.seen(protein)] for protein in shard]
-                writer = ShardWriter(
-                    shard_path(config.out, number),
-                    provenance["layers"],
-                    sum(sizes),
-                    model.width,
-                    getattr(torch, config.store_dtype),
-                )
+                path = shard_path(config.out, number)
+                writer = ShardWriter(path, provenance["layers"], sum(sizes), *kind)
                 for i, vectors in embed(model, sequences, *options):
                     writer.write(first_rows[i], vectors)
                     bar.update(len(sequences[i]) * group.world)
@@ -267,9 +260,8 @@ def _fill(
         known = checksums(config.out)  # what stays as it was keeps its checksum
         for number in range(provenance["shards"]):
             fresh = number in computed or number not in known
-            index.add_shard(
-                number, sha256(shard_path(config.out, number)) if fresh else known[number]
-            )
+            path = shard_path(config.out, number)
+            index.add_shard(number, sha256(path) if fresh else known[number])
         index.close()
     group.barrier()
 

@@ -36,6 +36,9 @@ from distil_rank.proteins.fasta import clean_proteins, read_fasta
 from distil_rank.proteins.masked import logits_at, mask
 from distil_rank.proteins.pretrain import batches, look_at_neighbours, new_model, schedule
 
+WARMUP = 0.05  # share of the tokens with rising learning rate
+DECAY = 0.01  # of the matrices
+
 
 @dataclass(frozen=True)
 class Config:
@@ -48,8 +51,6 @@ class Config:
     batch_tokens: int = 4096  # tokens in one batch, padding included
     max_length: int = 1022  # longest protein in residues
     learning_rate: float | None = None  # peak; None: the command's own, named in its help
-    warmup: float = 0.05  # share of the steps with rising learning rate
-    weight_decay: float = 0.01  # of the optimizer
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # arithmetic
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
     seed: int = 0  # of everything random
@@ -84,8 +85,6 @@ def _validate(config: Config) -> None:
             f"max_length <= batch_tokens required, got {config.max_length} > {config.batch_tokens};"
             " raise batch_tokens"
         )
-    if not 0 <= config.warmup < 1:
-        raise InputError(f"a warmup share in [0, 1) required, got {config.warmup}")
     if config.dtype == "float16":
         raise InputError("float32 or bfloat16 required for training, got float16")
     if not config.out.parent.is_dir():
@@ -118,7 +117,7 @@ def train(config: Config, sequences: Sequence[str]) -> ESM2:
             break
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["highest"] * schedule(seen / config.tokens, config.warmup)
+                group["lr"] = group["highest"] * schedule(seen / config.tokens, WARMUP)
         tokens, chosen = mask(batch, generator(config.seed, "mask", step))
         with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             logits = logits_at(model, tokens, chosen)
@@ -131,16 +130,11 @@ def train(config: Config, sequences: Sequence[str]) -> ESM2:
             optimizer.step()
         step, seen = step + 1, seen + int((batch > 3).sum())
         if step % config.save_every == 0:
-            speed = (seen - seen_before) / (time.perf_counter() - started)
-            print(
-                f"step {step}  tokens {seen}  loss {loss.item():.3f}  {speed:.0f} tokens/s",
-                flush=True,
-            )
-            states = {
-                "model": model.state_dict(),
-                "optimizers": [o.state_dict() for o in optimizers],
-            }
-            checkpoint.save({"step": step, "seen": seen, **states})
+            speed = f"{(seen - seen_before) / (time.perf_counter() - started):.0f} tokens/s"
+            print(f"step {step}  tokens {seen}  loss {loss.item():.3f}  {speed}", flush=True)
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            saved = {"model": model.state_dict(), "optimizers": states}
+            checkpoint.save({"step": step, "seen": seen, **saved})
     save_model(model, config.out)
     checkpoint.clear()
     return model
@@ -150,17 +144,9 @@ def _optimizers(model: ESM2, config: Config) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW with a sixth of the rate for all else."""
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or not n.startswith("layers")]
-    decay = config.weight_decay
+    fast = [{"params": matrices, "highest": config.rate}]
+    slow = [{"params": others, "highest": config.rate / 6}]
     return [
-        torch.optim.Muon(
-            [{"params": matrices, "highest": config.rate}],
-            weight_decay=decay,
-            adjust_lr_fn="match_rms_adamw",
-        ),
-        torch.optim.AdamW(
-            [{"params": others, "highest": config.rate / 6}],
-            betas=(0.9, 0.98),
-            weight_decay=0.0,
-            fused=True,
-        ),
+        torch.optim.Muon(fast, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(slow, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]

@@ -242,5 +242,4 @@ def test_changes_to_sequences_are_counted_aloud(config, tmp_path, capsys):
         "long (150)",
     ):
         assert warnings.count(words) == 1
-    store = EmbeddingStore(tmp_path / "out")
-    assert [store.describe(i)["length"] for i in range(3)] == [3, 3, 150]
+    assert EmbeddingStore(tmp_path / "out").column("length") == [3, 3, 150]

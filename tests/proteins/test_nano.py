@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from benchmarks import nano, nano_additive
+from benchmarks.nano_perplexity import masked_losses, perplexity
 from distil_rank.core.records import ROOT, read_json, sha256
 from distil_rank.proteins.checkpoints import FAMILIES, load_model
 from distil_rank.proteins.command_pretrain import Config
 from distil_rank.proteins.esm2 import tokenise
-from distil_rank.proteins.masked import masked_losses, perplexity
 from distil_rank.proteins.pretrain import new_model
 from distil_rank.proteins.splits import near_relatives
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.nano_perplexity import perplexity
 from distil_rank.core.errors import InputError
 from distil_rank.core.randomness import generator
 from distil_rank.proteins import command_pretrain
@@ -19,7 +20,7 @@ from distil_rank.proteins.checkpoints import load_model, save_model
 from distil_rank.proteins.command_pretrain import Config, run, train
 from distil_rank.proteins.esm2 import CLS, EOS, MASK, PAD, tokenise
 from distil_rank.proteins.fasta import AMINO_ACIDS, Protein, write_fasta
-from distil_rank.proteins.masked import logits_at, mask, perplexity
+from distil_rank.proteins.masked import logits_at, mask
 from distil_rank.proteins.pretrain import batches, look_at_neighbours, new_model, schedule
 from tests.proteins import reference
 
@@ -311,7 +312,6 @@ def test_a_state_with_other_settings_or_damage_is_refused(tmp_path, monkeypatch)
         ({"max_length": 300}, "max_length <= batch_tokens"),
         ({"dtype": "float16"}, "float32 or bfloat16"),
         ({"learning_rate": 0.0}, "rate above 0"),
-        ({"warmup": 1.0}, "warmup"),
         ({"out": Path("nowhere/m.pt")}, "existing folder"),
     ],
 )
