@@ -300,7 +300,7 @@ def test_missing_models_are_one_sentence(tmp_path, hugging_face, monkeypatch):
     ):
         with pytest.raises(InputError, match=r"a model name .* required"):
             load_model(name)
-    with pytest.raises(InputError, match="pickles are not read"):
+    with pytest.raises(InputError, match=r"config\.json required"):
         load_model(str(tmp_path))
     monkeypatch.setattr(checkpoints, "MODELS", tmp_path)
     with pytest.raises(InputError, match="a checkpoint required at"):
