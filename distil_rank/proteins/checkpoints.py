@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from distil_rank.core.errors import InputError
+from distil_rank.core.errors import InputError, few
 from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.records import ROOT, Record, atomic, sha256
 from distil_rank.proteins import compressed, hugging_face
@@ -251,7 +251,8 @@ def _fill(
     expected = {key: x.shape for key, x in model.state_dict().items() if key != "lm_head.weight"}
     missing, surplus = expected.keys() - state.keys(), state.keys() - expected.keys()
     if missing or surplus:
-        found = [f"no {_few(missing)}"] * bool(missing) + [f"also {_few(surplus)}"] * bool(surplus)
+        found = [f"no {few(sorted(missing))}"] if missing else []
+        found += [f"also {few(sorted(surplus))}"] if surplus else []
         what = f"{model.depth} layers" + (" and a head" if model.lm_head is not None else "")
         raise InputError(
             f"the parameters of an ESM-2 of {what} required, all and no others,"
@@ -269,12 +270,6 @@ def _fill(
         setattr(model.get_submodule(owner), name, nn.Parameter(kept, requires_grad=False))
     if model.lm_head is not None:
         model.lm_head.weight = model.embed_tokens.weight
-
-
-def _few(names: Iterable[str], most: int = 5) -> str:
-    ordered = sorted(names)
-    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
-    return ", ".join(ordered[:most]) + more
 
 
 def _sha256_of(files: Iterable[Path]) -> str:

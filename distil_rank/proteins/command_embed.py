@@ -14,20 +14,16 @@ content of finished shards with the checksums in the index, and computes damaged
 A mean is over residues only: never <cls>, <eos> or padding. Proteins longer than --max-length
 (ESM-2 was trained on up to 1,022 residues) are an error unless --long says what to do: `truncate`
 keeps the first residues, `window` cross-fades overlapping windows (mean and residues over blended
-residues, bos the average over windows). What happens to unusual letters in sequences is told in
-distil_rank/proteins/fasta.py. Models: distil_rank/proteins/checkpoints.py.
-
---split 0.2 also writes embeddings_train.pt, embeddings_val.pt, the ids of their rows (.txt) and
-embeddings.json into the store's folder, where no val protein is a near relative of a train protein
-(distil_rank/proteins/splits.py), for `python main.py --train ... --val ...`. Memory is one batch
-beside the model, whatever the number of proteins; --split needs all sequences and vectors at once.
+residues, bos the average over windows). --split 0.2 also writes embeddings_{train,val}.pt, the ids
+of their rows (.txt) and embeddings.json into the store's folder: no val protein is a near relative
+of a train protein. Memory is one batch beside the model, whatever the number of proteins; --split
+needs all sequences and vectors at once. Models, letters, reading a store: docs/embedding.md.
 """
 
 import hashlib
 import os
-import sqlite3
 import sys
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, count
 from pathlib import Path
@@ -55,7 +51,7 @@ from distil_rank.proteins.store import (
     is_whole,
     shard_path,
 )
-from distil_rank.proteins.store_index import IndexWriter, checksums, open_index
+from distil_rank.proteins.store_index import IndexWriter, checksums, counts
 
 # settings that stand in the provenance under their own names
 DECIDING = ("pool", "long", "max_length", "batch_tokens", "shard_residues")
@@ -267,14 +263,10 @@ def _fill(
 
 
 def _index_is_whole(folder: Path, provenance: Record) -> bool:
-    """Whether the index holds every protein and every row."""
-    try:
-        with closing(open_index(folder)) as index:
-            found = index.execute("SELECT count(*), max(position) + 1, sum(rows) FROM protein")
-            expected = (provenance["proteins"], provenance["proteins"], provenance["rows"])
-            return found.fetchone() == expected and len(checksums(folder)) == provenance["shards"]
-    except sqlite3.Error:
-        return False
+    """Whether the index holds every protein, every row and every shard."""
+    return counts(folder) == tuple(
+        provenance[k] for k in ("proteins", "proteins", "rows", "shards")
+    )
 
 
 def _warn(message: str) -> None:

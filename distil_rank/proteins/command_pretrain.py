@@ -27,7 +27,7 @@ import tyro
 from torch.nn import functional as F
 
 from distil_rank.core.devices import pick_device
-from distil_rank.core.errors import InputError
+from distil_rank.core.errors import InputError, above, at_least
 from distil_rank.core.randomness import generator
 from distil_rank.core.resume import Checkpoint
 from distil_rank.proteins.checkpoints import save_model
@@ -72,10 +72,9 @@ def run(config: Config) -> None:
 
 
 def _validate(config: Config) -> None:
-    positive = ("n_layer", "n_head", "n_embd", "tokens", "batch_tokens", "max_length", "rate")
-    for name in (*positive, "save_every"):
-        if not 0 < getattr(config, name) < float("inf"):
-            raise InputError(f"{name} above 0 required, got {getattr(config, name)}")
+    above(0, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)
+    above(0, tokens=config.tokens, learning_rate=config.rate, save_every=config.save_every)
+    at_least(1, max_length=config.max_length)
     if config.n_embd % (2 * config.n_head):
         raise InputError(
             f"n_embd divisible by 2 * n_head required, got {config.n_embd} and {config.n_head}"

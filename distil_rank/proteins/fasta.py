@@ -29,7 +29,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, Any
 
-from distil_rank.core.errors import InputError
+from distil_rank.core.errors import InputError, few
 from distil_rank.core.records import atomic
 
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
@@ -143,46 +143,32 @@ def clean_proteins(proteins: Iterable[Protein], warn: Callable[[str], None]) -> 
     the work starts.
     """
     changes: Counter[str] = Counter()
-    changed: dict[str, _Names] = {}
-    foreign, empty = _Names(), _Names()
+    changed: dict[str, list[str]] = {}
+    foreign: list[str] = []
+    empty: list[str] = []
     for position, protein in enumerate(proteins, start=1):
         sequence, counts, letters = _clean(protein.sequence)
         name = protein.id or f"(record {position}, no id)"
         changes += counts
         for kind in counts:
-            changed.setdefault(kind, _Names()).add(name)
+            changed.setdefault(kind, []).append(name)
         if letters:
-            foreign.add(f"{name} ({''.join(sorted(letters))})")
+            foreign.append(f"{name} ({''.join(sorted(letters))})")
         elif not sequence:
-            empty.add(name)
+            empty.append(name)
         yield replace(protein, sequence=sequence)
-    if foreign.count:
-        raise InputError(
-            f"required letters of {ALPHABET} (or J * - .), got {foreign}; correct or remove them"
-        )
-    if empty.count:
-        raise InputError(
-            f"required at least one residue per protein, got none in {empty}; remove them"
-        )
+    if foreign:
+        got = f"{_proteins(foreign)}; correct or remove them"
+        raise InputError(f"required letters of {ALPHABET} (or J * - .), got {got}")
+    if empty:
+        got = f"none in {_proteins(empty)}; remove them"
+        raise InputError(f"required at least one residue per protein, got {got}")
     for kind, names in changed.items():
-        warn(f"{kind}: {changes[kind]} in {names}")
+        warn(f"{kind}: {changes[kind]} in {_proteins(names)}")
 
 
-class _Names:
-    """A count and the first few names, so that a message stays short and memory constant."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.first: list[str] = []
-
-    def add(self, name: str) -> None:
-        self.count += 1
-        if self.count <= 5:
-            self.first.append(name)
-
-    def __str__(self) -> str:
-        more = f", and {self.count - 5} more" if self.count > 5 else ""
-        return f"{self.count} protein{'s' if self.count > 1 else ''}: {', '.join(self.first)}{more}"
+def _proteins(names: list[str]) -> str:
+    return f"{len(names)} protein{'s' if len(names) > 1 else ''}: {few(names)}"
 
 
 def write_fasta(path: str | Path, proteins: Iterable[Protein], width: int = 60) -> None:

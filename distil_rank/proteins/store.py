@@ -5,7 +5,7 @@
     store["P69905"], store[0], "P69905" in store  # (d,) or, in a store of residues, (l, d)
     store[:100], store[["P69905", 7]], store.to_numpy()  # (n, d), or a list of (l, d)
     for rows in store.batches(): ...  # (n, d), in order: proteins, or residues one after the other
-    for index, vectors in store.residues(): ...  # (protein index, (l, d)), in order
+    for vectors in store: ...  # (d,) or (l, d), one protein after the other
 
 | file | what |
 |---|---|
@@ -184,18 +184,6 @@ class EmbeddingStore:
         for shard in range(rank, self.provenance["shards"], world):
             for vectors in self._mapped(shard).split(rows):
                 yield vectors.clone()
-
-    def residues(self) -> Iterator[tuple[int, Tensor]]:
-        """(protein index, vectors (l, d)) in order; l is 1 unless this is a store of residues.
-
-        Stores of the same proteins from several models are aligned row by row.
-        """
-        query = "SELECT position, shard, first_row, rows FROM protein ORDER BY position"
-        current, vectors = -1, torch.empty(0)
-        for position, shard, start, rows in self._index.execute(query):
-            if shard != current:
-                current, vectors = shard, self._mapped(shard)
-            yield position, vectors[start : start + rows].clone()
 
     def _mapped(self, shard: int) -> Tensor:
         """The rows of a shard; they stay on the disk until they are read."""

@@ -118,9 +118,7 @@ def test_batches_and_residues_run_in_order_whatever_the_batch(store):
         batches = list(store.batches(size))
         assert max(map(len, batches)) <= size
         assert torch.equal(torch.cat(batches), rows)
-    assert store.rows == len(rows)
-    index, vectors = zip(*store.residues())
-    assert index == tuple(range(len(store))) and torch.equal(torch.cat(vectors), rows)
+    assert store.rows == len(rows) and same(list(store), [store[i] for i in range(len(store))])
 
 
 def test_ranks_share_the_shards(store):
