@@ -3,6 +3,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from distil_rank.core.errors import InputError
-from distil_rank.core.records import sha256
+from distil_rank.core.records import ROOT, sha256
 from distil_rank.proteins import checkpoints
 from distil_rank.proteins.checkpoints import FAMILIES, load_model
 from distil_rank.proteins.esm2 import tokenise
@@ -166,6 +168,13 @@ def test_no_network_is_one_sentence(name, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(InputError, match=rf"{name}.*no route"):
         load_model(name)
+
+
+def test_loading_a_model_does_not_import_the_compiler():
+    code = "import sys; from distil_rank import load_model; load_model('nano-64'); "
+    code += "print([m for m in ('sympy', 'torch._dynamo', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "[]\n", done.stderr
 
 
 class Malicious:
