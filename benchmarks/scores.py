@@ -1,6 +1,6 @@
 """Scores of mutations without training, against twelve measured scans: nano-256 beside BLOSUM62.
 
-    python -m benchmarks.scores    # a minute; writes benchmarks/results/scores.json
+    python -m benchmarks.scores    # minutes; writes benchmarks/results/scores.json
 
 Spearman of the scores of `distil-rank score` with the measured ones; of BLOSUM62 the entry of wild
 type and mutant (better than less that of the wild type with itself), summed over substitutions.

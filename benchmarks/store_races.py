@@ -23,7 +23,8 @@ import torch
 import tyro
 
 from distil_rank.core.errors import InputError
-from distil_rank.core.records import ROOT, config_record, environment, write_json
+from distil_rank.core.records import ROOT, Record, config_record, environment, write_json
+from distil_rank.core.tables import markdown
 from distil_rank.proteins.command_embed import Config as Embed
 from distil_rank.proteins.command_embed import run
 from distil_rank.proteins.fasta import AMINO_ACIDS, Protein, write_fasta
@@ -125,6 +126,15 @@ def main(config: Config) -> None:
     }
     write_json(OUT, record)
     print(record["trials"])
+
+
+def table(record: Record) -> str:
+    """What happened in the trials of each kind, by process and by store."""
+    events = ["trials", "finished", "named the holder", "killed", "corrupt"]
+    rows = [["attack", *events[:-1], "corrupt stores"]]
+    for kind, seen in record["trials"].items():
+        rows.append([kind, *(str(seen.get(event, 0)) for event in events)])
+    return markdown(rows)
 
 
 if __name__ == "__main__":

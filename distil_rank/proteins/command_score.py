@@ -8,7 +8,7 @@ wild type is the one record of --wild-type, of NAME.fasta beside NAME.csv, or in
 reference file of ProteinGym. The result has the mutants in their order with two scores (Meier et
 al., NeurIPS 2021), sums over the substitutions of log p(mutant) - log p(wild type):
 
-* `masked_marginal`: each mutated position is masked on its own, the better of the two;
+* `masked_marginal`: each mutated position is masked on its own;
 * `wild_type_marginal`: one pass over the wild type, nothing masked.
 
 Higher is more likely. What both are worth: docs/embedding.md.
