@@ -136,9 +136,8 @@ def _provenance(config: Config, loaded: Loaded, survey: Survey) -> Record:
     """What decides the bytes of the store, and nothing that depends on the machine."""
     layers = loaded.model.depths(config.layers)
     if not layers or len(set(layers)) < len(layers):
-        raise InputError(
-            f"one or more distinct layers required, got {config.layers}, which are layers {layers}"
-        )
+        got = f"{config.layers}, which are layers {layers}"
+        raise InputError(f"one or more distinct layers required, got {got}")
     return {
         "schema": SCHEMA,
         "model": loaded.name,
@@ -161,20 +160,14 @@ def _check_folder(folder: Path, provenance: Record) -> None:
     """InputError unless a store of this provenance is there, unfinished or finished, or nothing."""
     if (folder / PROVENANCE).exists():
         found = read_json(folder / PROVENANCE, SCHEMA)
-        different = ", ".join(
-            f"{key} {value} (the store has {found.get(key)})"
-            for key, value in provenance.items()
-            if found.get(key) != value
-        )
-        if different:
-            raise InputError(
-                f"the same settings as in {folder} required, got {different}; choose another --out"
-            )
+        differing = [key for key, value in provenance.items() if found.get(key) != value]
+        if differing:
+            got = ", ".join(f"{k} {provenance[k]} (not {found.get(k)})" for k in differing)
+            required = f"the same settings as in {folder} required"
+            raise InputError(f"{required}, got {got}; choose another --out")
     elif folder.is_dir() and not all(map(_left_over, folder.iterdir())):
-        raise InputError(
-            f"a new or empty folder or a store required, got {folder} with other files;"
-            " choose another --out"
-        )
+        got = f"{folder} with other files; choose another --out"
+        raise InputError(f"a new or empty folder or a store required, got {got}")
 
 
 def _left_over(path: Path) -> bool:
@@ -215,10 +208,8 @@ def _complete(
             _warn(f"{len(needed)} missing or damaged shards of {config.out} are embedded again")
         _fill(config, model, provenance, needed, group)
     if group.rank == 0 and (missing() or not _index_is_whole(config.out, provenance)):
-        raise InputError(
-            f"all shards and proteins in {config.out} required, got fewer;"
-            " give the ranks one file system, and let nobody else write there"
-        )
+        remedy = "give the ranks one file system, and let nobody else write there"
+        raise InputError(f"all shards and proteins in {config.out} required, got fewer; {remedy}")
 
 
 def _fill(

@@ -69,10 +69,9 @@ class Shards:
         if longer:
             found = f"{len(longer)} longer: {few(longer)}"
             if self.long == "error":
-                raise InputError(
-                    f"proteins of at most {self.max_length} residues required, got {found};"
-                    " choose --long truncate or --long window"
-                )
+                required = f"proteins of at most {self.max_length} residues required"
+                remedy = "choose --long truncate or --long window"
+                raise InputError(f"{required}, got {found}; {remedy}")
             done = "truncated to" if self.long == "truncate" else "embedded in windows of"
             warn(f"{done} {self.max_length} residues: {found}")
         return Survey(proteins, residues, shards, len(longer), digest.hexdigest())

@@ -50,10 +50,8 @@ def read_assays(
     """The scans of a folder in the order of their names; see `read_assay`."""
     paths = sorted(path for path in Path(folder).glob("*.csv") if path.name != REFERENCE)
     if not paths:
-        raise InputError(
-            f"at least one assay required, got no .csv in {folder};"
-            " give a folder of NAME.csv (mutant,score) beside NAME.fasta"
-        )
+        remedy = "give a folder of NAME.csv (mutant,score) beside NAME.fasta"
+        raise InputError(f"at least one assay required, got no .csv in {folder}; {remedy}")
     found = [place / REFERENCE for place in (Path(folder), Path(folder).absolute().parent)]
     reference = next((_rows(path) for path in found if path.is_file()), [])
     told = {row["DMS_id"]: row for row in reference}
@@ -92,24 +90,18 @@ def read_assay(
         changed.append(mutate(wild_type, row["mutant"] or "", where))
         scores.append(_number(row[measure], "score", where) if measured else float("nan"))
         if row.get("mutated_sequence", changed[-1][0]) != changed[-1][0]:
-            raise InputError(
-                f"the wild type with {row['mutant']} required as mutated_sequence, got another"
-                f" sequence in {where}; check the wild type"
-            )
+            required = f"the wild type with {row['mutant']} required as mutated_sequence"
+            raise InputError(f"{required}, got another sequence in {where}; check the wild type")
         for scheme, column in fold_columns.items():
             numbers[scheme].append(int(_number(row[column], "fold", where)))
     repeated = len(mutants) - len(set(mutants))
     if repeated and measured:
         twice = next(mutant for i, mutant in enumerate(mutants) if mutant in mutants[:i])
-        raise InputError(
-            f"each mutant once required, got {repeated} repeated in {path.name} ({twice}, ...);"
-            " average them"
-        )
+        got = f"{repeated} repeated in {path.name} ({twice}, ...); average them"
+        raise InputError(f"each mutant once required, got {got}")
     if len(mutants) < least:
-        raise InputError(
-            f"at least {least} mutants required, got {len(mutants)} in {path.name};"
-            " leave the assay out"
-        )
+        got = f"{len(mutants)} in {path.name}; leave the assay out"
+        raise InputError(f"at least {least} mutants required, got {got}")
     keep = list(range(len(mutants)))
     if limit is not None and limit < len(mutants):
         drawn = torch.randperm(len(mutants), generator=generator(seed, "mutants", path.stem))
