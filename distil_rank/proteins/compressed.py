@@ -41,6 +41,9 @@ def read(folder: Path) -> tuple[Record, list[tuple[str, Tensor]], dict[str, Reco
         raise InputError(f"a readable {WEIGHTS} required in {folder}, got: {error}") from None
     tensors |= {alias: tensors[name] for alias, name in description["tied"].items()}
     for name, shape in description["factors"].items():
+        if shape["type"] not in ("low-rank", "int8"):
+            got = f"{name} of type {shape['type']} in {folder}; use distil_rank.load"
+            raise InputError(f"low-rank layers, float or int8, required, got {got}")
         tensors.pop(f"{name}.inner_mean", None)  # of use to whoever truncates
         if shape["type"] == "int8":
             _dequantise(tensors, name)

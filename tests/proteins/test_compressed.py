@@ -89,6 +89,7 @@ def first_factor(description):
         (lambda d, t: d["config"].pop("eps"), "wrong are: eps"),
         (lambda d, t: d["factors"][first_factor(d)].update(d_in=9), "of 9 to 64 required"),
         (lambda d, t: d["factors"][first_factor(d)].update(rank=1), "of shape"),
+        (lambda d, t: d["factors"][first_factor(d)].update(type="linear"), "of type linear"),
         (lambda d, t: d.update(kind="head"), r"compressed ESM-2 required.*distil_rank\.load"),
     ],
 )
