@@ -17,6 +17,8 @@ BLOCKS = {
     "overview": ("tables_experiment.overview", "SCHEMA"),
     "summary": ("tables_experiment.documentation", "SCHEMA"),
     "findings": ("tables_experiment.findings", "SCHEMA"),
+    "store-races": ("store_races.table", "SCHEMA"),
+    "scores": ("scores.table", "SCHEMA"),
     "lowrank": ("tables_experiment.bars", "BARS"),
     "compress": ("tables_compress.bars", "SCHEMA"),
     "compress-cells": ("tables_compress.cells", "SCHEMA"),

@@ -22,6 +22,7 @@ import torch
 
 from benchmarks import nano_additive, nano_deeploc
 from benchmarks.nano_data import input_hashes, split
+from benchmarks.nano_perplexity import masked_losses
 from distil_rank.core.intervals import bootstrap_counts, percentile_interval
 from distil_rank.core.randomness import generator
 from distil_rank.core.records import (
@@ -39,7 +40,7 @@ from distil_rank.proteins import command_embed, command_pretrain
 from distil_rank.proteins.checkpoints import load_model
 from distil_rank.proteins.command_pretrain import Config
 from distil_rank.proteins.fasta import AMINO_ACIDS, Protein, write_fasta
-from distil_rank.proteins.masked import logits_at, masked_losses
+from distil_rank.proteins.masked import logits_at
 from distil_rank.proteins.pretrain import new_model
 
 MODELS = ROOT / "models"

@@ -13,6 +13,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     for command, module, text in (
         ("embed", "proteins.command_embed", "embed the proteins of a FASTA with an ESM-2 model"),
         ("moments", "proteins.command_moments", "count, mean and covariance of embeddings"),
+        ("export", "proteins.command_export", "vectors of a store as .npz, .h5 or .parquet"),
+        ("score", "proteins.command_score", "score mutations of a protein, without training"),
         ("pretrain", "proteins.command_pretrain", "train a small model of the ESM-2 architecture"),
         ("compress head", "compress.command_head", "make a layer or a head smaller, certified"),
         ("compress model", "compress.command_model", "make a whole model smaller, certified"),

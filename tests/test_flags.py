@@ -33,6 +33,7 @@ EXCEPTIONS = {
 # commands without --device, and why
 WITHOUT_DEVICE = {
     "distil-rank report": "draws from JSON",
+    "distil-rank export": "copies vectors",
     "distil-rank generator publish": "copies files",
     "distil-rank generator prepare": "tokenizes",
 }

@@ -2,7 +2,7 @@
 
 import errno
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 # what a disk or a folder refuses: the user's to cure, not a defect of the program
@@ -34,6 +34,12 @@ def one_line_errors(program: str) -> Iterator[None]:
 
 def _line(program: str, text: str) -> None:
     sys.stderr.write(f"{program}: error: {' '.join(text.split())}\n")
+
+
+def few(names: Sequence[str], most: int = 5) -> str:
+    """The first names, and how many more there are: a message stays short."""
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def at_least(minimum: float, **flags: float | None) -> None:

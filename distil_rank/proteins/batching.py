@@ -76,9 +76,3 @@ def batches(items: Sequence[Window], budget: int) -> list[list[Window]]:
             grouped.append([item])
             real = item.tokens
     return grouped
-
-
-def padding(grouped: Sequence[Sequence[Window]]) -> float:
-    """Share of the tokens computed that are padding."""
-    computed = sum(batch[0].tokens * len(batch) for batch in grouped)
-    return 1 - sum(item.tokens for batch in grouped for item in batch) / computed

@@ -5,27 +5,28 @@
 | `esm2_t6_8M_UR50D` ... `esm2_t48_15B_UR50D` | fair-esm's file, downloaded once by torch hub |
 | `nano-64`, `nano-128`, `nano-256` | small models of ESM-2's architecture, in `models/` |
 | `path/to/checkpoint.pt` | a local file in fair-esm's format |
-| `path/to/folder` | a Hugging Face ESM-2: `config.json` and `model.safetensors`, or its shards |
-| `facebook/esm2_t6_8M_UR50D` | the same from the Hugging Face hub, cached there |
+| `path/to/folder` | a Hugging Face ESM-2: config.json, model.safetensors or pytorch_model.bin |
+| `path/to/folder` | what `distil-rank compress model` made of an ESM-2 |
+| `facebook/esm2_t6_8M_UR50D` | such a folder from the Hugging Face hub, cached there |
 
-A parameter that is missing, or that the model has no place for, is an error.
+A parameter that is missing, or that the model has no place for, is an error. ESM-1b and ESM-1v are
+other models (learned positions) and are refused.
 """
 
 import argparse
 import hashlib
-import pickle
 import re
-import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from distil_rank.core.errors import InputError
+from distil_rank.core.errors import InputError, few
+from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.records import ROOT, Record, atomic, sha256
-from distil_rank.proteins import hugging_face
+from distil_rank.proteins import compressed, hugging_face
 from distil_rank.proteins.esm2 import ESM2, frequencies
 
 
@@ -84,18 +85,38 @@ def load_model(
     ('nano-64', 64)
     """
     path = locate(name)
-    if path.is_dir():
-        files = hugging_face.weight_files(path)
-        settings = hugging_face.read_settings(path)
+    factors: dict[str, Record] = {}
+    if (path / compressed.DESCRIPTION).is_file():
+        files = [path / compressed.WEIGHTS]
+        settings, named, factors = compressed.read(path)
+    elif path.is_dir():
+        files, config = hugging_face.weight_files(path), path / "config.json"
+        settings = hugging_face.settings(hugging_face.read_json_file(config), config)
         named = hugging_face.read_weights(files)
     else:
         files = [path]
         settings, named = _read_fair_esm(path)
     with torch.device("meta"):
         model = ESM2(**settings, head=head)
+        _put_factors(model, factors, path)
     _fill(model, named, path, device, getattr(torch, dtype))
     label = path.stem if path.suffix == ".pt" else name.rstrip("/").rpartition("/")[2]
     return Loaded(model.eval(), label, _sha256_of(files))
+
+
+def _put_factors(model: ESM2, factors: Mapping[str, Record], path: Path) -> None:
+    """Low-rank layers in the place of those that were compressed."""
+    layers = {name: x for name, x in model.named_modules() if isinstance(x, nn.Linear)}
+    for name, shape in factors.items():
+        if _HARMLESS.match(f"{name}.") or (model.lm_head is None and name.startswith("lm_head.")):
+            continue
+        d_in, d_out, rank = shape["d_in"], shape["d_out"], shape["rank"]
+        dense = layers.get(name)
+        if dense is None or (dense.in_features, dense.out_features) != (d_in, d_out):
+            raise InputError(f"a layer {name} of {d_in} to {d_out} required in {path}, got none")
+        bias = torch.empty(d_out) if shape["bias"] else None
+        student = LowRankLinear(torch.empty(rank, d_in), torch.empty(d_out, rank), bias)
+        model.set_submodule(name, student)
 
 
 def save_model(model: ESM2, path: str | Path) -> None:
@@ -167,9 +188,13 @@ def _download(name: str) -> Path:
 def _download_hugging_face(name: str) -> Path:
     import huggingface_hub
 
-    wanted = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
+    wanted = ["config.json", "compressed.json", "model*.safetensors", "*.safetensors.index.json"]
+    pickled = ["config.json", "pytorch_model*.bin", "pytorch_model.bin.index.json"]
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+        if not any(folder.glob("model*.safetensors")):
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=pickled))
+        return folder
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise InputError(
@@ -181,7 +206,7 @@ def _read_fair_esm(path: Path) -> tuple[Record, list[tuple[str, Tensor]]]:
     """Architecture and weights of a fair-esm checkpoint."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            data = torch.load(path, map_location="cpu", weights_only=True)
+            data = torch.load(path, **hugging_face.SAFE)
         found, state = data["cfg"]["model"], data["model"]
         settings = {
             "layers": int(found.encoder_layers),
@@ -192,8 +217,8 @@ def _read_fair_esm(path: Path) -> tuple[Record, list[tuple[str, Tensor]]]:
         prefix = re.compile(r"^(encoder\.sentence_encoder\.|encoder\.)")
         return settings, [(prefix.sub("", key), x.detach()) for key, x in state.items()]
     except (
-        *(OSError, pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile),
         *(LookupError, AttributeError, TypeError, ValueError),
+        *hugging_face.UNREADABLE,
     ) as error:
         reason = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error)
         raise InputError(
@@ -226,7 +251,8 @@ def _fill(
     expected = {key: x.shape for key, x in model.state_dict().items() if key != "lm_head.weight"}
     missing, surplus = expected.keys() - state.keys(), state.keys() - expected.keys()
     if missing or surplus:
-        found = [f"no {_few(missing)}"] * bool(missing) + [f"also {_few(surplus)}"] * bool(surplus)
+        found = [f"no {few(sorted(missing))}"] if missing else []
+        found += [f"also {few(sorted(surplus))}"] if surplus else []
         what = f"{model.depth} layers" + (" and a head" if model.lm_head is not None else "")
         raise InputError(
             f"the parameters of an ESM-2 of {what} required, all and no others,"
@@ -244,12 +270,6 @@ def _fill(
         setattr(model.get_submodule(owner), name, nn.Parameter(kept, requires_grad=False))
     if model.lm_head is not None:
         model.lm_head.weight = model.embed_tokens.weight
-
-
-def _few(names: Iterable[str], most: int = 5) -> str:
-    ordered = sorted(names)
-    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
-    return ", ".join(ordered[:most]) + more
 
 
 def _sha256_of(files: Iterable[Path]) -> str:

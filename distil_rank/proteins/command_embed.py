@@ -14,22 +14,18 @@ content of finished shards with the checksums in the index, and computes damaged
 A mean is over residues only: never <cls>, <eos> or padding. Proteins longer than --max-length
 (ESM-2 was trained on up to 1,022 residues) are an error unless --long says what to do: `truncate`
 keeps the first residues, `window` cross-fades overlapping windows (mean and residues over blended
-residues, bos the average over windows). What happens to unusual letters in sequences is told in
-distil_rank/proteins/fasta.py. Models: distil_rank/proteins/checkpoints.py.
-
---split 0.2 also writes embeddings_train.pt, embeddings_val.pt, the ids of their rows (.txt) and
-embeddings.json into the store's folder, where no val protein is a near relative of a train protein
-(distil_rank/proteins/splits.py), for `python main.py --train ... --val ...`. Memory is one batch
-beside the model, whatever the number of proteins; --split needs all sequences and vectors at once.
+residues, bos the average over windows). --split 0.2 also writes embeddings_{train,val}.pt, the ids
+of their rows (.txt) and embeddings.json into the store's folder: no val protein is a near relative
+of a train protein. Memory is one batch beside the model, whatever the number of proteins; --split
+needs all sequences and vectors at once. Models, letters, reading a store: docs/embedding.md.
 """
 
 import hashlib
 import os
-import sqlite3
 import sys
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Literal
@@ -55,7 +51,10 @@ from distil_rank.proteins.store import (
     is_whole,
     shard_path,
 )
-from distil_rank.proteins.store_index import IndexWriter, checksums, open_index
+from distil_rank.proteins.store_index import IndexWriter, checksums, counts
+
+# settings that stand in the provenance under their own names
+DECIDING = ("pool", "long", "max_length", "batch_tokens", "shard_residues")
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,7 @@ class Config:
     @property
     def shards(self) -> Shards:
         """How the FASTA becomes shards."""
-        limits = (self.max_length, self.shard_residues)
-        return Shards(self.fasta, self.pool, self.long, *limits)
+        return Shards(self.fasta, self.pool, self.long, self.max_length, self.shard_residues)
 
 
 def run(config: Config) -> None:
@@ -138,23 +136,18 @@ def _provenance(config: Config, loaded: Loaded, survey: Survey) -> Record:
     """What decides the bytes of the store, and nothing that depends on the machine."""
     layers = loaded.model.depths(config.layers)
     if not layers or len(set(layers)) < len(layers):
-        raise InputError(
-            f"one or more distinct layers required, got {config.layers}, which are layers {layers}"
-        )
+        got = f"{config.layers}, which are layers {layers}"
+        raise InputError(f"one or more distinct layers required, got {got}")
     return {
         "schema": SCHEMA,
         "model": loaded.name,
         "weights_sha256": loaded.sha256,
-        "pool": config.pool,
         "layers": layers,
         "dim": loaded.model.width,
         "dtype": config.store_dtype,
         "compute": config.dtype,
-        "long": config.long,
-        "max_length": config.max_length,
+        **{key: getattr(config, key) for key in DECIDING},
         "longer_proteins": survey.longer,
-        "batch_tokens": config.batch_tokens,
-        "shard_residues": config.shard_residues,
         "proteins": survey.proteins,
         "residues": survey.residues,
         "rows": sum(survey.shards),
@@ -167,20 +160,14 @@ def _check_folder(folder: Path, provenance: Record) -> None:
     """InputError unless a store of this provenance is there, unfinished or finished, or nothing."""
     if (folder / PROVENANCE).exists():
         found = read_json(folder / PROVENANCE, SCHEMA)
-        different = ", ".join(
-            f"{key} {value} (the store has {found.get(key)})"
-            for key, value in provenance.items()
-            if found.get(key) != value
-        )
-        if different:
-            raise InputError(
-                f"the same settings as in {folder} required, got {different}; choose another --out"
-            )
+        differing = [key for key, value in provenance.items() if found.get(key) != value]
+        if differing:
+            got = ", ".join(f"{k} {provenance[k]} (not {found.get(k)})" for k in differing)
+            required = f"the same settings as in {folder} required"
+            raise InputError(f"{required}, got {got}; choose another --out")
     elif folder.is_dir() and not all(map(_left_over, folder.iterdir())):
-        raise InputError(
-            f"a new or empty folder or a store required, got {folder} with other files;"
-            " choose another --out"
-        )
+        got = f"{folder} with other files; choose another --out"
+        raise InputError(f"a new or empty folder or a store required, got {got}")
 
 
 def _left_over(path: Path) -> bool:
@@ -221,10 +208,8 @@ def _complete(
             _warn(f"{len(needed)} missing or damaged shards of {config.out} are embedded again")
         _fill(config, model, provenance, needed, group)
     if group.rank == 0 and (missing() or not _index_is_whole(config.out, provenance)):
-        raise InputError(
-            f"all shards and proteins in {config.out} required, got fewer;"
-            " give the ranks one file system, and let nobody else write there"
-        )
+        remedy = "give the ranks one file system, and let nobody else write there"
+        raise InputError(f"all shards and proteins in {config.out} required, got fewer; {remedy}")
 
 
 def _fill(
@@ -236,9 +221,10 @@ def _fill(
     shards = set(computed[group.rank :: group.world])
     source = config.shards
     index = IndexWriter(config.out) if group.rank == 0 else None
-    position = 0
+    position = count()
     quiet = None if group.rank == 0 else True  # None: a bar on a terminal only
     options = (config.pool, config.layers, config.max_length, config.batch_tokens)
+    kind = (model.width, getattr(torch, config.store_dtype))
     with tqdm(total=provenance["residues"], unit="residue", unit_scale=True, disable=quiet) as bar:
         for number, shard in enumerate(source.read()):
             sizes = list(map(source.rows, shard))
@@ -247,17 +233,11 @@ def _fill(
                 for protein, rows, first in zip(shard, sizes, first_rows):
                     digest = hashlib.sha256(protein.sequence.encode()).hexdigest()
                     length = len(protein.sequence)
-                    index.add(position, protein.id, length, rows, digest, number, first)
-                    position += 1
+                    index.add(next(position), protein.id, length, rows, digest, number, first)
             if number in shards:
                 sequences = [protein.sequence[: source.seen(protein)] for protein in shard]
-                writer = ShardWriter(
-                    shard_path(config.out, number),
-                    provenance["layers"],
-                    sum(sizes),
-                    model.width,
-                    getattr(torch, config.store_dtype),
-                )
+                path = shard_path(config.out, number)
+                writer = ShardWriter(path, provenance["layers"], sum(sizes), *kind)
                 for i, vectors in embed(model, sequences, *options):
                     writer.write(first_rows[i], vectors)
                     bar.update(len(sequences[i]) * group.world)
@@ -267,22 +247,17 @@ def _fill(
         known = checksums(config.out)  # what stays as it was keeps its checksum
         for number in range(provenance["shards"]):
             fresh = number in computed or number not in known
-            index.add_shard(
-                number, sha256(shard_path(config.out, number)) if fresh else known[number]
-            )
+            path = shard_path(config.out, number)
+            index.add_shard(number, sha256(path) if fresh else known[number])
         index.close()
     group.barrier()
 
 
 def _index_is_whole(folder: Path, provenance: Record) -> bool:
-    """Whether the index holds every protein and every row."""
-    try:
-        with closing(open_index(folder)) as index:
-            found = index.execute("SELECT count(*), max(position) + 1, sum(rows) FROM protein")
-            expected = (provenance["proteins"], provenance["proteins"], provenance["rows"])
-            return found.fetchone() == expected and len(checksums(folder)) == provenance["shards"]
-    except sqlite3.Error:
-        return False
+    """Whether the index holds every protein, every row and every shard."""
+    return counts(folder) == tuple(
+        provenance[k] for k in ("proteins", "proteins", "rows", "shards")
+    )
 
 
 def _warn(message: str) -> None:

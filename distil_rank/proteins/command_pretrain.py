@@ -27,7 +27,7 @@ import tyro
 from torch.nn import functional as F
 
 from distil_rank.core.devices import pick_device
-from distil_rank.core.errors import InputError
+from distil_rank.core.errors import InputError, above, at_least
 from distil_rank.core.randomness import generator
 from distil_rank.core.resume import Checkpoint
 from distil_rank.proteins.checkpoints import save_model
@@ -35,6 +35,9 @@ from distil_rank.proteins.esm2 import ESM2, tokenise
 from distil_rank.proteins.fasta import clean_proteins, read_fasta
 from distil_rank.proteins.masked import logits_at, mask
 from distil_rank.proteins.pretrain import batches, look_at_neighbours, new_model, schedule
+
+WARMUP = 0.05  # share of the tokens with rising learning rate
+DECAY = 0.01  # of the matrices
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,6 @@ class Config:
     batch_tokens: int = 4096  # tokens in one batch, padding included
     max_length: int = 1022  # longest protein in residues
     learning_rate: float | None = None  # peak; None: the command's own, named in its help
-    warmup: float = 0.05  # share of the steps with rising learning rate
-    weight_decay: float = 0.01  # of the optimizer
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # arithmetic
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
     seed: int = 0  # of everything random
@@ -71,10 +72,9 @@ def run(config: Config) -> None:
 
 
 def _validate(config: Config) -> None:
-    positive = ("n_layer", "n_head", "n_embd", "tokens", "batch_tokens", "max_length", "rate")
-    for name in (*positive, "save_every"):
-        if not 0 < getattr(config, name) < float("inf"):
-            raise InputError(f"{name} above 0 required, got {getattr(config, name)}")
+    above(0, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)
+    above(0, tokens=config.tokens, learning_rate=config.rate, save_every=config.save_every)
+    at_least(1, max_length=config.max_length)
     if config.n_embd % (2 * config.n_head):
         raise InputError(
             f"n_embd divisible by 2 * n_head required, got {config.n_embd} and {config.n_head}"
@@ -84,8 +84,6 @@ def _validate(config: Config) -> None:
             f"max_length <= batch_tokens required, got {config.max_length} > {config.batch_tokens};"
             " raise batch_tokens"
         )
-    if not 0 <= config.warmup < 1:
-        raise InputError(f"a warmup share in [0, 1) required, got {config.warmup}")
     if config.dtype == "float16":
         raise InputError("float32 or bfloat16 required for training, got float16")
     if not config.out.parent.is_dir():
@@ -118,7 +116,7 @@ def train(config: Config, sequences: Sequence[str]) -> ESM2:
             break
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["highest"] * schedule(seen / config.tokens, config.warmup)
+                group["lr"] = group["highest"] * schedule(seen / config.tokens, WARMUP)
         tokens, chosen = mask(batch, generator(config.seed, "mask", step))
         with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             logits = logits_at(model, tokens, chosen)
@@ -131,16 +129,11 @@ def train(config: Config, sequences: Sequence[str]) -> ESM2:
             optimizer.step()
         step, seen = step + 1, seen + int((batch > 3).sum())
         if step % config.save_every == 0:
-            speed = (seen - seen_before) / (time.perf_counter() - started)
-            print(
-                f"step {step}  tokens {seen}  loss {loss.item():.3f}  {speed:.0f} tokens/s",
-                flush=True,
-            )
-            states = {
-                "model": model.state_dict(),
-                "optimizers": [o.state_dict() for o in optimizers],
-            }
-            checkpoint.save({"step": step, "seen": seen, **states})
+            speed = f"{(seen - seen_before) / (time.perf_counter() - started):.0f} tokens/s"
+            print(f"step {step}  tokens {seen}  loss {loss.item():.3f}  {speed}", flush=True)
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            saved = {"model": model.state_dict(), "optimizers": states}
+            checkpoint.save({"step": step, "seen": seen, **saved})
     save_model(model, config.out)
     checkpoint.clear()
     return model
@@ -150,17 +143,9 @@ def _optimizers(model: ESM2, config: Config) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW with a sixth of the rate for all else."""
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or not n.startswith("layers")]
-    decay = config.weight_decay
+    fast = [{"params": matrices, "highest": config.rate}]
+    slow = [{"params": others, "highest": config.rate / 6}]
     return [
-        torch.optim.Muon(
-            [{"params": matrices, "highest": config.rate}],
-            weight_decay=decay,
-            adjust_lr_fn="match_rms_adamw",
-        ),
-        torch.optim.AdamW(
-            [{"params": others, "highest": config.rate / 6}],
-            betas=(0.9, 0.98),
-            weight_decay=0.0,
-            fused=True,
-        ),
+        torch.optim.Muon(fast, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(slow, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]

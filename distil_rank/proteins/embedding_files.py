@@ -36,17 +36,13 @@ def load_matrix(path: str | Path) -> Tensor:
         )
     shape = tuple(x.shape)
     if x.ndim != 2:
-        raise InputError(
-            f"2 axes (proteins, features) required in {path}, got shape {shape}; pool residues"
-        )
+        got = f"got shape {shape}; pool residues"
+        raise InputError(f"2 axes (proteins, features) required in {path}, {got}")
     if len(x) < 2 or x.shape[1] < 1:
         raise InputError(f"at least 2 rows of 1 feature required in {path}, got shape {shape}")
-    bad = int((~x.isfinite()).any(1).sum())
-    if bad:
-        raise InputError(
-            f"finite values required in {path}, got NaN or infinity in {bad} of {len(x)} rows;"
-            " remove them"
-        )
+    if bad := int((~x.isfinite()).any(1).sum()):
+        got = f"NaN or infinity in {bad} of {len(x)} rows; remove them"
+        raise InputError(f"finite values required in {path}, got {got}")
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -86,7 +86,10 @@ class ESM2(nn.Module):
         super().__init__()
         self.depth, self.width, self.heads = layers, width, heads
         self.token_dropout, self.eps = token_dropout, eps
-        self.embed_tokens = nn.Embedding(len(TOKENS), width, padding_idx=PAD)
+        weight = torch.empty(len(TOKENS), width)
+        if not weight.is_meta:  # where a normal draw would import torch's compiler, for 1.4 s
+            weight.normal_()[PAD] = 0
+        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=PAD)
         self.layers = nn.ModuleList(Block(width, heads, eps) for _ in range(layers))
         self.emb_layer_norm_after = nn.LayerNorm(width, eps=eps)
         self.lm_head = Head(self.embed_tokens.weight, eps) if head else None

@@ -19,7 +19,6 @@ import shutil
 import sys
 import tempfile
 import zlib
-from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -30,17 +29,13 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, Any
 
-from distil_rank.core.errors import InputError
+from distil_rank.core.errors import InputError, few
 from distil_rank.core.records import atomic
 
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 ALPHABET = AMINO_ACIDS + "XBUZO"
-GAPS = "-."
-_GAP, _UNKNOWN, _FOREIGN = (
-    re.compile(f"[{re.escape(GAPS)}]"),
-    re.compile("[J*]"),
-    re.compile(f"[^{ALPHABET}]"),
-)
+_GAP, _UNKNOWN, _FOREIGN = map(re.compile, ("[-.]", "[J*]", f"[^{ALPHABET}]"))
+_REMEDY = "give a FASTA file (lines `>id description`, then the sequence), plain or gzip"
 
 
 @dataclass(frozen=True)
@@ -56,14 +51,16 @@ def read_fasta(path: str | Path) -> Iterator[Protein]:
     """Records of a FASTA file, plain or gzip, in file order and as written (nothing cleaned).
 
     `-` is standard input; that and pipes are kept in a temporary file, to be read again. A byte
-    order mark and every kind of line end are understood. The file is checked as a whole before this
-    returns (one streaming pass: a truncated gzip or a binary file raises InputError here, not after
-    an hour of work); records are then streamed, and no index file is written.
+    order mark and every kind of line end are understood. Streaming, without an index file; what is
+    no FASTA raises InputError where it shows, at the end in a truncated gzip: run through a file
+    once before the work starts.
     """
     path = Path(path)
     if str(path) == "-" or path.is_fifo():
         path = Path(_kept(str(path)).name)
-    _check(path)
+    if not path.is_file():
+        found = "a folder or special file" if path.exists() else "nothing there"
+        raise InputError(f"required a FASTA file at {path}, got {found}; {_REMEDY}")
     return _records(path)
 
 
@@ -89,46 +86,31 @@ def _records(path: Path) -> Iterator[Protein]:
     try:
         with TextIOWrapper(_opened(path), encoding="utf-8-sig") as text:  # every line end is \n
             for line in text:
+                if "\0" in line:
+                    raise InputError(f"required a FASTA text, but {path} holds binary data")
                 if line.startswith(">"):
                     if header is not None:
                         yield _record(header, lines)
                     header, lines = line[1:].rstrip("\n"), []
-                else:
+                elif header is not None:
                     lines.append("".join(line.split()))
-        if header is not None:
-            yield _record(header, lines)
+                elif line.strip():
+                    got = f"but {path} does not begin with '>'"
+                    raise InputError(f"required a FASTA file, {got}; {_REMEDY}")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"required a FASTA file in UTF-8, got {path} ({error}); check the file"
-        ) from error
-
-
-def _record(header: str, lines: list[str]) -> Protein:
-    return Protein(re.split(r"\s", header, maxsplit=1)[0], header, "".join(lines))
-
-
-def _check(path: Path) -> None:
-    """One pass over the bytes."""
-    remedy = "give a FASTA file (lines `>id description`, then the sequence), plain or gzip"
-    if not path.is_file():
-        found = "a folder or special file" if path.exists() else "nothing there"
-        raise InputError(f"required a FASTA file at {path}, got {found}; {remedy}")
-    try:
-        with _opened(path) as file:
-            start = b""
-            while chunk := file.read(1 << 20):
-                start = start or chunk.removeprefix(BOM_UTF8).lstrip()[:1]
-                odd = "" if start in (b"", b">") else "does not begin with '>'"
-                odd = "holds binary data" if not odd and b"\0" in chunk else odd
-                if odd:
-                    raise InputError(f"required a FASTA text file, but {path} {odd}; {remedy}")
+        raise InputError(f"required a FASTA file in UTF-8, got {path} ({error})") from error
     except (EOFError, OSError, zlib.error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise InputError(
             f"required a whole and readable FASTA file, got {path} ({reason}); copy it again"
         ) from error
-    if not start:
-        raise InputError(f"required at least one protein, but {path} is empty; {remedy}")
+    if header is None:
+        raise InputError(f"required at least one protein, but {path} is empty; {_REMEDY}")
+    yield _record(header, lines)
+
+
+def _record(header: str, lines: list[str]) -> Protein:
+    return Protein(re.split(r"\s", header, maxsplit=1)[0], header, "".join(lines))
 
 
 def clean_sequence(sequence: str) -> str:
@@ -161,46 +143,32 @@ def clean_proteins(proteins: Iterable[Protein], warn: Callable[[str], None]) -> 
     the work starts.
     """
     changes: Counter[str] = Counter()
-    changed: dict[str, _Names] = {}
-    foreign, empty = _Names(), _Names()
+    changed: dict[str, list[str]] = {}
+    foreign: list[str] = []
+    empty: list[str] = []
     for position, protein in enumerate(proteins, start=1):
         sequence, counts, letters = _clean(protein.sequence)
         name = protein.id or f"(record {position}, no id)"
         changes += counts
         for kind in counts:
-            changed.setdefault(kind, _Names()).add(name)
+            changed.setdefault(kind, []).append(name)
         if letters:
-            foreign.add(f"{name} ({''.join(sorted(letters))})")
+            foreign.append(f"{name} ({''.join(sorted(letters))})")
         elif not sequence:
-            empty.add(name)
+            empty.append(name)
         yield replace(protein, sequence=sequence)
-    if foreign.count:
-        raise InputError(
-            f"required letters of {ALPHABET} (or J * - .), got {foreign}; correct or remove them"
-        )
-    if empty.count:
-        raise InputError(
-            f"required at least one residue per protein, got none in {empty}; remove them"
-        )
+    if foreign:
+        got = f"{_proteins(foreign)}; correct or remove them"
+        raise InputError(f"required letters of {ALPHABET} (or J * - .), got {got}")
+    if empty:
+        got = f"none in {_proteins(empty)}; remove them"
+        raise InputError(f"required at least one residue per protein, got {got}")
     for kind, names in changed.items():
-        warn(f"{kind}: {changes[kind]} in {names}")
+        warn(f"{kind}: {changes[kind]} in {_proteins(names)}")
 
 
-class _Names:
-    """A count and the first few names, so that a message stays short and memory constant."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.first: list[str] = []
-
-    def add(self, name: str) -> None:
-        self.count += 1
-        if self.count <= 5:
-            self.first.append(name)
-
-    def __str__(self) -> str:
-        more = f", and {self.count - 5} more" if self.count > 5 else ""
-        return f"{self.count} protein{'s' if self.count > 1 else ''}: {', '.join(self.first)}{more}"
+def _proteins(names: list[str]) -> str:
+    return f"{len(names)} protein{'s' if len(names) > 1 else ''}: {few(names)}"
 
 
 def write_fasta(path: str | Path, proteins: Iterable[Protein], width: int = 60) -> None:

@@ -1,20 +1,28 @@
-"""ESM-2 as transformers saves it: config.json and safetensors, read without transformers.
+"""ESM-2 as transformers saves it: config.json and weights, read without transformers.
 
 A setting that this reader neither reads nor knows to be harmless is an error: it may change what
 the model computes.
 """
 
 import json
+import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from distil_rank.core.errors import InputError
 from distil_rank.core.records import Record
 from distil_rank.proteins.esm2 import MASK, PAD, TOKENS
 
+# of torch.load: plain containers and tensors only, and what it raises on damaged files
+SAFE: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+UNREADABLE = (OSError, pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile)
 # what ESM-2 is, and of that what transformers takes for granted where it is not said
 _GRANTED: dict[str, Any] = {
     "hidden_act": "gelu",
@@ -60,10 +68,8 @@ _NAMES = {
 }
 
 
-def read_settings(folder: Path) -> Record:
-    """The arguments of `ESM2` that config.json describes; InputError for what is not ESM-2."""
-    path = folder / "config.json"
-    config = read_json_file(path)
+def settings(config: Record, path: Path) -> Record:
+    """The arguments of `ESM2` that a configuration describes; InputError for what is not ESM-2."""
     for key, value in _FIXED.items():
         got = _GRANTED.get(key) if config.get(key) is None else config[key]
         if got != value:
@@ -91,8 +97,11 @@ def read_settings(folder: Path) -> Record:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors of a folder, one or its shards; InputError where one is missing."""
-    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    """The safetensors or, without any, pytorch_model.bin of a folder, whole or in shards."""
+    whole = "model.safetensors"
+    if not any(folder.glob("model*.safetensors*")) and any(folder.glob("pytorch_model*.bin*")):
+        whole = "pytorch_model.bin"
+    index, names = folder / f"{whole}.index.json", [whole]
     if index.is_file():
         names = sorted(set(read_json_file(index).get("weight_map", {}).values()))
         if not names or any(Path(name).name != name for name in names):
@@ -103,21 +112,23 @@ def weight_files(folder: Path) -> list[Path]:
         if not (folder / name).is_file():
             raise InputError(
                 f"{name} required in {folder}, got nothing there; give a folder with config.json"
-                " and model.safetensors (save_pretrained writes both); pickles are not read"
+                " and model.safetensors (save_pretrained writes both)"
             )
     return [folder / name for name in names]
 
 
 def read_weights(files: list[Path]) -> list[tuple[str, Tensor]]:
     """Tensors of all files by fair-esm's names."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+
+    def read(file: Path) -> dict[str, Tensor]:
+        return load_file(file) if file.suffix == ".safetensors" else torch.load(file, **SAFE)
 
     try:
-        return [(fair_esm_key(key), x) for file in files for key, x in load_file(file).items()]
-    except (SafetensorError, OSError) as error:
+        return [(fair_esm_key(key), x) for file in files for key, x in read(file).items()]
+    except (SafetensorError, AttributeError, *UNREADABLE) as error:
         raise InputError(
-            f"whole safetensors required in {files[0].parent}, got {error}; download them again"
+            f"whole weights of plain tensors required in {files[0].parent}, got {error}; download"
+            " them again; nothing was unpickled"
         ) from error
 
 

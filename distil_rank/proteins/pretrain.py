@@ -6,6 +6,8 @@ from itertools import cycle
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from distil_rank.core.randomness import generator
 from distil_rank.proteins.esm2 import CLS, EOS, ESM2, PAD, Block, frequencies
@@ -85,22 +87,16 @@ def batches(
         shuffled = torch.randperm(len(groups), generator=generator(seed, "batches", epoch))
         for group in (groups[g] for g in shuffled.tolist()):
             if number >= skip:
-                yield _padded([_crop(encoded[i], longest, float(cuts[i])) for i in group])
+                rows = [_crop(encoded[i], longest, float(cuts[i])) for i in group]
+                yield pad_sequence(rows, batch_first=True, padding_value=PAD)
             number += 1
         epoch += 1
 
 
 def _crop(tokens: Tensor, longest: int, where: float) -> Tensor:
+    """<cls>, at most `longest` residues, <eos>."""
     start = int(where * (len(tokens) - longest + 1)) if len(tokens) > longest else 0
-    return tokens[start : start + longest]
-
-
-def _padded(rows: Sequence[Tensor]) -> Tensor:
-    batch = torch.full((len(rows), max(map(len, rows)) + 2), PAD)
-    batch[:, 0] = CLS
-    for out, row in zip(batch, rows):
-        out[1 : len(row) + 1], out[len(row) + 1] = row, EOS
-    return batch
+    return F.pad(F.pad(tokens[start : start + longest], (1, 0), value=CLS), (0, 1), value=EOS)
 
 
 def schedule(progress: float, warmup: float) -> float:

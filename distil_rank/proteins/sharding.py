@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from distil_rank.core.errors import InputError
+from distil_rank.core.errors import InputError, few
 from distil_rank.proteins.fasta import Protein, clean_proteins, read_fasta
 
 
@@ -56,8 +56,8 @@ class Shards:
     def survey(self, warn: Callable[[str], None]) -> Survey:
         """Read everything once, so that bad input ends here and not after an hour."""
         digest = hashlib.sha256()
-        proteins = residues = longer = 0
-        shards, examples = [], []
+        proteins = residues = 0
+        shards, longer = [], []
         for shard in self.read(warn):
             shards.append(sum(map(self.rows, shard)))
             proteins += len(shard)
@@ -65,18 +65,13 @@ class Shards:
                 residues += self.seen(protein)
                 digest.update(f"{protein.id}\0{protein.sequence}\n".encode())
                 if len(protein.sequence) > self.max_length:
-                    longer += 1
-                    if longer <= 5:
-                        examples.append(f"{protein.id} ({len(protein.sequence)})")
+                    longer.append(f"{protein.id} ({len(protein.sequence)})")
         if longer:
-            found = f"{longer} longer: {', '.join(examples)}{', ...' if longer > 5 else ''}"
+            found = f"{len(longer)} longer: {few(longer)}"
             if self.long == "error":
-                raise InputError(
-                    f"proteins of at most {self.max_length} residues required, got {found};"
-                    " choose --long truncate or --long window"
-                )
-            done = (
-                "truncated to" if self.long == "truncate" else "embedded in overlapping windows of"
-            )
+                required = f"proteins of at most {self.max_length} residues required"
+                remedy = "choose --long truncate or --long window"
+                raise InputError(f"{required}, got {found}; {remedy}")
+            done = "truncated to" if self.long == "truncate" else "embedded in windows of"
             warn(f"{done} {self.max_length} residues: {found}")
-        return Survey(proteins, residues, shards, longer, digest.hexdigest())
+        return Survey(proteins, residues, shards, len(longer), digest.hexdigest())

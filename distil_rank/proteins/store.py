@@ -5,7 +5,7 @@
     store["P69905"], store[0], "P69905" in store  # (d,) or, in a store of residues, (l, d)
     store[:100], store[["P69905", 7]], store.to_numpy()  # (n, d), or a list of (l, d)
     for rows in store.batches(): ...  # (n, d), in order: proteins, or residues one after the other
-    for index, vectors in store.residues(): ...  # (protein index, (l, d)), in order
+    for vectors in store: ...  # (d,) or (l, d), one protein after the other
 
 | file | what |
 |---|---|
@@ -32,6 +32,7 @@ from typing import Any, Literal, SupportsIndex, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distil_rank.core.errors import InputError
@@ -118,12 +119,12 @@ class EmbeddingStore:
     @property
     def ids(self) -> list[str]:
         """Every id in order, repeated and empty ones too (this list is as long as the store)."""
-        return [id for (id,) in self._index.execute("SELECT id FROM protein ORDER BY position")]
+        return self.column("id")
 
     def column(
         self, name: Literal["id", "length", "rows", "sha256", "shard", "first_row"]
     ) -> list[Any]:
-        """One column of the index, in order."""
+        """One column of the index, in order; sha256 is that of the cleaned sequence."""
         query = f"SELECT {name} FROM protein ORDER BY position"
         return [value for (value,) in self._index.execute(query)]
 
@@ -135,12 +136,6 @@ class EmbeddingStore:
     def __contains__(self, id: object) -> bool:
         """Whether a protein has this id."""
         return isinstance(id, str) and bool(self.positions(id))
-
-    def describe(self, position: int) -> Record:
-        """The index entry of one protein; sha256 is that of its cleaned sequence."""
-        query = "SELECT * FROM protein WHERE position = ?"
-        cursor = self._index.execute(query, (range(len(self))[position],))
-        return dict(zip((column[0] for column in cursor.description), cursor.fetchone()))
 
     def __getitem__(self, key: str | int | slice | Sequence[str | int]) -> Tensor | list[Tensor]:
         """Vector (d,) or residues (l, d) of a protein by id or by position.
@@ -190,47 +185,16 @@ class EmbeddingStore:
             for vectors in self._mapped(shard).split(rows):
                 yield vectors.clone()
 
-    def residues(self) -> Iterator[tuple[int, Tensor]]:
-        """(protein index, vectors (l, d)) in order; l is 1 unless this is a store of residues.
-
-        Stores of the same proteins from several models are aligned row by row.
-        """
-        query = "SELECT position, shard, first_row, rows FROM protein ORDER BY position"
-        current, vectors = -1, torch.empty(0)
-        for position, shard, start, rows in self._index.execute(query):
-            if shard != current:
-                current, vectors = shard, self._mapped(shard)
-            yield position, vectors[start : start + rows].clone()
-
     def _mapped(self, shard: int) -> Tensor:
+        """The rows of a shard; they stay on the disk until they are read."""
         path = shard_path(self.path, shard)
         try:
-            return _mapped(path, f"layer_{self._layer}")
-        except (OSError, ValueError, KeyError, RuntimeError, struct.error) as error:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(f"layer_{self._layer}")
+        except (OSError, SafetensorError) as error:
             raise InputError(
                 f"a whole shard required, got {path} ({error}); run the same embed command again"
             ) from error
-
-
-def _mapped(path: Path, name: str) -> Tensor:
-    """A tensor of a safetensors file; what is written to it stays in this process."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        size = path.stat().st_size
-        if length > size:
-            raise ValueError("no safetensors header")
-        header = json.loads(file.read(length))
-    start, stop = header[name]["data_offsets"]
-    end = max(entry["data_offsets"][1] for entry in header.values())
-    if size != 8 + length + end:
-        raise ValueError(f"{size} bytes instead of {8 + length + end}")
-    storage: Any = torch.UntypedStorage.from_file(str(path), False, size)
-    dtype = {name: dtype for dtype, name in _SAFETENSORS_DTYPE.items()}[header[name]["dtype"]]
-    whole = torch.empty(0, dtype=dtype).set_(storage)
-    first = (8 + length) // dtype.itemsize
-    return whole[first + start // dtype.itemsize : first + stop // dtype.itemsize].view(
-        header[name]["shape"]
-    )
 
 
 def shard_header(layers: Sequence[int], rows: int, dim: int, dtype: torch.dtype) -> bytes:

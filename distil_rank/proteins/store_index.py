@@ -19,11 +19,21 @@ def open_index(folder: Path) -> sqlite3.Connection:
 
 def checksums(folder: Path) -> dict[int, str]:
     """SHA-256 of each shard by the index; empty where there is no readable one."""
+    return dict(_answer(folder, "SELECT number, sha256 FROM shard"))
+
+
+def counts(folder: Path) -> tuple[int, ...]:
+    """Proteins, last position + 1, rows, shards by the index; empty where there is none."""
+    protein = "count(*), max(position) + 1, sum(rows), (SELECT count(*) FROM shard)"
+    return next(iter(_answer(folder, f"SELECT {protein} FROM protein")), ())
+
+
+def _answer(folder: Path, query: str) -> list[tuple]:
     try:
         with closing(open_index(folder)) as index:
-            return dict(index.execute("SELECT number, sha256 FROM shard"))
+            return index.execute(query).fetchall()
     except sqlite3.Error:
-        return {}
+        return []
 
 
 def copy_index(source: Path, folder: Path, shards: list[Path]) -> None:

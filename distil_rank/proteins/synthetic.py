@@ -14,14 +14,8 @@ from torch import Tensor
 from distil_rank.core.randomness import generator
 
 DIM = 1280
-CUMULATED_VARIANCE = {
-    0: 0.0,
-    10: 0.402,
-    20: 0.532,
-    50: 0.710,
-    99: 0.808,
-    DIM: 1.0,
-}  # of standardised features
+# of standardised features
+CUMULATED_VARIANCE = {0: 0.0, 10: 0.402, 20: 0.532, 50: 0.710, 99: 0.808, DIM: 1.0}
 MEAN_ENERGY = 0.87  # |mean|^2 / E|x|^2
 OUTLIER_MEANS = {1160: -6.85, 234: -2.03}  # feature -> mean; all others are below about 1
 OTHER_MEANS_STD = 0.25  # not published: keeps the other 1,278 means below 1
@@ -34,13 +28,10 @@ def synthetic_embeddings(n: int, seed: int, purpose: str) -> Tensor:
     for feature, value in OUTLIER_MEANS.items():
         mean[feature] = value
     factor = fourier_basis(population) * standardised_spectrum().sqrt()
-    factor /= (
-        factor.square().sum(1, keepdim=True).sqrt()
-    )  # every feature to unit variance, nearly so already
+    factor /= factor.square().sum(1, keepdim=True).sqrt()  # to unit variance, nearly so already
     std = (mean.square().sum() * (1 - MEAN_ENERGY) / MEAN_ENERGY / DIM).sqrt()
-    sample = torch.randn(
-        n, DIM, generator=generator(seed, "synthetic rows", purpose), dtype=torch.float64
-    )
+    rows = generator(seed, "synthetic rows", purpose)
+    sample = torch.randn(n, DIM, generator=rows, dtype=torch.float64)
     return (mean + std * (sample @ factor.T)).float()
 
 
@@ -65,18 +56,14 @@ def standardised_spectrum() -> Tensor:
     the neighbouring levels, scaled so that the cumulated variance passes through the points; after
     the last one it is flat.
     """
-    points = sorted(CUMULATED_VARIANCE.items())
-    sizes = [stop - start for (start, _), (stop, _) in itertools.pairwise(points)]
-    shares = [(above - below) * DIM for (_, below), (_, above) in itertools.pairwise(points)]
+    points = list(itertools.pairwise(CUMULATED_VARIANCE.items()))
+    sizes = [stop - start for (start, _), (stop, _) in points]
+    shares = [(above - below) * DIM for (_, below), (_, above) in points]
     levels = [share / size for share, size in zip(shares, sizes)]
+    middle = [(one * other) ** 0.5 for one, other in itertools.pairwise(levels)]
+    middle = [levels[0] ** 2 / middle[0], *middle]
     pieces = []
-    for i, (size, share) in enumerate(zip(sizes[:-1], shares[:-1])):
-        start = (
-            levels[0] ** 2 / (levels[0] * levels[1]) ** 0.5
-            if i == 0
-            else (levels[i - 1] * levels[i]) ** 0.5
-        )
-        stop = (levels[i] * levels[i + 1]) ** 0.5
+    for size, share, start, stop in zip(sizes[:-1], shares[:-1], middle, middle[1:]):
         fall = torch.logspace(math.log10(start), math.log10(stop), size, dtype=torch.float64)
         pieces.append(fall * (share / fall.sum()))
     pieces.append(torch.full((sizes[-1],), levels[-1], dtype=torch.float64))

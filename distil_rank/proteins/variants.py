@@ -9,7 +9,7 @@ ProteinGym: `mutant`, `DMS_score`, and what it has of `mutated_sequence` and of 
 
 import csv
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,10 +50,8 @@ def read_assays(
     """The scans of a folder in the order of their names; see `read_assay`."""
     paths = sorted(path for path in Path(folder).glob("*.csv") if path.name != REFERENCE)
     if not paths:
-        raise InputError(
-            f"at least one assay required, got no .csv in {folder};"
-            " give a folder of NAME.csv (mutant,score) beside NAME.fasta"
-        )
+        remedy = "give a folder of NAME.csv (mutant,score) beside NAME.fasta"
+        raise InputError(f"at least one assay required, got no .csv in {folder}; {remedy}")
     found = [place / REFERENCE for place in (Path(folder), Path(folder).absolute().parent)]
     reference = next((_rows(path) for path in found if path.is_file()), [])
     told = {row["DMS_id"]: row for row in reference}
@@ -66,47 +64,44 @@ def read_assay(
     seed: int = 0,
     least: int = 20,
     reference: Mapping[str, str] | None = None,
+    fasta: Path | None = None,
+    measured: bool = True,
 ) -> Assay:
     """Read and check one scan of `least` mutants or more; InputError names the file and the row.
 
     Of more than `limit` mutants so many are drawn at random, without repeat. `reference` is the
-    scan's row of the reference file.
+    scan's row of the reference file, `fasta` a wild type that is not beside the scan. Mutants that
+    are not `measured` have no scores (NaN) and may repeat.
     """
     rows, reference = _rows(path), reference or {}
     columns = set(rows[0]) if rows else set()
-    measure = next((name for name in ("DMS_score", "score") if name in columns), None)
-    if "mutant" not in columns or measure is None:
-        got = ", ".join(rows[0]) if rows else "no rows"
-        required = "columns mutant and score, or DMS_score, required"
-        raise InputError(f"{required}, got {got} in {path.name}")
-    wild_type = _wild_type(path, rows[0], reference)
-    mutants = [row["mutant"] for row in rows]
+    measure = next((name for name in ("DMS_score", "score") if name in columns), "")
+    if "mutant" not in columns or (measured and not measure):
+        got = ", ".join(map(str, rows[0])) if rows else "no rows"
+        required = "columns mutant and score, or DMS_score," if measured else "a column mutant"
+        raise InputError(f"{required} required, got {got} in {path.name}")
+    wild_type = _wild_type(path, fasta, rows[0], reference)
+    mutants = [row["mutant"] or "" for row in rows]
     fold_columns = {match[1]: match[0] for match in map(FOLD.fullmatch, rows[0]) if match}
     numbers: dict[str, list[int]] = {scheme: [] for scheme in fold_columns}
     changed, scores = [], []
     for number, row in enumerate(rows, start=2):
         where = f"{path.name}, line {number}"
-        changed.append(mutate(wild_type, row["mutant"], where))
-        scores.append(_number(row[measure], "score", where))
+        changed.append(mutate(wild_type, row["mutant"] or "", where))
+        scores.append(_number(row[measure], "score", where) if measured else float("nan"))
         if row.get("mutated_sequence", changed[-1][0]) != changed[-1][0]:
-            raise InputError(
-                f"the wild type with {row['mutant']} required as mutated_sequence, got another"
-                f" sequence in {where}; check the wild type"
-            )
+            required = f"the wild type with {row['mutant']} required as mutated_sequence"
+            raise InputError(f"{required}, got another sequence in {where}; check the wild type")
         for scheme, column in fold_columns.items():
             numbers[scheme].append(int(_number(row[column], "fold", where)))
     repeated = len(mutants) - len(set(mutants))
-    if repeated:
+    if repeated and measured:
         twice = next(mutant for i, mutant in enumerate(mutants) if mutant in mutants[:i])
-        raise InputError(
-            f"each mutant once required, got {repeated} repeated in {path.name} ({twice}, ...);"
-            " average them"
-        )
+        got = f"{repeated} repeated in {path.name} ({twice}, ...); average them"
+        raise InputError(f"each mutant once required, got {got}")
     if len(mutants) < least:
-        raise InputError(
-            f"at least {least} mutants required, got {len(mutants)} in {path.name};"
-            " leave the assay out"
-        )
+        got = f"{len(mutants)} in {path.name}; leave the assay out"
+        raise InputError(f"at least {least} mutants required, got {got}")
     keep = list(range(len(mutants)))
     if limit is not None and limit < len(mutants):
         drawn = torch.randperm(len(mutants), generator=generator(seed, "mutants", path.stem))
@@ -126,14 +121,22 @@ def read_assay(
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"a readable CSV required, got {path}: {error}") from None
+    if any(None in row for row in rows):
+        raise InputError(f"a name for every column required, got rows with more in {path.name}")
+    return rows
 
 
-def _wild_type(path: Path, first: Mapping[str, str], reference: Mapping[str, str]) -> str:
-    """From the FASTA, the reference file, or a mutated sequence with its mutations undone."""
-    fasta = path.with_suffix(".fasta")
-    if not fasta.is_file():
+def _wild_type(
+    path: Path, fasta: Path | None, first: Mapping[str, str], reference: Mapping[str, str]
+) -> str:
+    """From a FASTA, the reference file, or a mutated sequence with its mutations undone."""
+    fasta, named = fasta or path.with_suffix(".fasta"), fasta is not None
+    if not (named or fasta.is_file()):
         if reference.get("target_seq"):
             return clean_sequence(reference["target_seq"])
         if first.get("mutated_sequence"):
@@ -143,7 +146,7 @@ def _wild_type(path: Path, first: Mapping[str, str], reference: Mapping[str, str
             return clean_sequence("".join(undone))
         raise InputError(
             f"the wild type of {path.name} required, got no {fasta.name} beside it and no"
-            f" {REFERENCE}; add one"
+            f" {REFERENCE}; add one, or name it with --wild-type"
         )
     records = list(read_fasta(fasta))
     if len(records) != 1:
@@ -183,22 +186,38 @@ def mutate(wild_type: str, mutant: str, where: str) -> tuple[str, list[int]]:
 
 
 @torch.no_grad()
-def masked_marginals(model: ESM2, sequence: str, batch_tokens: int = 8192) -> Tensor:
+def masked_marginals(
+    model: ESM2, sequence: str, batch_tokens: int = 8192, places: Sequence[int] | None = None
+) -> Tensor:
     """Log-odds (l, 20) of each amino acid against the wild type, float64, in order of AMINO_ACIDS.
 
-    Every position is masked on its own (masked marginals: Meier et al., NeurIPS 2021).
+    Every position, or those of `places` (the others are NaN), is masked on its own (masked
+    marginals: Meier et al., NeurIPS 2021).
     """
     tokens = tokenise([sequence])
-    step = max(1, batch_tokens // tokens.shape[1])
-    rows = []
-    for places in torch.arange(1, len(sequence) + 1).split(step):
-        hidden = torch.zeros(len(places), tokens.shape[1], dtype=torch.bool)
-        hidden[torch.arange(len(places)), places] = True
-        batch = tokens.expand(len(places), -1).masked_fill(hidden, MASK)
-        rows.append(logits_at(model, batch, hidden).float().log_softmax(-1).double().cpu())
-    found = torch.cat(rows)
-    letters = tokenise([AMINO_ACIDS])[0, 1:-1]
-    return found[:, letters] - found.gather(1, tokens[0, 1:-1, None])
+    columns = torch.arange(len(sequence)) if places is None else torch.tensor(places).long()
+    found = torch.full((len(sequence), 20), torch.nan, dtype=torch.float64)
+    for some in columns.split(max(1, batch_tokens // tokens.shape[1])):
+        hidden = torch.zeros(len(some), tokens.shape[1], dtype=torch.bool)
+        hidden[torch.arange(len(some)), some + 1] = True
+        batch = tokens.expand(len(some), -1).masked_fill(hidden, MASK)
+        found[some] = _log_odds(logits_at(model, batch, hidden), tokens[0, some + 1])
+    return found
+
+
+@torch.no_grad()
+def wild_type_marginals(model: ESM2, sequence: str) -> Tensor:
+    """The same log-odds (l, 20) with nothing masked: one pass."""
+    tokens = tokenise([sequence])
+    residues = torch.ones_like(tokens, dtype=torch.bool)
+    residues[:, [0, -1]] = False
+    return _log_odds(logits_at(model, tokens, residues), tokens[0, 1:-1])
+
+
+def _log_odds(logits: Tensor, wild_type: Tensor) -> Tensor:
+    """log p(amino acid) - log p(wild type) (k, 20) of logits (k, 33), wild-type tokens (k,)."""
+    logs = logits.float().log_softmax(-1).double().cpu()
+    return logs[:, tokenise([AMINO_ACIDS])[0, 1:-1]] - logs.gather(1, wild_type[:, None])
 
 
 def additive_scores(marginals: Tensor, assay: Assay) -> Tensor:

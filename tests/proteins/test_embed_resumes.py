@@ -7,8 +7,6 @@ import shutil
 import signal
 import socket
 import sqlite3
-import subprocess
-import sys
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -21,7 +19,6 @@ from distil_rank.core.devices import process_group
 from distil_rank.core.errors import InputError
 from distil_rank.core.locks import only_writer
 from distil_rank.core.moments import Moments
-from distil_rank.core.records import ROOT
 from distil_rank.proteins import command_moments
 from distil_rank.proteins.command_embed import Config, run
 from distil_rank.proteins.store import EmbeddingStore, shard_path
@@ -86,21 +83,6 @@ def test_one_run_at_a_time_writes_in_a_store(config, whole, tmp_path):
     assert contents(out) == contents(whole)
 
 
-def test_of_two_real_commands_one_writes_and_the_other_says_who(config, whole, tmp_path):
-    out = tmp_path / "store"
-    flags = ["--model", config.model, "--out", out, "--long", "window", "--device", "cpu"]
-    for name in ("max_length", "shard_residues", "batch_tokens"):
-        flags += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
-    command = [sys.executable, "-m", "distil_rank", "embed", config.fasta, *flags]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(2)]
-    said = [process.communicate(timeout=300)[1] for process in both]
-    for process, text in zip(both, said):
-        assert process.returncode == 0 or (process.returncode == 2 and "held by process" in text)
-    assert 0 in [process.returncode for process in both]
-    assert contents(out) == contents(whole)
-
-
 def test_success_means_that_every_protein_is_in_the_store(config, tmp_path, monkeypatch):
     monkeypatch.setattr(IndexWriter, "add", lambda *_: None)
     with pytest.raises(InputError, match="all shards and proteins"):
@@ -157,16 +139,15 @@ def test_what_a_run_killed_at_its_very_start_left_is_no_obstacle(config, whole, 
     assert contents(tmp_path) == contents(whole)
 
 
-@pytest.mark.parametrize("points", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_points(config, whole, processes, tmp_path, points):
-    """After a random share of the time that a whole run takes."""
+def test_killed_at_random_points(config, whole, processes, tmp_path):
+    """After a random share of the time; benchmarks/store_races.py does it a hundred times."""
     started = time.perf_counter()
     process = processes.Process(target=run, args=(replace(config, out=tmp_path / "timing"),))
     process.start()
     process.join()
     duration = time.perf_counter() - started
     draw = random.Random(4)
-    for point in range(points):
+    for point in range(3):
         out = tmp_path / f"store{point}"
         process = processes.Process(target=run, args=(replace(config, out=out),))
         process.start()

@@ -132,16 +132,6 @@ def test_a_bare_string_and_an_empty_sequence_are_refused(ours, wrong):
             function(wrong)
 
 
-def test_neighbours_in_a_batch_change_nothing(ours):
-    draw = random.Random(2)
-    protein = reference.random_sequence(draw, 50)
-    (alone,), _ = ours(tokenise([protein]))
-    for _ in range(5):
-        others = [reference.random_sequence(draw, draw.randint(1, 200)) for _ in range(4)]
-        (batch,), _ = ours(tokenise([*others, protein]))
-        assert distance(batch[-1, :52], alone[0]) < 1e-5
-
-
 def test_bfloat16_keeps_the_residual_stream_in_float32(fair_esm, checkpoint):
     model = load_model(str(checkpoint), dtype="bfloat16").model
     assert (

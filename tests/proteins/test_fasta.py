@@ -80,27 +80,21 @@ def test_a_pipe_and_standard_input_are_read_as_often_as_asked(tmp_path, monkeypa
         (b" \n\n", "empty"),
         (b"ACDEF\n", "does not begin with '>'"),
         (b"@a\nACD\n+\nIII\n", "does not begin with '>'"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(50), "does not begin with '>'"),
+        (b"  >a\nACD\n", "does not begin with '>'"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(50), "UTF-8"),
+        (">é\nACD\n".encode("latin-1"), "UTF-8"),
+        ("folder", "a folder"),
         (b">a\nAC\0DE\n", "binary"),
         (gzip.compress(b">a\n" + bytes(range(65, 91)) * 999)[:-20], "whole and readable"),
         (gzip.compress(b">a\nACD\n", mtime=0)[:-8] + bytes(8), "whole and readable"),
     ],
 )
-def test_what_is_no_fasta_is_refused_at_once(tmp_path, content, says):
-    if content is not None:
+def test_what_is_no_fasta_is_refused(tmp_path, content, says):
+    if content == "folder":
+        (tmp_path / "a.fasta").mkdir()
+    elif content is not None:
         (tmp_path / "a.fasta").write_bytes(content)
     with pytest.raises(InputError, match=says):
-        read_fasta(tmp_path / "a.fasta")
-
-
-def test_a_folder_is_refused(tmp_path):
-    with pytest.raises(InputError, match="folder"):
-        read_fasta(tmp_path)
-
-
-def test_header_in_another_encoding_is_refused(tmp_path):
-    (tmp_path / "a.fasta").write_bytes(">é\nACD\n".encode("latin-1"))
-    with pytest.raises(InputError, match="UTF-8"):
         list(read_fasta(tmp_path / "a.fasta"))
 
 

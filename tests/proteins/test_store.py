@@ -59,10 +59,11 @@ def test_ids_are_data_in_the_order_of_the_file(store, proteins):
             *(shard_path(store.path, i).name for i in range(store.provenance["shards"])),
         ]
     )
+    sequences = [protein.sequence for protein in proteins[1]]
+    assert store.column("length") == list(map(len, sequences))
+    digests = [hashlib.sha256(sequence.encode()).hexdigest() for sequence in sequences]
+    assert store.column("sha256") == digests
     for i, protein in enumerate(proteins[1]):
-        entry = store.describe(i)
-        assert (entry["id"], entry["length"]) == (protein.id, len(protein.sequence))
-        assert entry["sha256"] == hashlib.sha256(protein.sequence.encode()).hexdigest()
         if protein.id != "twin":
             assert torch.equal(store[protein.id], store[i])
 
@@ -117,9 +118,7 @@ def test_batches_and_residues_run_in_order_whatever_the_batch(store):
         batches = list(store.batches(size))
         assert max(map(len, batches)) <= size
         assert torch.equal(torch.cat(batches), rows)
-    assert store.rows == len(rows)
-    index, vectors = zip(*store.residues())
-    assert index == tuple(range(len(store))) and torch.equal(torch.cat(vectors), rows)
+    assert store.rows == len(rows) and same(list(store), [store[i] for i in range(len(store))])
 
 
 def test_ranks_share_the_shards(store):

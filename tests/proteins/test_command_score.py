@@ -1,0 +1,103 @@
+"""Mutations scored without training, from a CSV to a CSV."""
+
+import csv
+import shutil
+
+import pytest
+import torch
+
+from distil_rank.core.errors import InputError
+from distil_rank.proteins.checkpoints import load_model
+from distil_rank.proteins.command_score import Config, run
+from distil_rank.proteins.esm2 import MASK, tokenise
+from distil_rank.proteins.variants import masked_marginals, wild_type_marginals
+
+WILD_TYPE = "MKTAYIAKQRQISFVKSHFSRQ"
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "wt.fasta").write_text(f">wt\n{WILD_TYPE}\n")
+    (tmp_path / "v.csv").write_text("mutant,note\nA4G,x\nM1W:K2R,y\nA4G,again\n")
+    return tmp_path / "v.csv", tmp_path / "wt.fasta", tmp_path / "scores.csv"
+
+
+def read(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def log_odds(model, masked, position, new):
+    """One substitution, the slow way."""
+    tokens = tokenise([WILD_TYPE])
+    seen = tokens.clone()
+    if masked:
+        seen[0, position] = MASK
+    with torch.no_grad():
+        logs = model(seen).logits[0, position].log_softmax(-1)
+    return float(logs[tokenise([new])[0, 1]] - logs[tokens[0, position]])
+
+
+def test_scores_are_sums_of_log_odds_in_the_order_of_the_file(files, checkpoint):
+    variants, fasta, out = files
+    run(Config(variants, str(checkpoint), out, wild_type=fasta, device="cpu"))
+    rows, model = read(out), load_model(str(checkpoint), head=True).model
+    assert [row["mutant"] for row in rows] == ["A4G", "M1W:K2R", "A4G"] and rows[0] == rows[2]
+    for name, masked in (("masked_marginal", True), ("wild_type_marginal", False)):
+        both = log_odds(model, masked, 1, "W") + log_odds(model, masked, 2, "R")
+        expected = [log_odds(model, masked, 4, "G"), both]
+        assert [float(row[name]) for row in rows[:2]] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_wild_type_beside_the_file_gives_the_same(files, checkpoint):
+    variants, fasta, out = files
+    run(Config(variants, str(checkpoint), out, wild_type=fasta, device="cpu"))
+    named = out.read_bytes()
+    shutil.copy(fasta, variants.with_suffix(".fasta"))
+    run(Config(variants, str(checkpoint), out, device="cpu"))
+    assert out.read_bytes() == named
+
+
+def test_only_the_asked_places_are_masked(ours):
+    some, whole = (
+        masked_marginals(ours, WILD_TYPE, places=[3, 8]),
+        masked_marginals(ours, WILD_TYPE),
+    )
+    torch.testing.assert_close(some[[3, 8]], whole[[3, 8]], rtol=1e-5, atol=1e-5)
+    assert some.isnan().all(1).sum() == len(WILD_TYPE) - 2
+    plain = wild_type_marginals(ours, WILD_TYPE)
+    assert plain.shape == whole.shape and not torch.allclose(plain, whole)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("mutant\nC4G\n", "residue required in C4G, got A at 4 in v.csv, line 2"),
+        ("mutant\nA4G\nK99G\n", "got nothing at 99 in v.csv, line 3"),
+        ("variant\nA4G\n", "a column mutant required, got variant"),
+        ("mutant\nA4G,1\n", "a name for every column"),
+        ("mutant\n", "got no rows"),
+        (None, "a readable CSV required"),
+    ],
+)
+def test_bad_mutants_are_one_sentence_and_nothing_is_written(files, checkpoint, content, message):
+    variants, fasta, out = files
+    variants.unlink() if content is None else variants.write_text(content)
+    with pytest.raises(InputError, match=message):
+        run(Config(variants, str(checkpoint), out, wild_type=fasta, device="cpu"))
+    assert not out.exists()
+
+
+def test_other_bad_input(files, checkpoint, tmp_path):
+    variants, fasta, out = files
+    (tmp_path / "long.fasta").write_text(">long\n" + WILD_TYPE * 50 + "\n")
+    (tmp_path / "two.fasta").write_text(">a\nMK\n>b\nMK\n")
+    for change, message in [
+        ({"wild_type": tmp_path / "long.fasta"}, "at most 1022 residues required, got 1100"),
+        ({"wild_type": tmp_path / "two.fasta"}, "one wild type required, got 2"),
+        ({"wild_type": tmp_path / "none.fasta"}, "a FASTA file"),
+        ({"wild_type": None}, "name it with --wild-type"),
+        ({"out": variants, "wild_type": fasta}, "a new file required"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            run(Config(**{"variants": variants, "model": str(checkpoint), "out": out} | change))
