@@ -94,16 +94,3 @@ def calibration_error(gap: Array, share: Array, deviation: Array) -> Metric:
     within = np.abs(value - theta[:, 0]) <= np.quantile(np.abs(drawn - theta), LEVEL, axis=1)
     kept = np.append(theta[within, 0], value)
     return interval(value, float(kept.min()), float(kept.max()), False, target=0.0)
-
-
-def best_temperature(grid: Array, nll: Array) -> float:
-    """Temperature of least NLL from values on a grid.
-
-    The vertex of a parabola in log temperature through the best point and its neighbors.
-    """
-    at = int(np.clip(np.argmin(nll), 1, len(grid) - 2))
-    x, y = np.log(grid[at - 1 : at + 2]), nll[at - 1 : at + 2]
-    a, b, _ = np.polyfit(x, y, 2)
-    if a <= 0:
-        return float(grid[int(np.argmin(nll))])
-    return float(np.exp(np.clip(-b / (2 * a), x[0], x[-1])))

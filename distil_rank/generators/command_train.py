@@ -4,7 +4,7 @@
         --split-by random --train-size-prop 0.1 --out shards
     distil-rank generator train --teacher nferruz/ProtGPT2 --data shards --out tiny \\
         --n-layer 4 --n-head 4 --n-embd 512 --tau 2 --alpha 0.5 --steps 20000
-    distil-rank generator train ... --uncertainty --calibration-smoothing --normalise-weights
+    distil-rank generator train ... --uncertainty --calibration-smoothing
     torchrun --nproc-per-node 8 -m distil_rank generator train ...
 
 An interrupted run goes on where its checkpoint stands when the same command is given again. Sizes:
@@ -113,15 +113,13 @@ class Config(ShapeFlags, TrainingFlags):
     uncertainty: bool = False  # weight positions by the teacher's entropy
     calibration_smoothing: bool = False  # smooth the teacher where it is unsure
     smoothing: float = 0.1  # strength of --calibration-smoothing
-    normalise_weights: bool = False  # weights of mean 1 in each sequence: alpha keeps its meaning
-    init: Literal["random", "slice", "low-rank"] = "random"  # or from the teacher's weights
-    teacher_cache: Literal["none", "exact", "top"] = "none"  # ask the teacher once
-    top: int = 64  # tokens kept by --teacher-cache top
+    init: Literal["random", "slice"] = "random"  # or from the teacher's weights
+    teacher_cache: bool = False  # ask the teacher once about each protein
 
     @property
     def objective(self) -> Objective:
-        smoothing = (self.uncertainty, self.calibration_smoothing, self.smoothing)
-        return Objective(self.tau, self.alpha, *smoothing, self.normalise_weights)
+        enhancements = (self.uncertainty, self.calibration_smoothing, self.smoothing)
+        return Objective(self.tau, self.alpha, *enhancements)
 
 
 def run(config: Config) -> None:
@@ -136,10 +134,8 @@ def run(config: Config) -> None:
     teacher.to(pick_device(config.device))
 
     def source(train: Encoded) -> Teacher:
-        if config.teacher_cache == "none":
-            return Live(teacher, config.dtype)
-        top = min(config.top, teacher.config.vocab_size) if config.teacher_cache == "top" else None
-        return Cache(teacher, train, top, config.tau, config.dtype)
+        kept = config.teacher_cache
+        return Cache(teacher, train, config.dtype) if kept else Live(teacher, config.dtype)
 
     described = {
         "name": config.teacher,
