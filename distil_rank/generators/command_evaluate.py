@@ -25,7 +25,7 @@ class Config:
     teacher: str  # a generator by folder or name on the Hugging Face hub
     data: Path  # folder that `generator prepare` made
     out: Path  # where to write
-    part: Literal["all", "test"] = "all"  # every protein, or those kept aside for tests
+    part: Literal["all", "test", "hard"] = "all"  # every protein, or those kept aside for tests
     generate: int = 200  # proteins written by either model
     # FASTA of a family: whether its profile HMM finds what is written (needs pyhmmer)
     family_fasta: Path | None = None
@@ -46,14 +46,14 @@ def run(config: Config) -> None:
     device = pick_device(config.device)
     require_writable(config.out.parent)
     prepared = Prepared(config.data)
-    if config.part == "test":
+    if config.part != "all":
         prepared.require_left_out(config.student)
     student, tokenizer = load(config.student)
     teacher, teacher_tokenizer = load(config.teacher)
     for model, other in ((teacher, teacher_tokenizer), (student, prepared.tokenizer)):
         require_same_vocabulary(other, tokenizer)
         prepared.require(model)
-    parts = PARTS if config.part == "all" else ("test",)
+    parts = PARTS if config.part == "all" else (config.part,)
     natural = [sequence for part in parts for sequence in prepared.sequences(part)]
     if len(natural) < 2:
         raise InputError(f"at least two proteins required in {config.data}, got {len(natural)}")
@@ -61,7 +61,7 @@ def run(config: Config) -> None:
         tokenizer,
         prepared.joined(parts),
         natural,
-        prepared.sequences("train", NEAREST_OF) if config.part == "test" else [],
+        prepared.sequences("train", NEAREST_OF) if config.part != "all" else [],
         config.generate,
         config.seed,
         config.dtype,

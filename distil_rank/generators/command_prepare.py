@@ -31,14 +31,16 @@ class Config:
     held_out_fasta: Path | None = None  # FASTA to measure on, instead of a share of --fasta
     split_by: str = "cluster"  # cluster, random, or the split.json of an earlier run
     identity: float | None = None  # relatives above it never straddle parts; None: as low as works
+    hard_identity: float | None = None  # keep a second test set aside, of clusters at this one
     seed: int = 0  # of everything random
 
 
 def run(config: Config) -> None:
     from distil_rank.core.records import atomic, require_writable, write_json
 
-    above(0, train_size_prop=config.train_size_prop, identity=config.identity)
-    at_most(1, train_size_prop=config.train_size_prop, identity=config.identity)
+    levels = {"identity": config.identity, "hard_identity": config.hard_identity}
+    above(0, train_size_prop=config.train_size_prop, **levels)
+    at_most(1, train_size_prop=config.train_size_prop, **levels)
     at_least(0, held_out=config.held_out)
     at_most(0.49, held_out=config.held_out)  # for validation, and as many for test
     at_least(4, context=config.context)
@@ -50,7 +52,8 @@ def run(config: Config) -> None:
         folder.mkdir()
         record = fill(folder, config, tokenizer)
         write_json(folder / "data.json", record)
-    counts = ", ".join(f"{v['proteins']} {k}" for k, v in record["parts"].items())
+    parts = {part: found["proteins"] for part, found in record["parts"].items()}
+    counts = ", ".join(f"{n} {part}" for part, n in parts.items() if n or part != "hard")
     long = f"{record['too_long']} too long {'cut' if config.crop else 'left out'}"
     print(f"{config.out}: {counts}; {record['duplicates']} duplicates, {long}")
 
@@ -69,7 +72,7 @@ def fill(folder: Path, config: Config, tokenizer: Any) -> dict[str, Any]:
         method, part_of = "random", prepared.by_chance(config.held_out, config.seed)
     elif config.split_by == "cluster":
         distinct = list(dict.fromkeys(read()))
-        wanted = (config.held_out, config.identity, config.seed)
+        wanted = (config.held_out, config.identity, config.seed, config.hard_identity)
         method, (part_of, made) = "cluster", prepared.by_cluster(distinct, *wanted)
     else:
         method, part_of = "listed", prepared.by_list(read_json(config.split_by, prepared.SPLIT))

@@ -91,6 +91,7 @@ class TrainingFlags(CommonFlags):
     learning_rate: float | None = None  # peak; None: the command's own, named in its help
     warmup: float = 0.05  # share of the steps with rising learning rate
     weight_decay: float = 0.01  # of the optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the matrices, learns from less data
     dtype: Dtype = "float32"  # arithmetic
     evaluate_every: int = 500  # steps between validations
     patience: int = 0  # validations without improvement before stopping; 0: never

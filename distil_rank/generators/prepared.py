@@ -29,7 +29,7 @@ from distil_rank.core.records import Record, read_json, write_json
 from distil_rank.generators.data import Encoded, encode, of_rows, parse
 
 SCHEMA, SPLIT = "distil-rank/generator-data/1", "distil-rank/generator-split/2"
-PARTS = ("train", "validation", "test")
+PARTS = ("train", "validation", "test", "hard")
 AT_ONCE = 2048  # proteins tokenized together
 IDENTITIES = (0.3, 0.5, 0.7, 0.9)  # tried where none is asked for
 PartOf = Callable[[str], str]
@@ -57,27 +57,37 @@ def by_chance(held_out: float, seed: int) -> PartOf:
 
 def by_list(parts: Record) -> PartOf:
     """What a split.json says; a protein that it does not list is for training."""
-    part = {name: part for part in PARTS[1:] for name in parts[part]}
+    part = {name: part for part in PARTS[1:] for name in parts.get(part, [])}
     return lambda sequence: part.get(digest(sequence), "train")
 
 
 def by_cluster(
-    sequences: Sequence[str], held_out: float, identity: float | None, seed: int
+    sequences: Sequence[str],
+    held_out: float,
+    identity: float | None,
+    seed: int,
+    hard_identity: float | None = None,
 ) -> tuple[PartOf, Record]:
-    """No cluster of relatives is cut. Returns the method too, at the lowest identity that works."""
+    """No cluster of relatives is cut. Returns the method too, at the lowest identity that works.
+
+    With `hard_identity` a part "hard", of clusters at that lower identity, is kept aside as well.
+    """
     from distil_rank.proteins.splits import split
 
     reason, least = "", max(1, held_out * len(sequences) / 2)
+    hard = [] if hard_identity is None else [hard_identity]
     for level in IDENTITIES if identity is None else (identity,):
+        levels = [level, level, *hard]
         try:
-            found = split(sequences, (held_out, held_out), seed, level)
+            found = split(sequences, [held_out] * len(levels), seed, levels)
         except InputError as error:
             reason = str(error)
             continue
         train, *kept = ([digest(sequences[i]) for i in part] for part in found.parts)
         sizes = len(train), *map(len, kept)
         if min(sizes[1:]) >= least and sizes[0] >= max(sizes[1:]):
-            return by_list(dict(zip(PARTS[1:], kept))), found.method
+            method = found.method if hard_identity is None else found.method | {"hard": hard[0]}
+            return by_list(dict(zip(PARTS[1:], kept))), method
         reason = f"got {sizes} proteins for training, validation and test"
     raise InputError(
         f"clusters that fill all parts required at {level:g} identity, {reason};"
@@ -137,8 +147,9 @@ def write(
             tokens = encoded.tokens[np.repeat(own, lengths) & fits]
             writer.add(tokens, short[own], residues[own])
             for i in np.flatnonzero(own).tolist() if part in kept else ():
-                if part == "test":
-                    test.update(("\n" if kept[part] else "").encode() + batch[i][0].encode())
+                if part != "validation":
+                    first = not (kept["test"] or kept["hard"])
+                    test.update(("" if first else "\n").encode() + batch[i][0].encode())
                 kept[part].append(digest(batch[i][0]))
     found = {part: writer.close() for part, writer in writers.items()}
     write_json(folder / "split.json", {"schema": SPLIT, **kept})
@@ -245,8 +256,8 @@ class Prepared:
         """Residues of a part, or of `most` of its proteins drawn at random."""
         part = self.part(name)
         order = np.random.default_rng([seed, 4]).permutation(len(part))[:most]
-        rows = [part.row(int(i)).tolist() for i in np.sort(order)]
-        return [parse(text)[0] for text in self.tokenizer.batch_decode(rows)]
+        rows = (part.row(int(i)).tolist() for i in np.sort(order))
+        return [parse(str(self.tokenizer.decode(row)))[0] for row in rows]
 
     def summary(self) -> Record:
         """What the record of a training says of its data."""

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ from distil_rank.generators.teachers import Teacher, read
 SCHEMA = "distil-rank/generator-training/1"  # of training.json
 CHECKPOINT = "checkpoint.pt"
 FINAL_RATE = 0.1  # the learning rate falls along a cosine to this share of its peak
+MUON_RATE = 3.0  # the rate of the matrices under Muon, over that of the rest under AdamW
 Report = Callable[[dict[str, float]], None]
 
 
@@ -52,6 +53,7 @@ class Schedule:
     warmup: float = 0.05  # share of the steps with rising learning rate
     weight_decay: float = 0.01
     clip: float = 1.0  # largest norm of the gradient
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: the matrices' gradients made orthogonal
     dtype: Dtype = "float32"
     evaluate_every: int = 0  # steps between validations; 0: at the end only
     patience: int = 0  # validations without improvement before stopping; 0: never stop early
@@ -129,9 +131,8 @@ def fit(
     objective.check()
     schedule.check()
     accelerator = make_accelerator(student.device, schedule.dtype)
-    adamw: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": schedule.weight_decay}
-    optimizer = accelerator.prepare(torch.optim.AdamW(student.parameters(), **adamw))
-    state, checkpoint = _State(student, optimizer, accelerator.scaler), None
+    optimizers = [accelerator.prepare(o) for o in make_optimizers(student, schedule)]
+    state, checkpoint = _State(student, optimizers, accelerator.scaler), None
     if folder is not None and schedule.save_every:
         data = [part.sha256 for part in (train, validation) if part is not None]
         known = (schedule, objective, weights_sha256(student), *data, request)
@@ -143,12 +144,14 @@ def fit(
     student.eval()
     for batch in _bar(schedule, train.lengths, progress.step):
         rate = schedule.rate(progress.step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
         means = _gradient(accelerator, student, train, batch, source, objective, schedule)
         norm = accelerator.clip_grad_norm_(student.parameters(), schedule.clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         progress.step += 1
         tell(step=progress.step, **means, learning_rate=rate, gradient_norm=float(norm))
         due = progress.step == schedule.steps or _every(schedule.evaluate_every, progress.step)
@@ -165,6 +168,26 @@ def fit(
         log.close()
     student.load_state_dict(state.best, strict=False)  # without the head, tied to the embeddings
     return progress
+
+
+def make_optimizers(student: Any, schedule: Schedule) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters, or Muon for the matrices between the embeddings and the head.
+
+    Muon (Jordan 2024) with updates scaled to the size of AdamW's (Liu et al. 2025), torch's own.
+    """
+    adamw: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": schedule.weight_decay}
+    if schedule.optimizer == "adamw":
+        groups = [{"params": list(student.parameters()), "scale": 1.0}]
+        return [torch.optim.AdamW(groups, **adamw)]
+    inner = [p for p in student.transformer.h.parameters() if p.ndim == 2]
+    known = {id(p) for p in inner}
+    outer = [p for p in student.parameters() if id(p) not in known]
+    muon: dict[str, Any] = {"adjust_lr_fn": "match_rms_adamw"}
+    muon["weight_decay"] = schedule.weight_decay
+    return [
+        torch.optim.Muon([{"params": inner, "scale": MUON_RATE}], **muon),
+        torch.optim.AdamW([{"params": outer, "scale": 1.0}], **adamw),
+    ]
 
 
 def _gradient(
@@ -230,8 +253,8 @@ def _bar(schedule: Schedule, lengths: NDArray[np.int64], first: int) -> Iterable
 class _State:
     """All that changes from step to step; a checkpoint is its record."""
 
-    def __init__(self, student: Any, optimizer: Any, scaler: Any):
-        self.student, self.optimizer, self.scaler = student, optimizer, scaler
+    def __init__(self, student: Any, optimizers: list[Any], scaler: Any):
+        self.student, self.optimizers, self.scaler = student, optimizers, scaler
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
 
@@ -247,7 +270,7 @@ class _State:
     def record(self) -> Record:
         return {
             "student": own_weights(self.student),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict() if self.scaler else {},
             "best": self.best,
             "progress": asdict(self.progress),
@@ -257,7 +280,8 @@ class _State:
         if record is None:
             return
         self.student.load_state_dict(record["student"], strict=False)
-        self.optimizer.load_state_dict(record["optimizer"])
+        for optimizer, saved in zip(self.optimizers, record["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         if self.scaler:
             self.scaler.load_state_dict(record["scaler"])
         self.progress, self.best = Progress(**record["progress"]), record["best"]

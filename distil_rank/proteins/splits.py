@@ -49,13 +49,17 @@ class Split:
 
 
 def split(
-    sequences: Sequence[str], fractions: Sequence[float], seed: int = 0, identity: float = IDENTITY
+    sequences: Sequence[str],
+    fractions: Sequence[float],
+    seed: int = 0,
+    identity: float | Sequence[float] = IDENTITY,
 ) -> Split:
     """Parts without relatives between them: with fractions [0.1, 0.1] train, val, test.
 
     Whole clusters are drawn in random order (the same for the same sequences and seed) into the
     last part, then the one before, each up to its share of the proteins; a cluster that does not
-    fit goes on to the next, at last to the first. InputError where a part stays empty.
+    fit goes on to the next, at last to the first. Several identities, one a fraction, make parts
+    that are kept apart at different distances. InputError where a part stays empty.
 
     >>> family = [letters * 20 for letters in ("MKVLAG", "MKVLSG", "WYCHPE", "WYCHPD", "QTNRDF")]
     >>> [part.tolist() for part in split(family, [0.4]).parts]
@@ -65,44 +69,51 @@ def split(
         raise InputError(
             f"required fractions above 0, with a sum below 1, got {list(fractions)}; 0.2 is usual"
         )
-    pairs = near_relatives(sequences, identity)
-    labels = components(len(sequences), pairs)
-    closed = np.ones(len(labels), dtype=bool)
+    levels = [identity] * len(fractions) if isinstance(identity, float | int) else list(identity)
+    hits = search(sequences)
+    labels = [components(len(sequences), near(hits, level)) for level in levels]
+    closed = [np.ones(len(sequences), dtype=bool)] * len(levels)
     if _large(sequences):
-        room = [min(1.0, SPARE * sum(fractions))]
-        chosen = _draw(labels, room, seed, closed) == 1
-        found = near_relatives(sequences, identity, np.flatnonzero(chosen))
-        labels = components(len(sequences), np.concatenate([pairs, found]))
-        closed = ~np.isin(labels, labels[~chosen])
+        chosen = _draw(labels, [min(1.0, SPARE * share) for share in fractions], seed, closed) > 0
+        hits = np.concatenate([hits, search(sequences, np.flatnonzero(chosen))])
+        labels = [components(len(sequences), near(hits, level)) for level in levels]
+        closed = [~np.isin(names, names[~chosen]) for names in labels]
     part_of = _draw(labels, fractions, seed, closed)
     parts = [np.flatnonzero(part_of == part) for part in range(len(fractions) + 1)]
     if not all(map(len, parts)):
-        sizes = np.bincount(labels)
+        sizes = np.bincount(labels[0])
         raise InputError(
             f"required a protein in every part, got parts of {[len(part) for part in parts]}"
             f" from {len(sizes)} clusters of up to {sizes.max(initial=0)} proteins;"
             " give more, or more diverse, proteins"
         )
-    return Split(parts, int(labels.max()) + 1, method(sequences, identity))
+    return Split(parts, len(np.unique(labels[0])), method(sequences, levels[0]))
 
 
 def _draw(
-    labels: NDArray[np.int64], fractions: Sequence[float], seed: int, allowed: NDArray[np.bool_]
+    labels: Sequence[NDArray[np.int64]],
+    fractions: Sequence[float],
+    seed: int,
+    allowed: Sequence[NDArray[np.bool_]],
 ) -> NDArray[np.int64]:
-    """Part (n,) of each protein: whole clusters of `allowed` ones in parts 1 ..., the rest in 0."""
+    """Part (n,) of each protein: whole clusters of `allowed` ones in parts 1 ..., the rest in 0.
+
+    Part p takes clusters by `labels[p - 1]`.
+    """
     import torch
 
-    sizes = np.bincount(labels)
-    order = torch.randperm(len(sizes), generator=generator(seed, "split")).numpy()
-    order = order[np.isin(order, labels[allowed])]
-    part_of = np.zeros(len(sizes), dtype=np.int64)
+    part_of = np.zeros(len(labels[0]), dtype=np.int64)
     for part in range(len(fractions), 0, -1):
-        room = round(fractions[part - 1] * len(labels))
-        for name in order[part_of[order] == 0]:
+        names, sizes = labels[part - 1], np.bincount(labels[part - 1])
+        order = torch.randperm(len(sizes), generator=generator(seed, "split")).numpy()
+        free = np.isin(order, names[allowed[part - 1]]) & ~np.isin(order, names[part_of > 0])
+        room, chosen = round(fractions[part - 1] * len(names)), np.zeros(len(sizes), dtype=bool)
+        for name in order[free]:
             if sizes[name] <= room:
-                part_of[name] = part
+                chosen[name] = True
                 room -= sizes[name]
-    return part_of[labels]
+        part_of[chosen[names]] = part
+    return part_of
 
 
 def method(sequences: Sequence[str], identity: float = IDENTITY) -> Record:
@@ -131,16 +142,22 @@ def near_relatives(
     queries: NDArray[np.int64] | None = None,
     slack: float = SLACK,
 ) -> NDArray[np.int64]:
-    """Pairs (m, 2) of positions of near relatives: of all by the fast search, or of `queries`.
+    """Pairs (m, 2) of positions of near relatives, sorted; see `search`."""
+    pairs = np.sort(near(search(sequences, queries, slack), identity))
+    return np.unique(pairs, axis=0)
+
+
+def search(
+    sequences: Sequence[str], queries: NDArray[np.int64] | None = None, slack: float = SLACK
+) -> NDArray[np.float64]:
+    """Alignments, rows of `COLUMNS`, of all by the fast search, or of `queries`.
 
     `queries` are positions, searched among all with the highest sensitivity. Equal sequences are
     always a pair.
     """
-    if not 0 < identity <= 1:
-        raise InputError(f"required an identity in (0, 1], got {identity}; 0.3 is the usual one")
     first: dict[str, int] = {}
     pairs = [(first.setdefault(sequence, i), i) for i, sequence in enumerate(sequences)]
-    pairs = [(i, j) for i, j in pairs if i != j]
+    equal = [(i, j, 1, 1, 1, 1, 1, 1, 1) for i, j in pairs if i != j]
     searched = list(first.values())
     asked = searched if queries is None else sorted({first[sequences[i]] for i in queries})
     if _large(sequences):
@@ -148,12 +165,13 @@ def near_relatives(
         hits = by_mmseqs(sequences, asked, searched, sensitivity, slack * EVALUE)
     else:
         hits = _by_swrd(sequences, asked, searched)
-    found = np.sort(near(hits, identity))
-    return np.unique(np.concatenate([np.array(pairs, np.int64).reshape(-1, 2), found]), axis=0)
+    return np.concatenate([np.array(equal, float).reshape(-1, 9), hits])
 
 
 def near(hits: NDArray[np.float64], identity: float = IDENTITY) -> NDArray[np.int64]:
     """(query, target) of those hits, rows of `COLUMNS`, that have the identity and the length."""
+    if not 0 < identity <= 1:
+        raise InputError(f"required an identity in (0, 1], got {identity}; 0.3 is the usual one")
     query, target, equal, start, end, length, start_2, end_2, length_2 = hits.T
     spans = np.where(
         length <= length_2, (end - start + 1) / length, (end_2 - start_2 + 1) / length_2

@@ -17,7 +17,7 @@ from tests.generators.conftest import prepare, toy_sequences, write_fasta
 
 def parts(folder):
     prepared = Prepared(folder)
-    return [prepared.sequences(part) for part in PARTS]
+    return [prepared.sequences(part) for part in PARTS if part != "hard"]
 
 
 def mutated(sequence, rate, rng):
@@ -72,7 +72,20 @@ def test_relatives_never_straddle_the_parts_and_a_family_is_split_as_finely_as_i
     prepare(fasta, tmp_path / "family", split_by="cluster", held_out=0.1, context=200)
     record = json.loads((tmp_path / "family" / "data.json").read_text())
     assert record["split"]["identity"] > 0.3
-    assert min(part["proteins"] for part in record["parts"].values()) >= 3
+    assert min(record["parts"][part]["proteins"] for part in PARTS[:3]) >= 3
+    prepare(
+        write_fasta(tmp_path / "b.fasta", families + family),
+        tmp_path / "both",
+        split_by="cluster",
+        held_out=0.1,
+        context=200,
+        identity=0.9,
+        hard_identity=0.3,
+    )
+    hard = Prepared(tmp_path / "both").sequences("hard")
+    kept = set(hard)
+    assert kept and len(kept) <= 0.1 * 160 + 1
+    assert all((families[a] in kept) == (families[b] in kept) for a, b in near_relatives(families))
     with pytest.raises(InputError, match="higher --identity, or --split-by random"):
         prepare(fasta, tmp_path / "no", split_by="cluster", identity=0.3, context=200)
     assert not (tmp_path / "no").exists()

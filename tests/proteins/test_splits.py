@@ -75,16 +75,32 @@ def test_equal_sequences_are_always_together_even_without_a_word():
     assert components(7, near_relatives(sequences)).tolist() == [0, 1, 2, 0, 1, 3, 3]
 
 
+def whole(pairs: list[tuple[int, int]], identity: float) -> np.ndarray:
+    """Alignments over the full length of pairs, as a search returns them."""
+    return np.array([(*pair, identity, *(1, 20, 20) * 2) for pair in pairs]).reshape(-1, 9)
+
+
+def test_parts_are_apart_at_their_own_identity(monkeypatch):
+    """Tens of proteins 90 % equal to the next one, tens of these 70 % equal to the next ten."""
+    tens = whole([(i, i + 1) for i in range(599) if i % 10 != 9], 0.9)
+    hundreds = whole([(i, i + 10) for i in range(0, 590, 10) if i % 100 != 90], 0.7)
+    monkeypatch.setattr(splits, "search", lambda *_: np.concatenate([tens, hundreds]))
+    train, val, hard = split(["AC"] * 600, [0.1, 0.34], identity=[0.9, 0.7]).parts
+    assert (len(train), len(val), len(hard)) == (340, 60, 200)
+    near, far = (np.array(part) for part in (val // 10, hard // 100))
+    assert not set(near) & set(np.concatenate([train, hard]) // 10)
+    assert not set(far) & set(np.concatenate([train, val]) // 100)
+    assert set(val // 100) & set(train // 100)
+
+
 def test_what_the_sensitive_search_finds_is_not_held_out(monkeypatch):
     """The fast search finds nothing, the other one every neighbor: pairs (0, 1), (2, 3), ..."""
     rng = random.Random(5)
     sequences = [draw(rng, 20) for _ in range(200)]
 
-    def found(_, __, queries=None):
-        asked = [] if queries is None else queries
-        return np.array([(i, i ^ 1) for i in asked], dtype=np.int64).reshape(-1, 2)
-
-    monkeypatch.setattr(splits, "near_relatives", found)
+    monkeypatch.setattr(
+        splits, "search", lambda _, asked=(): whole([(i, i ^ 1) for i in asked], 1.0)
+    )
     monkeypatch.setattr(splits, "EXHAUSTIVE", 0)
     train, val = split(sequences, [0.5]).parts
     assert len(val) > 50 and not {i ^ 1 for i in val.tolist()} & set(train.tolist())
@@ -92,8 +108,8 @@ def test_what_the_sensitive_search_finds_is_not_held_out(monkeypatch):
 
 def random_split(monkeypatch, labels: list[int], fractions, seed=0):
     """A split of proteins whose clusters are given."""
-    pairs = np.array([(labels.index(name), i) for i, name in enumerate(labels)], dtype=np.int64)
-    monkeypatch.setattr(splits, "near_relatives", lambda *_: pairs.reshape(-1, 2))
+    hits = whole([(labels.index(name), i) for i, name in enumerate(labels)], 1.0)
+    monkeypatch.setattr(splits, "search", lambda *_: hits)
     return split(["AC"] * len(labels), fractions, seed)
 
 
