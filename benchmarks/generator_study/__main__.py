@@ -37,6 +37,7 @@ from distil_rank.core.records import (
     write_text,
 )
 from distil_rank.core.resume import Cache as Results
+from distil_rank.generators.data import parse
 from distil_rank.generators.evaluate import Bed, compare, measure
 from distil_rank.generators.loss import Objective, entropy, position_weights, predictions
 from distil_rank.generators.train import Schedule
@@ -190,7 +191,7 @@ def references(bench: Bench, name: str) -> Record:
     """Perplexity by stratum of the teacher, and of token frequencies: a model without context."""
     from distil_rank.generators.models import parameters
 
-    train, test = bench.train, bench.test
+    train, test = bench.train, bench.measured
     counts = np.bincount(
         np.delete(train.tokens, train.offsets[:-1]), minlength=len(bench.tokenizer)
     )
@@ -236,7 +237,9 @@ def finals(
 ) -> Record:
     """A student of each size, of the cell best on validation, with all metrics."""
     training = bench.prepared.sequences("train", NEAREST_OF)
-    given = (bench.tokenizer, bench.test, bench.natural, training, preset.generate)
+    texts = bench.tokenizer.batch_decode([bench.test.row(i) for i in range(len(bench.test))])
+    natural = [parse(text)[0] for text in texts]
+    given = (bench.tokenizer, bench.test, natural, training, preset.generate)
     bed, results, found = Bed(*given, family=training), Results(config.work), {}
     known = cache(lambda: measure(bench.teacher, bed))  # once, and not where all was made before
     for size, of in table.items():

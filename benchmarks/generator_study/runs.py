@@ -11,19 +11,20 @@ import torch
 from numpy.typing import NDArray
 
 from distil_rank.core.errors import at_least
-from distil_rank.core.records import Record, read_json
+from distil_rank.core.records import Record
 from distil_rank.core.resume import Cache as Results
-from distil_rank.generators.data import Encoded, parse
+from distil_rank.generators.calibration import calibration
+from distil_rank.generators.data import Encoded, of_rows
 from distil_rank.generators.inherit import initial_student
 from distil_rank.generators.loss import Objective
-from distil_rank.generators.metrics import Scores, calibration_of, score
+from distil_rank.generators.metrics import Scores, score
 from distil_rank.generators.models import (
     load,
     parameters,
     require_same_vocabulary,
     weights_sha256,
 )
-from distil_rank.generators.prepared import SPLIT, Prepared, digest
+from distil_rank.generators.prepared import Prepared
 from distil_rank.generators.teachers import Cache, Live
 from distil_rank.generators.train import Schedule, fit, mean_nll
 
@@ -51,16 +52,14 @@ class Bench:
         self.teacher.to(device)
         self.prepared = Prepared(data)
         require_same_vocabulary(self.tokenizer, self.prepared.tokenizer)
-        self.train, validation = self.prepared.training_parts(self.teacher)
-        self.validation, self.test = (
-            sample(part, most) for part in (validation, self.prepared.part("test"))
-        )
-        texts = self.tokenizer.batch_decode([self.test.row(i) for i in range(len(self.test))])
-        self.natural = [parse(text)[0] for text in texts]
+        self.train, _ = self.prepared.training_parts(self.teacher)
+        held_out = ("validation", "test", "hard")
+        self.validation, self.test, hard = (sample(self.prepared.part(p), most) for p in held_out)
+        self.measured = both(self.test, hard)
         self.source: Any = Cache(self.teacher, self.train) if cache else Live(self.teacher)
-        self.scores = score(self.teacher, self.test)
-        self.strata = strata(self.scores, self.natural, Path(teacher) / "split.json")
-        parts = (self.train, self.validation, self.test)
+        self.scores = score(self.teacher, self.measured)
+        self.strata = strata(self.scores, len(self.test))
+        parts = (self.train, self.validation, self.measured)
         self.known = [weights_sha256(self.teacher), *(part.sha256 for part in parts)]
 
     def student(self, run: Run) -> Any:
@@ -79,18 +78,20 @@ class Bench:
         }
         if run.pilot:
             return found
-        scores = score(student, self.test)
-        calibration = calibration_of(scores)
+        scores = score(student, self.measured)
+        own = scores.protein < len(self.test)
+        tokens = (scores.confidence, scores.correct, scores.brier, scores.protein)
+        measured = calibration(*(values[own] for values in tokens))
         return found | {
             "parameters": parameters(student),
             "log_perplexity": by_stratum(scores.nll, scores.predictions, self.strata),
-            "calibration_error": calibration["error"]["value"],
-            "signed_gap": calibration["signed_gap"]["value"],
+            "calibration_error": measured["error"]["value"],
+            "signed_gap": measured["signed_gap"]["value"],
         }
 
     def request(self, run: Run) -> list[Any]:
         """All that changes what a run comes to: not the cache, the device or the processes."""
-        return [SCHEMA, asdict(run), self.known, [mask.tolist() for mask in self.strata.values()]]
+        return [SCHEMA, asdict(run), self.known, len(self.test)]
 
 
 def sample(part: Encoded, most: int) -> Encoded:
@@ -99,18 +100,21 @@ def sample(part: Encoded, most: int) -> Encoded:
     return part.take(np.sort(order)) if len(part) > most else part
 
 
-def strata(scores: Scores, natural: Sequence[str], split: Path) -> dict[str, Mask]:
-    """Test proteins by the teacher's perplexity, in thirds; and those far from all training ones.
+def both(test: Encoded, hard: Encoded) -> Encoded:
+    """The test proteins, then those that are farther from the training ones."""
+    rows = [part.row(i) for part in (test, hard) for i in range(len(part))]
+    residues = np.concatenate([test.residues, hard.residues])
+    return of_rows(rows, residues, test.end, test.layout)
 
-    These are what the teacher's split.json lists as "far", where it does.
-    """
-    by_difficulty = (scores.nll / scores.predictions).argsort(kind="stable")
-    found = {"all": np.ones(len(by_difficulty), bool)}
-    for name, part in zip(("easy", "middle", "difficult"), np.array_split(by_difficulty, 3)):
-        found[name] = np.isin(np.arange(len(by_difficulty)), part)
-    listed = set(read_json(split, SPLIT).get("far", ())) if split.is_file() else set()
-    far = np.array([digest(sequence) in listed for sequence in natural])
-    return found | ({"far": far} if far.any() else {})
+
+def strata(scores: Scores, n_test: int) -> dict[str, Mask]:
+    """Test proteins, their thirds by the teacher's perplexity, and the hard part."""
+    place, known = np.arange(len(scores.nll)), scores.nll / scores.predictions
+    thirds = np.array_split(known[:n_test].argsort(kind="stable"), 3)
+    found = {"all": place < n_test}
+    for name, part in zip(("easy", "middle", "difficult"), thirds):
+        found[name] = np.isin(place, part)
+    return found | ({"hard part": place >= n_test} if n_test < len(place) else {})
 
 
 def by_stratum(nll: Any, predictions: Any, masks: dict[str, Mask]) -> dict[str, float]:
