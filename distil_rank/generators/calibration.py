@@ -37,25 +37,16 @@ def calibration(
         raise InputError("at least one token required for calibration, got none; give proteins")
     place = bins_of(confidence)
     count = np.bincount(place).astype(float)
-    mean, accuracy = (np.bincount(place, values) / count for values in (confidence, correct))
+    gap = np.bincount(place, confidence - correct) / count
     deviation = deviations(confidence - correct, place, protein, seed)
     ones = np.ones_like(confidence)
-    table = {
-        "count": count,
-        "confidence": mean,
-        "accuracy": accuracy,
-        "standard_error": deviation.std(0),
-    }
     return {
         "tokens": len(confidence),
-        "error": calibration_error(mean - accuracy, count / count.sum(), deviation),
+        "error": calibration_error(gap, count / count.sum(), deviation),
         "signed_gap": interval(
             *ratio_interval(confidence - correct, ones, protein), False, target=0.0
         ),
         "brier": interval(*ratio_interval(np.asarray(brier, float), ones, protein), False),
-        "accuracy": float(correct.mean()),
-        "mean_confidence": float(confidence.mean()),
-        "bins": {name: values.tolist() for name, values in table.items()},
     }
 
 

@@ -42,7 +42,7 @@ class Config:
     repo: str  # owner/name on the hub
     evaluation: Path  # JSON of `generator evaluate` on these weights
     out: Path  # where to write
-    dry_run: bool = False  # write the folder and stop
+    dry_run: bool = False  # stop before anything is trained or uploaded
     license: str = "mit"  # of the weights
 
 

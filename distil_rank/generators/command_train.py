@@ -5,6 +5,7 @@
     distil-rank generator train --teacher nferruz/ProtGPT2 --data shards --out tiny \\
         --n-layer 4 --n-head 4 --n-embd 512 --tau 2 --alpha 0.5 --steps 20000
     distil-rank generator train ... --uncertainty --calibration-smoothing
+    distil-rank generator train ... --dry-run        # memory and time on some GPUs
     torchrun --nproc-per-node 8 -m distil_rank generator train ...
 
 An interrupted run goes on where its checkpoint stands when the same command is given again. Sizes:
@@ -25,7 +26,8 @@ from typing import Any, Literal
 import torch
 
 from distil_rank.core.devices import pick_device
-from distil_rank.core.errors import InputError
+from distil_rank.core.errors import InputError, at_least, at_most
+from distil_rank.core.randomness import generator
 from distil_rank.core.records import (
     Record,
     config_record,
@@ -35,6 +37,7 @@ from distil_rank.core.records import (
     write_json,
 )
 from distil_rank.generators.data import Encoded
+from distil_rank.generators.estimate import expected
 from distil_rank.generators.loss import Objective
 from distil_rank.generators.models import (
     Dtype,
@@ -54,6 +57,7 @@ from distil_rank.generators.train import (
     Schedule,
     fit,
     make_accelerator,
+    mean_nll,
 )
 
 
@@ -116,6 +120,7 @@ class Config(ShapeFlags, TrainingFlags):
     smoothing: float = 0.1  # strength of --calibration-smoothing
     init: Literal["random", "slice"] = "random"  # or from the teacher's weights
     teacher_cache: bool = False  # ask the teacher once about each protein
+    dry_run: bool = False  # stop before anything is trained or uploaded
 
     @property
     def objective(self) -> Objective:
@@ -128,6 +133,10 @@ def run(config: Config) -> None:
 
     config.objective.check()
     shape = config.shape
+    if config.dry_run:
+        config.schedule().check()
+        print(expected(config, Prepared(config.data)))
+        return
     prepared = begin(config, config.schedule())
     teacher, tokenizer = load(config.teacher)
     require_same_vocabulary(tokenizer, prepared.tokenizer)
@@ -174,10 +183,16 @@ def run_training(
     objective: Objective,
     more: Record,
     source: Callable[[Encoded], Teacher | None] = lambda train: None,
+    subset: int | None = None,
 ) -> None:
-    """Fit, save and record; `more` goes into the record."""
+    """Fit on all training proteins or a subset, save and record; `more` goes into the record."""
     device, folder = pick_device(flags.device), flags.out
     train, validation = prepared.training_parts(student)
+    at_least(1, subset=subset)
+    at_most(len(train), subset=subset)
+    if subset:
+        order = torch.randperm(len(train), generator=generator(flags.seed, "subset"))
+        train = train.take(order[:subset].sort().values.numpy())
     left_out = ("data", "out", "device", "log_to")
     told = {k: v for k, v in config_record(flags).items() if k not in left_out}
     told["learning_rate"] = schedule.learning_rate
@@ -191,8 +206,9 @@ def run_training(
         f"{parameters(student)['total']} parameters, {device}",
         file=sys.stderr,
     )
+    before = mean_nll(student.to(device), validation, schedule.dtype)
     progress = fit(
-        student.to(device),
+        student,
         train,
         validation,
         source(train),
@@ -205,13 +221,27 @@ def run_training(
     accelerator.end_training()
     if not accelerator.is_main_process:
         return
+    some = train.take(range(min(len(train), len(validation))))
+    own = mean_nll(student, some, schedule.dtype)
+    proteins = progress.step * schedule.batch_size
+    report = {
+        "proteins": len(train),
+        "validation_nll_before": before,
+        "train_nll": own,
+        "gap": progress.best_nll - own,  # what is gained on proteins that were trained on only
+        "cost": {"tokens": round(proteins * train.lengths.mean()), "seconds": progress.seconds},
+    }
+    more = more | {"fit": report}
     stored = torch.float16 if flags.store_dtype == "float16" else torch.float32
     student.to("cpu", stored).float()  # what is on disk is what is hashed
     save(student, prepared.tokenizer, folder, stored)
     write_json(folder / "training.json", _record(flags, prepared, student, progress, more))
     (folder / CHECKPOINT).unlink(missing_ok=True)
-    at = f"nats per token at step {progress.best_step}"
-    print(f"{folder}: validation {progress.best_nll:.4f} {at}")
+    print(
+        f"{folder}: validation {progress.best_nll:.4f} nats per token at step"
+        f" {progress.best_step} (before {before:.4f}), training {own:.4f},"
+        f" {progress.seconds:.0f} s"
+    )
 
 
 def _record(
@@ -231,5 +261,5 @@ def _record(
         "validations": progress.validations,
         **more,
         "environment": environment(pick_device(flags.device)),
-        "machine_dependent": [],
+        "machine_dependent": ["fit.cost.seconds"],
     }

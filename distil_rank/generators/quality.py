@@ -28,8 +28,6 @@ class Writing(TypedDict):
     """Written proteins against held-out natural ones and (a sample of) the training ones."""
 
     n: int
-    natural_frequencies: dict[str, float]  # of amino acids
-    frequencies: dict[str, float]
     validity: Metric
     ended: Metric
     lengths: Lengths
@@ -58,8 +56,6 @@ def describe(
     matched = length_matched(lengths, natural, np.random.default_rng([seed, 21]))
     found = Writing(
         n=n,
-        natural_frequencies=frequencies(composition(matched)),
-        frequencies=frequencies(composition(generated)),
         validity=shares(len(valid), n, True),
         ended=shares(sum(ended), n, True),
         lengths=Lengths(
@@ -84,12 +80,6 @@ def composition(sequences: Sequence[str]) -> Array:
     """Counts of the 20 amino acids per sequence (n, 20)."""
     counts = [[s.count(a) for a in AMINO_ACIDS] for s in sequences]
     return np.array(counts, dtype=float).reshape(-1, 20)
-
-
-def frequencies(counts: Array) -> dict[str, float]:
-    """Amino-acid frequencies of all sequences together, from counts (n, 20)."""
-    total = counts.sum(0)
-    return dict(zip(AMINO_ACIDS, (total / max(total.sum(), 1)).tolist()))
 
 
 def divergence(counts: Array, reference: Array) -> Array:

@@ -50,9 +50,13 @@ def test_teacher_student_and_finetuned_student_of_toys(tmp_path, data):
         **given,
     )
     command_train.run(distilled)
-    command_finetune.run(
-        command_finetune.Config(model=str(tmp_path / "student"), out=tmp_path / "tuned", **given)
+    tuning = command_finetune.Config(
+        model=str(tmp_path / "student"), out=tmp_path / "tuned", subset=5, **given
     )
+    for subset, message in ((0, "--subset must be at least 1"), (999, "--subset must be at most")):
+        with pytest.raises(InputError, match=message):
+            command_finetune.run(replace(tuning, subset=subset))
+    command_finetune.run(tuning)  # the refused ones do not block it
     records = [
         json.loads((tmp_path / n / "training.json").read_text())
         for n in ("teacher", "student", "tuned")
@@ -60,6 +64,10 @@ def test_teacher_student_and_finetuned_student_of_toys(tmp_path, data):
     assert [r["kind"] for r in records] == ["pretrained", "distilled", "finetuned"]
     assert records[1]["teacher"]["weights_sha256"] == records[0]["weights_sha256"]
     assert records[2]["started_from"]["weights_sha256"] == records[1]["weights_sha256"]
+    report = records[2]["fit"]
+    assert report["proteins"] == 5 and report["cost"]["tokens"] > 0 < report["cost"]["seconds"]
+    assert report["gap"] == records[2]["validation_nll"] - report["train_nll"]
+    assert report["validation_nll_before"] == pytest.approx(records[1]["validation_nll"], abs=1e-3)
     assert weights_sha256(load(str(tmp_path / "student"))[0]) == records[1]["weights_sha256"]
     kept = {"config.json", "log.jsonl", "model.safetensors", "tokenizer.json"}
     assert {p.name for p in (tmp_path / "student").iterdir()} == kept | {
