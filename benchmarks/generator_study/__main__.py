@@ -26,7 +26,7 @@ from benchmarks.generator_study.figures import draw
 from benchmarks.generator_study.paper import SCHEMA, paper
 from benchmarks.generator_study.runs import Bench, Run, by_stratum, make
 from distil_rank.core.devices import pick_device
-from distil_rank.core.errors import InputError, one_line_errors
+from distil_rank.core.errors import InputError, at_least, one_line_errors
 from distil_rank.core.records import (
     Record,
     config_record,
@@ -63,6 +63,8 @@ class Config:
 def run(config: Config) -> None:
     given = {"seeds": config.seeds, "steps": config.steps}
     preset = replace(PRESETS[config.preset], **{k: v for k, v in given.items() if v is not None})
+    at_least(2, seeds=preset.seeds)
+    at_least(1, steps=preset.steps, workers=config.workers)
     device = pick_device(config.device)
     if config.workers > 1 and device.type != "cpu":
         raise InputError(f"--workers 1 required on a GPU, got {config.workers}; or --device cpu")

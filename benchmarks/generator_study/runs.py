@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from distil_rank.core.errors import at_least
+from distil_rank.core.errors import InputError
 from distil_rank.core.records import Record
 from distil_rank.core.resume import Cache as Results
 from distil_rank.generators.calibration import calibration
@@ -55,6 +55,8 @@ class Bench:
         self.train, _ = self.prepared.training_parts(self.teacher)
         held_out = ("validation", "test", "hard")
         self.validation, self.test, hard = (sample(self.prepared.part(p), most) for p in held_out)
+        if len(self.test) < 3:
+            raise InputError(f"three test proteins required in {data}, got {len(self.test)}")
         self.measured = both(self.test, hard)
         self.source: Any = Cache(self.teacher, self.train) if cache else Live(self.teacher)
         self.scores = score(self.teacher, self.measured)
@@ -124,7 +126,6 @@ def by_stratum(nll: Any, predictions: Any, masks: dict[str, Mask]) -> dict[str, 
 
 def make(runs: Sequence[Run], bench: Bench, work: Path, workers: int) -> list[Record]:
     """Outcomes of the runs, in order; those in `work` are read, the others made and kept."""
-    at_least(1, workers=workers)
     results, requests = Results(work), {run: bench.request(run) for run in runs}
     missing = [run for run, known in requests.items() if not results.path("run", known).is_file()]
     print(f"{len(missing)} of {len(requests)} runs to make", file=sys.stderr)

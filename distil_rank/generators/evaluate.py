@@ -1,7 +1,6 @@
 """A student beside its teacher on held-out proteins: likelihood, calibration, writing, speed."""
 
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,7 +64,6 @@ class Comparison(TypedDict):
 
 def measure(model: Any, bed: Bed, teacher: Any = None) -> tuple[Measured, metrics.Scores]:
     """A model's own record, and its scores; with the divergence from `teacher` where given."""
-    _say(f"scoring {len(bed.natural)} proteins")
     targets = None if teacher is None else Live(teacher, bed.dtype)
     found = metrics.score(model, bed.held_out, targets, dtype=bed.dtype)
     shape = ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")
@@ -84,7 +82,6 @@ def measure(model: Any, bed: Bed, teacher: Any = None) -> tuple[Measured, metric
 
 def writing(model: Any, bed: Bed) -> quality.Writing:
     """What the proteins that a model writes are like."""
-    _say(f"writing {bed.generate} proteins")
     sampler = Sampler(bed.max_new_tokens or model.config.n_positions - 1)
     drawn = list(draw(model, bed.tokenizer, range(bed.generate), sampler, bed.seed))
     texts, ended = [d.sequence for d in drawn], [d.ended for d in drawn]
@@ -118,14 +115,8 @@ def compare(
         compression={name: large[name] / max(1, small[name]) for name in large},
     )
     if speed:
-        _say("measuring speed")
         record["speed"] = writing_speed({"student": student, "teacher": teacher})
     return record
-
-
-def _say(text: str) -> None:
-    if sys.stderr.isatty():
-        print(text, file=sys.stderr)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from benchmarks.generator_study import __main__ as study
 from benchmarks.generator_study import design, figures, runs
 from benchmarks.generator_study.paper import paper
 from distil_rank.core.devices import threads
+from distil_rank.core.errors import InputError
 from distil_rank.generators.data import amino_acid_tokenizer
 from distil_rank.generators.loss import Objective
 from distil_rank.generators.models import fresh, save
@@ -144,3 +145,13 @@ def test_a_run_is_known_by_everything_that_changes_it(place):
         bench(place, data="other").request(run),
     ):
         assert other != own
+
+
+@pytest.mark.parametrize(
+    "bad,message",
+    [({"seeds": 1}, "--seeds"), ({"steps": 0}, "--steps"), ({"workers": 0}, "--workers")],
+)
+def test_bad_flags_are_refused_before_anything_is_read(tmp_path, bad, message):
+    with pytest.raises(InputError, match=message):
+        study.run(study.Config(tmp_path / "none", out=tmp_path / "out", **bad))
+    assert not (tmp_path / "out").exists()
