@@ -119,35 +119,16 @@ def records(model: Path, evaluation: Path) -> tuple[Record, Record]:
 
 def card(repo: str, training: Record, evaluation: Record, license: str) -> str:
     """The model card with its model-index."""
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+    from huggingface_hub import ModelCard
 
     student, source = evaluation["student"], evaluation["data"]["source"]
     teacher = training.get("teacher", {}).get("name", "its teacher")
     metrics = {name: reduce(getitem, path, evaluation) for name, path in SHOWN.items()}
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type="proteins",
-            dataset_name=source,
-            metric_type=name.replace(" ", "_").lower(),
-            metric_name=name,
-            metric_value=round(metric["value"], 6),
-        )
-        for name, metric in metrics.items()
-    ]
-    meta = ModelCardData(
-        license=license,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["protein", "gpt2", "distillation"],
-        model_name=repo.split("/")[1],
-        eval_results=results,
-    )
     flags = {k: v for k, v in training["config"].items() if k not in ("out", "log_to", "device")}
     shown = [[name, with_interval(metric, ".4f")] for name, metric in metrics.items()]
     few = " (**underpowered**: fewer than 1,000)" if evaluation["underpowered"] else ""
     text = f"""---
-{meta.to_yaml()}
+{_metadata(repo, license, source, metrics)}
 ---
 
 # {repo}
@@ -179,6 +160,32 @@ On {evaluation["proteins"]:,} held-out proteins of {source}{few}.
 Weights (hash of names, shapes and values): `{student["weights_sha256"]}`
 """
     return str(ModelCard(text))
+
+
+def _metadata(repo: str, license: str, source: str, metrics: dict[str, Record]) -> str:
+    """The head of the card as YAML, with the model-index."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="proteins",
+            dataset_name=source,
+            metric_type=name.replace(" ", "_").lower(),
+            metric_name=name,
+            metric_value=round(metric["value"], 6),
+        )
+        for name, metric in metrics.items()
+    ]
+    meta = ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["protein", "gpt2", "distillation"],
+        model_name=repo.split("/")[1],
+        eval_results=results,
+    )
+    return meta.to_yaml()
 
 
 @contextmanager

@@ -188,11 +188,8 @@ def run_training(
     """Fit on all training proteins or a subset, save and record; `more` goes into the record."""
     device, folder = pick_device(flags.device), flags.out
     train, validation = prepared.training_parts(student)
-    at_least(1, subset=subset)
-    at_most(len(train), subset=subset)
-    if subset:
-        order = torch.randperm(len(train), generator=generator(flags.seed, "subset"))
-        train = train.take(order[:subset].sort().values.numpy())
+    if subset is not None:
+        train = drawn(train, subset, flags.seed)
     left_out = ("data", "out", "device", "log_to")
     told = {k: v for k, v in config_record(flags).items() if k not in left_out}
     told["learning_rate"] = schedule.learning_rate
@@ -237,11 +234,16 @@ def run_training(
     save(student, prepared.tokenizer, folder, stored)
     write_json(folder / "training.json", _record(flags, prepared, student, progress, more))
     (folder / CHECKPOINT).unlink(missing_ok=True)
-    print(
-        f"{folder}: validation {progress.best_nll:.4f} nats per token at step"
-        f" {progress.best_step} (before {before:.4f}), training {own:.4f},"
-        f" {progress.seconds:.0f} s"
-    )
+    found = f"{progress.best_nll:.4f} at step {progress.best_step}, {before:.4f} before"
+    print(f"{folder}: nats per token: validation {found}; training {own:.4f}")
+
+
+def drawn(train: Encoded, subset: int, seed: int) -> Encoded:
+    """So many of the training proteins, at random."""
+    at_least(1, subset=subset)
+    at_most(len(train), subset=subset)
+    order = torch.randperm(len(train), generator=generator(seed, "subset"))
+    return train.take(order[:subset].sort().values.numpy())
 
 
 def _record(
