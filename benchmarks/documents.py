@@ -30,7 +30,7 @@ BLOCKS = {
     "nested": ("tables_nested.documentation", "SCHEMA"),
     "nested-benchmark": ("tables_nested.benchmark", "BENCHMARK"),
     "generators": ("generator_study.paper.paper", "SCHEMA"),
-    "generators-bars": ("generator_study.bars.bars", "SCHEMA"),
+    "generators-bars": ("tables_generators.bars", "SCHEMA"),
 }
 BLOCK = re.compile(r"(<!-- begin (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -61,7 +61,7 @@ def documents() -> list[Path]:
 
 def main() -> None:
     for study in sorted((ROOT / "results").rglob("study.json")):
-        from benchmarks.generator_study.report import draw
+        from benchmarks.generator_study.figures import draw
 
         print(f"drawn: {draw(study.parent)}")
     for document in documents():

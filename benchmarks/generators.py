@@ -1,6 +1,6 @@
-"""The generators' bars: loss at ProtGPT2's vocabulary, teacher cache, error rates of statistics.
+"""The generators' bars: loss at ProtGPT2's vocabulary, calibration intervals, preparing proteins.
 
-python -m benchmarks.generators --data shards --teacher models/nano-teacher
+python -m benchmarks.generators
 """
 
 import resource
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,10 +17,7 @@ import numpy as np
 import torch
 import tyro
 
-from benchmarks.generator_study import runs
-from benchmarks.generator_study.bars import SCHEMA
-from benchmarks.generator_study.interaction import contrasts
-from benchmarks.generator_study.presets import CELLS, ENHANCEMENTS, PRESETS
+from benchmarks.tables_generators import SCHEMA
 from distil_rank.core.errors import one_line_errors
 from distil_rank.core.records import (
     Record,
@@ -31,22 +28,16 @@ from distil_rank.core.records import (
 )
 from distil_rank.generators import quality
 from distil_rank.generators.calibration import calibration
-from distil_rank.generators.evaluate import peak_bytes
 from distil_rank.generators.loss import CHUNK, Hidden, Objective, distillation_sums
 from distil_rank.generators.prepared import Prepared
-from distil_rank.generators.teachers import Cache
-from distil_rank.generators.train import Schedule
 
 VOCABULARY = 50257  # of ProtGPT2
 
 
 @dataclass(frozen=True)
 class Config:
-    data: Path  # folder that `generator prepare` made
-    teacher: str = "models/nano-teacher"
     out: Path = Path("benchmarks/results/generators.json")  # where to write
     rounds: int = 5  # of the loss, interleaved
-    steps: int = 30  # of every run of the ablation
     proteins: int = 600_000  # that are prepared
     trials: int = 1000  # of each simulated calibration
 
@@ -58,6 +49,26 @@ def direct(student: torch.Tensor, teacher: torch.Tensor, tokens: torch.Tensor) -
     soft = (p * (torch.log(p + 1e-10) - log_q)).sum(-1).mean()
     hard = torch.nn.functional.cross_entropy(student[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     return 0.5 * hard + 0.5 * 4 * soft
+
+
+def peak_bytes(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """Most bytes held at once of those that torch allocates while `function` runs."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        function()
+    assert record.profiler is not None and record.profiler.kineto_results is not None
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
 
 
 def loss_at_full_vocabulary(rounds: int) -> Record:
@@ -104,60 +115,6 @@ def loss_at_full_vocabulary(rounds: int) -> Record:
         "processor_seconds": middle,
         "value_difference": abs(own - value),
         "largest_gradient_difference": float((gradient - wanted).abs().max()),
-    }
-
-
-def ablation_with_and_without_cache(config: Config) -> Record:
-    """Processor time of training the 2 x 2 x 5 ablation, the making of the cache included."""
-    preset = PRESETS["nano"]
-    shape = next(iter(preset.sizes.values()))
-    material = runs.Material(config.teacher, str(config.data), cache=False)
-    bench = runs.Bench(material)
-    live = bench.source
-    base = Schedule(config.steps, preset.batch_size, learning_rate=1e-2)
-    plan = [
-        runs.Run(shape, Objective(**ENHANCEMENTS[cell]), replace(base, seed=seed))
-        for cell in CELLS
-        for seed in range(5)
-    ]
-    losses: Record = {}
-    seconds: dict[str, float] = {}
-    for name in ("live", "cache"):
-        start = time.process_time()
-        bench.source = live if name == "live" else Cache(bench.teacher, bench.train)
-        losses[name] = np.array(
-            [[entry["loss"] for entry in bench.student(run)[1]] for run in plan]
-        )
-        seconds[name] = time.process_time() - start
-    difference = np.abs(losses["live"] / losses["cache"] - 1)
-    return {
-        "time_ratio": seconds["cache"] / seconds["live"],
-        "processor_seconds": seconds,
-        "runs": len(plan),
-        "steps": config.steps,
-        "proteins": len(bench.train),
-        "largest_relative_loss_difference": float(difference.max()),
-    }
-
-
-def error_rates(trials: int = 200) -> Record:
-    """How often additive effects are called synergy and a -5 % interaction is found; 5 seeds."""
-    rng = np.random.default_rng(0)
-
-    def found(interaction: float) -> float:
-        words = []
-        for _ in range(trials):
-            shared = rng.normal(2.8, 0.02, 5)
-            planted = dict(zip(CELLS, (0.0, 0.01, 0.02, 0.03 + interaction), strict=True))
-            y = {cell: shared + planted[cell] + rng.normal(0, 0.008, 5) for cell in CELLS}
-            words.append(contrasts(y)["words"]["interaction"])
-        return words.count("synergy") / trials
-
-    return {
-        "trials": trials,
-        "standard_deviation_of_a_cell": 0.008,
-        "additive_called_synergy": found(0.0),
-        "five_percent_found": found(float(np.log(0.95))),
     }
 
 
@@ -250,8 +207,6 @@ def run(config: Config) -> None:
         "schema": SCHEMA,
         "config": config_record(config),
         "loss": loss_at_full_vocabulary(config.rounds),
-        "cache": ablation_with_and_without_cache(config),
-        "interaction": error_rates(),
         "calibration": coverage(config.trials),
         "novelty": novelty_of_copies(),
         "states": states_and_logits(),
@@ -260,14 +215,12 @@ def run(config: Config) -> None:
         "machine_dependent": [
             "loss.time_ratio",
             "loss.processor_seconds",
-            "cache.time_ratio",
-            "cache.processor_seconds",
             "novelty.processor_seconds",
             "prepare",
         ],
     }
     write_json(config.out, record)
-    for name in ("loss", "cache", "interaction", "calibration", "novelty", "states", "prepare"):
+    for name in ("loss", "calibration", "novelty", "states", "prepare"):
         print(name, record[name])
 
 

@@ -26,7 +26,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
         ("generator evaluate", "generators.command_evaluate", "likelihood, calibration and speed"),
         ("generator generate", "generators.command_generate", "write new proteins as FASTA"),
         ("generator finetune", "generators.command_finetune", "continue training on a family"),
-        ("generator sweep", "generators.command_sweep", "temperature, alpha and rate on a grid"),
         ("generator publish", "generators.command_publish", "send a generator to a model hub"),
         ("generator pretrain", "generators.command_pretrain", "train a small teacher on proteins"),
         ("report", "command_report", "redraw the figures of a results folder from their JSON"),

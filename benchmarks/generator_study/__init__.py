@@ -1,1 +1,1 @@
-"""The study of generators: sweeps, a 2 x 2 ablation, final sizes, the paper."""
+"""A study of distilling a protein generator: `python -m benchmarks.generator_study --help`."""

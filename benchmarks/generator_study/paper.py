@@ -1,309 +1,317 @@
-"""The paper draft, a block of `docs/generators.md`: prose around the study's numbers.
+"""The paper draft of a study: prose around its numbers; no number and no verdict is typed here."""
 
-A pure function of the JSON; no number and no verdict is typed here.
-"""
-
-# ruff: noqa: E501 - the lines of the template are those of the text
+# ruff: noqa: E501 - the lines of the text are long
 from collections.abc import Iterable
+from itertools import pairwise
 
-from benchmarks.generator_study.presets import CELLS
+from benchmarks.generator_study.design import CONTRASTS
 from distil_rank.core.records import Record
 from distil_rank.core.tables import markdown, with_interval
 
-SCHEMA = "distil-rank/generator-study/2"
+SCHEMA = "distil-rank/generator-study/3"
 WEAK = 0.3  # a teacher this little below token frequencies is called weak
+SPREAD = 0.05  # of the quartiles of the weights: below it they are called constant
 
 
 def paper(study: Record, figures: str = "../results/generators") -> str:
-    """A short paper with six tables, from a study record; `figures` is their folder as the paper sees it."""
-    data, ablation, teacher = study["data"], study["ablation"], study["teacher"]
-    objective, sizes = ablation["objective"], study["sizes"]
-    schedules = ablation["schedules"]
-    runs = next(iter(schedules.values()))["contrasts"]["interaction"]["runs"]
-    claims = {
-        name: part["contrasts"]["words"]["published_claim"] for name, part in schedules.items()
-    }
-    preset = study["config"]["preset_values"]
-    gain = 1 - teacher["perplexity"]["value"] / data["token_frequencies_perplexity"]
-    weak = (
-        f"\n**The teacher is weak**: its perplexity is only {100 * gain:.1f} % below that of token frequencies alone, line breaks "
-        "and ends included. Students then have little to lose: a ratio near 1 is no praise, and the ablation tests the "
-        "harness more than the enhancements."
-        if gain < WEAK
-        else ""
+    """The whole draft; `figures` is their folder as the paper sees it."""
+    data, base, preset = study["data"], study["objective"], study["config"]["preset_values"]
+    reference = study["references"]["perplexity"]
+    teacher, alone = (reference[name]["all"] for name in ("teacher", "token frequencies"))
+    environment, duration = study["environment"], study["duration"]
+    tests = sum(map(len, study["effects"].values()))
+    split = {
+        True: "The teacher was trained without the test proteins.",
+        False: "**That the teacher was trained without the test proteins is not on record.**",
+    }[study["teacher_left_these_out"]]
+    time = (
+        ""
+        if duration["runs_found"]
+        else f" It took {duration['minutes']:.0f} minutes with {duration['workers']} process(es)."
     )
-    underpowered = (
-        " **The evaluation is underpowered: fewer than 1,000 proteins.**"
-        if _first(sizes)["underpowered"]
-        else ""
-    )
-    notice = {
-        True: "The teacher was trained without these test proteins and their relatives.",
-        False: "**The teacher was trained on another split: some test proteins may be known to it.**",
-        None: "Whether the teacher knows some of the test proteins is not on record.",
-    }[data["teacher_left_these_out"]]
-    return f"""# Distilling a protein generator, and what two enhancements are worth
+    return f"""# Distilling a protein generator: what teacher, enhancements and warm start are worth
 
-## Question
+## Abstract
 
-A published study distilled ProtGPT2 into small GPT-2 students and reported that two enhancements, uncertainty weighting and
-calibration smoothing, each hurt alone and together help (perplexity ratio 18.95; alone 36.9 and 39.6; both 8.93), measured on five
-proteins with one seed and unequal schedules. Is there such an interaction under equal conditions?
+Students of three sizes are distilled from {study["references"]["name"]} ({study["references"]["parameters"]["total"]:,} parameters, test perplexity
+{teacher:.2f}; token frequencies alone {alone:.2f}) with controls that can fail: no teacher, token frequencies, a warm start.
+Over {len(study["seeds"])} paired runs a cell and {tests} planned contrasts with Holm's correction: the teacher {_all(study, "teacher")};
+uncertainty weights {_all(study, "uncertainty")}; calibration smoothing {_all(study, "calibration")}; both {_all(study, "both")};
+a start from a slice of the teacher {_all(study, "slice")}.
+
+## Introduction
+
+Large language models write proteins; small ones write them faster. Distillation trains a small student on the distributions of a
+large teacher (Hinton, Vinyals and Dean 2015). A published study distilled ProtGPT2 into small GPT-2 students and reported that
+uncertainty weights and calibration smoothing each hurt alone and together help (perplexity ratio 18.95; alone 36.9 and 39.6;
+both 8.93), most on difficult proteins (15 to 25 %), with one seed and five proteins. Do these effects hold under equal conditions,
+and does a student need the teacher at all?
+
+## Related work
+
+DistilProtBert (Geffen, Ofran and Unger 2022) halves ProtBert, an encoder. MTDP (Shang et al. 2024) distills several encoders into
+one small embedder. SpiderGPT (arXiv 2504.08437) distills ProtGPT2 and fine-tunes the student on spider silk. None of them
+compares with a student of the same size, data and steps that had no teacher.
 
 ## Methods
 
-Teacher logits z_T, student z_S, p = softmax(z_T / tau), q = softmax(z_S / tau). The student minimizes
-`alpha CE(z_S, token) + (1 - alpha) tau^2 mean_t w_t KL(p || q)` over real predictions. *Uncertainty*: w_t = 0.5 + 0.5 (H_t - min) /
-(max - min) within a protein, H_t the teacher's entropy at tau = 1. *Calibration*: p is mixed with the uniform distribution by
-eps_t = {objective["smoothing"]} (1 - max p). Runs are paired: run i of every cell has the same initial weights and batches. {_rates(schedules, preset)}
+With teacher logits z_T, student logits z_S, p = softmax(z_T / tau), q = softmax(z_S / tau), the student minimizes
+`alpha CE(z_S, token) + (1 - alpha) tau^2 mean_t w_t KL(p || q)`. *Uncertainty*: w_t = 0.5 + 0.5 (H_t - min) / (max - min), H_t the
+teacher's entropy, extremes over the residues of a protein. *Calibration*: p is mixed with the uniform distribution by
+eps_t = {base["smoothing"]:g} (1 - max p). *Slice*: first features, heads and neurons of evenly spaced teacher layers.
+The doses act as follows: quartiles over residues are {_list(study["dose_of_enhancements"]["weight"])} for w_t and
+{_list(study["dose_of_enhancements"]["smoothing"])} for eps_t.{_dose(study)}
 
-The proteins are {data["source"]} ({data["read"]:,} read), split into {data["n_train"]:,} training,
-{data["n_validation"]:,} validation and {data["n_test"]:,} test proteins. {notice}{underpowered} The teacher (`{teacher["name"]}`,
-{teacher["parameters"]["total"]:,} parameters) has a test perplexity of {_value(teacher["perplexity"], 3)} per token,
-{_value(teacher["bits_per_residue"], 3)} bits per residue; token frequencies alone have {data["token_frequencies_perplexity"]:.3f}.
-
-**Table 1. Configurations**
-
-{_table(["student", "layers", "heads", "width", "parameters", "without embeddings", "smaller by"], _configurations(sizes))}
+Proteins: {data["source"]}, {data["n_train"]:,} for training, {data["test_proteins_used"]:,} of {data["n_test"]:,} test proteins, split by {data["split"]["method"]}. {split}
+Difficulty: thirds of the test proteins by the teacher's own perplexity{_hard(study)}. Every run has {preset["steps"]:,} steps of {preset["batch_size"]} proteins; run i of every cell shares its
+batches and random weights. Learning rates (of {_list(preset["rates"])}, one for each size, start, and with or without teacher), temperature and alpha
+are chosen on validation proteins: {"; ".join(f"{field} {base[field]:g}" for field in ("temperature", "alpha"))}. Effects are relative changes of
+perplexity with t intervals over runs; a word is given where Holm's corrected p over all {tests} contrasts is below .05, and
+elsewhere the smallest effect that would have been found with a probability of 80 %.
 
 ## Results
 
-### Temperature and alpha
+**Table 1. Test perplexity, mean of runs [95 % interval]**
 
-Chosen on validation with the baseline: {_chosen(study, "temperature")}, {_chosen(study, "alpha")}. Both enhancements
-act on the divergence from the teacher only, {1 - study["alpha"]["chosen"]:.0%} of the loss here.
+{_cells(study)}
 
-![Temperature]({figures}/temperature.png)
-![Alpha]({figures}/alpha.png)
+**Table 2. Doses, {next(iter(study["cells"]))}**
 
-### The 2 x 2 ablation
+{_doses(study)}
 
-**Table 2. Change of perplexity against the baseline, {runs} paired runs a cell, 95 % t interval**
+![Doses]({figures}/doses.png)
 
-{_table(["schedule", "cell", "learning rate", "perplexity ratio", "change of perplexity", "word"], _ablation_rows(schedules))}
+**Table 3. Planned contrasts: change of perplexity, below 0 is better**
 
-![Ablation]({figures}/ablation.png)
+{_effects(study)}
 
-{_claims(claims)} {_power(schedules)} Changing the schedule from {ablation["schedule_effect"]["from"]} to
-{ablation["schedule_effect"]["to"]} alone changes the baseline's perplexity by
-{_percent(ablation["schedule_effect"])}.
+![Effects]({figures}/effects.png)
 
-![Uncertainty]({figures}/uncertainty.png)
+**Table 4. Perplexity by difficulty**
 
-### Final students
+{_strata(study)}
 
-**Table 3. Held-out metrics and thresholds**
+![Strata]({figures}/strata.png)
 
-{_table(["student", "learning rate", "perplexity", "bits per residue", "ratio to teacher", "KL to teacher (nats)", "threshold", "token frequencies alone"], _metrics(sizes, data["token_frequencies_perplexity"]))}
+**Table 5. One student of each size, from the cell best on validation**
 
-![Pareto]({figures}/pareto.png)
+{_finals(study)}
 
-**Table 4. Calibration of the most probable token**
+**Table 6. Calibration of the most probable token: root mean square gap, debiased**
 
-{_table(["model", "signed gap", "Brier", "scaled: T", "scaled: signed gap"], _calibration(sizes))}
+{_calibration(study)}
 
-![Reliability]({figures}/reliability.png)
+## Discussion
 
-**Table 5. Related work: the published students beside these**
+{_claims(study)}
 
-{_table(["study", "teacher", "proteins evaluated", "runs a cell", "baseline ratio", "uncertainty", "calibration", "both"], _related(study, runs))}
+Negative results:
 
-**Table 6. Speed and memory (this machine; read the ratios)**
-
-{_table(["student", "batch", "tokens/s", "teacher's tokens/s", "faster by", "weights (MiB)", "peak (MiB)"], _speed(sizes))}
-
-![Speed]({figures}/speed.png)
-
-### What the models write
-
-{_table(["model", "valid", "ended", "median length (natural)", "amino-acid KL (noise floor)", "repeated words (natural)"], _generation(sizes))}
-
-![Amino acids]({figures}/amino_acids.png)
+{_negative(study)}
 
 ## Limits
-{weak}
-The numbers above are those of preset `{study["config"]["preset"]}`: they say what holds for this teacher, these
-students and {preset["steps"]:,} steps. {_duration(study)}ProtGPT2 itself takes `--preset protgpt2` and a GPU. The weights' extremes were
-those of all tokens, line breaks included (since changed to residues), and the words were not corrected for multiple tests. Commit {str(study["environment"]["commit"])[:12]},
-{study["environment"]["device"]}, {study["environment"]["threads"]} thread(s)."""
+
+{_weak(teacher, alone)}One teacher, one family of proteins and short training: what a longer one would change is not known. Intervals are over runs
+(weights and batches), not over proteins, which share relatives.{time} Commit {str(environment["commit"])[:12]}, {environment["device"]}, {environment["threads"]} thread(s)."""
 
 
-def _chosen(study: Record, field: str) -> str:
-    tried, value = [entry[field] for entry in study[field]["baseline"]], study[field]["chosen"]
-    return (
-        f"{field} {value:g}{' (the edge of its grid)' if value in (min(tried), max(tried)) else ''}"
-    )
+def _all(study: Record, contrast: str) -> str:
+    """One word where all sizes agree, else one a size."""
+    words = {size: effects[contrast]["word"] for size, effects in study["effects"].items()}
+    same = len(set(words.values())) == 1
+    parts = [_percent(study["effects"][size][contrast]["value"]) for size in words]
+    if same:
+        word = next(iter(words.values()))
+        said = "has no effect that was found" if word == "no effect found" else word
+        return f"{said} at every size ({', '.join(parts)})"
+    return ", ".join(f"{word} at {size} ({p})" for (size, word), p in zip(words.items(), parts))
 
 
-def _configurations(sizes: Record) -> Iterable[list[str]]:
-    for name, record in sizes.items():
-        shape, count = record["student"]["shape"], record["student"]["parameters"]
-        yield [
-            name, *(str(shape[k]) for k in ("n_layer", "n_head", "n_embd")), f"{count['total']:,}",
-            f"{count['without_embeddings']:,}", f"{record['compression']['total']:.1f}x",
-        ]  # fmt: skip
+def _cells(study: Record) -> str:
+    rows = [["cell", *study["cells"]]]
+    for name in next(iter(study["cells"].values())):
+        rows.append(
+            [name, *(_value(of[name]["perplexity"]["all"]) for of in study["cells"].values())]
+        )
+    for name, found in study["references"]["perplexity"].items():
+        rows.append([f"*{name}*", *[f"{found['all']:.3f}"] * len(study["cells"])])
+    counts = [next(iter(of.values()))["parameters"]["total"] for of in study["cells"].values()]
+    return markdown([*rows, ["parameters", *(f"{count:,}" for count in counts)]])
 
 
-def _ablation_rows(schedules: Record) -> Iterable[list[str]]:
-    for name, part in schedules.items():
-        for cell in CELLS:
-            entry = part["cells"][cell]
-            change, word = (
-                ("", "")
-                if cell == "baseline"
-                else (_percent(part["contrasts"][cell]), part["contrasts"]["words"][cell])
-            )
-            yield [
-                name,
-                cell,
-                f"{entry['learning_rate']:g}",
-                _value(entry["ratio"], 4),
-                change,
-                word,
-            ]
-        yield [
-            name,
-            "interaction",
-            "",
-            "",
-            _percent(part["contrasts"]["interaction"]),
-            part["contrasts"]["words"]["interaction"],
-        ]
-
-
-def _claims(claims: dict[str, str]) -> str:
-    said = "; ".join(f"under the {name} it is **{word}**" for name, word in claims.items())
-    return f"The published claim (each alone hurts, both together help): {said}."
-
-
-def _rates(schedules: Record, preset: Record) -> str:
-    chosen = [part["cells"][cell]["learning_rate"] for part in schedules.values() for cell in CELLS]
-    edge = sum(rate in (min(preset["rates"]), max(preset["rates"])) for rate in chosen)
-    at = (
-        f"{edge} of the {len(chosen)} chosen rates lie"
-        if edge != 1
-        else f"One of the {len(chosen)} chosen rates lies"
-    )
-    return (
-        f"The learning rate of each\ncell and schedule is the one of {_list(preset['rates'])} with the lowest mean loss on "
-        f"validation proteins over {preset['pilots']} pilots, whose\nseeds are not those of the runs reported. "
-        f"{at if edge else 'None of the chosen rates lies'} at the edge of that grid. Final students take the rate\nof the best of one pilot per rate."
-    )
-
-
-def _duration(study: Record) -> str:
-    spent = study["duration"]
-    if spent["runs_found"]:
-        return ""  # some runs were made before
-    processes = f"{spent['workers']} processes" if spent["workers"] > 1 else "one process"
-    return f"The study took {spent['minutes']:.1f} minutes\nwith {processes}. "
-
-
-def _power(schedules: Record) -> str:
-    parts = [
-        f"{100 * part['detectable_interaction']:.2f} % ({name})" for name, part in schedules.items()
+def _doses(study: Record) -> str:
+    first = next(iter(study["cells"].values()))
+    rows = [
+        [field, value, _value(cell["perplexity"]["all"]), _value(cell["perplexity"]["difficult"])]
+        for field, of in study["doses"].items()
+        for value, cell in of.items()
     ]
-    return (
-        f"An interaction of {' or '.join(parts)} would have been found with a probability of 80 %."
-    )
+    control = first["no teacher"]["perplexity"]
+    rows.append(["alpha", "1 (no teacher)", _value(control["all"]), _value(control["difficult"])])
+    return markdown([["dose", "value", "perplexity", "difficult third"], *rows])
 
 
-def _metrics(sizes: Record, frequencies: float) -> Iterable[list[str]]:
-    """`frequencies` is the perplexity of token frequencies alone."""
-    for name, record in sizes.items():
-        student, verdict = record["student"], record["verdict"]
-        alone, limit = frequencies / record["teacher"]["perplexity"]["value"], verdict["threshold"]
-        met = ""
-        if limit is not None:
-            met = f"< {limit:g}: {'met' if verdict['met'] else 'missed'}"
-        yield [
+def _effects(study: Record) -> str:
+    head = ["size", "contrast", "change [95 % interval]", "corrected p", "word", "detectable"]
+    rows = [
+        [
+            size,
             name,
-            f"{record['learning_rate']:g}",
-            _value(student["perplexity"], 3),
-            _value(student["bits_per_residue"], 3),
-            _value(record["ratio"], 4),
-            _value(record["kl_to_teacher"], 4),
-            met,
-            f"{alone:.3f}{': met' if limit is not None and alone < limit else ''}",
+            _interval(e),
+            f"{e['corrected_p']:.3g}",
+            e["word"],
+            _percent(e["detectable"], ""),
         ]
-
-
-def _calibration(sizes: Record) -> Iterable[list[str]]:
-    models = {"teacher": _first(sizes)["teacher"]} | {
-        name: record["student"] for name, record in sizes.items()
-    }
-    for name, model in models.items():
-        plain, scaled = model["calibration"]["as_is"], model["calibration"]["temperature_scaled"]
-        yield [
-            name, _value(plain["signed_gap"], 4),
-            f"{plain['brier']['value']:.4f}", f"{model['calibration']['fitted_temperature']:.3f}", _value(scaled["signed_gap"], 4),
-        ]  # fmt: skip
-
-
-def _related(study: Record, runs: int) -> Iterable[list[str]]:
-    yield [
-        "ewijaya/protein-lm-distill, micro",
-        "ProtGPT2",
-        "5",
-        "1",
-        "18.95",
-        "36.9",
-        "39.6",
-        "8.93",
+        for size, effects in study["effects"].items()
+        for name, e in effects.items()
     ]
-    for name, part in study["ablation"]["schedules"].items():
-        ratios = [f"{part['cells'][cell]['ratio']['value']:.4f}" for cell in CELLS]
-        yield [
-            f"here, {name}",
-            study["teacher"]["name"],
-            f"{study['data']['n_test']:,}",
-            str(runs),
-            *ratios,
-        ]
-
-
-def _speed(sizes: Record) -> Iterable[list[str]]:
-    for name, record in sizes.items():
-        student, teacher = (record["speed"]["models"][k] for k in ("student", "teacher"))
-        for batch in (k for k in student if k.isdigit()):
-            fast, slow = student[batch]["tokens_per_second"], teacher[batch]["tokens_per_second"]
-            yield [
-                name, batch, f"{fast:,.0f}", f"{slow:,.0f}", f"{fast / slow:.2f}x", f"{student['weights_mib']:.2f}", f"{student['peak_mib']:.1f}"
-            ]  # fmt: skip
-
-
-def _generation(sizes: Record) -> Iterable[list[str]]:
-    models = {"teacher": _first(sizes)["teacher"]} | {
-        name: record["student"] for name, record in sizes.items()
-    }
-    for name, model in models.items():
-        g = model["generation"]
-        kl = g.get("amino_acid_kl")
-        yield [
-            name, _value(g["validity"], 3), _value(g["ended"], 3), f"{g['lengths']['generated'][2]:.0f} ({g['lengths']['natural'][2]:.0f})",
-            f"{_value(kl, 4)} ({kl['noise_floor']:.4f})" if kl else "none valid",
-            f"{g['repeated_words']['value']:.4f} ({g['repeated_words_natural']['value']:.4f})",
-        ]  # fmt: skip
-
-
-def _table(head: list[str], rows: Iterable[list[str]]) -> str:
     return markdown([head, *rows])
 
 
-def _value(metric: Record, digits: int) -> str:
-    return with_interval(metric, f".{digits}f")
+def _strata(study: Record) -> str:
+    names = [*study["strata"]]
+    rows = [
+        ["", name, *(f"{found[s]:.3f}" for s in names)]
+        for name, found in study["references"]["perplexity"].items()
+    ]
+    for size, of in study["cells"].items():
+        for name in ("no teacher", "distilled", "both", "slice"):
+            rows.append([size, name, *(_value(of[name]["perplexity"][s]) for s in names)])
+    counts = [f"{name} ({study['strata'][name]:,})" for name in names]
+    return markdown([["size", "model", *counts], *rows])
 
 
-def _percent(metric: Record) -> str:
-    return (
-        f"{100 * metric['value']:+.2f} % [{100 * metric['low']:+.2f}, {100 * metric['high']:+.2f}]"
+def _finals(study: Record) -> str:
+    head = [
+        "size",
+        "cell",
+        "ratio to teacher",
+        "threshold",
+        "KL to teacher",
+        "calibration error",
+        "amino-acid KL",
+        "novelty (natural)",
+        "family (natural)",
+        "times faster",
+    ]
+    return markdown(
+        [head, *(_final(study, size, found) for size, found in study["finals"].items())]
     )
 
 
+def _final(study: Record, size: str, found: Record) -> list[str]:
+    written, speeds = found["student"]["generation"], found["speed"]["models"]
+    batch = next(reversed([k for k in speeds["teacher"] if k.isdigit()]))
+    ratio = (
+        speeds["student"][batch]["tokens_per_second"]
+        / speeds["teacher"][batch]["tokens_per_second"]
+    )
+    novelty, family, kl = (written.get(k) for k in ("novelty", "family", "amino_acid_kl"))
+    return [
+        size,
+        found["cell"],
+        _value(found["ratio"]),
+        _threshold(study, found),
+        _value(found["kl_to_teacher"]),
+        _value(found["student"]["calibration"]["error"]),
+        f"{_value(kl)}{'' if kl['certain'] else ', uncertain'}" if kl else "none valid",
+        f"{_value(novelty)} ({novelty['natural']['value']:.2f})" if novelty else "none valid",
+        f"{_value(family['generated'])} ({family['natural']['value']:.2f})" if family else "",
+        f"{ratio:.1f}",
+    ]
+
+
+def _threshold(study: Record, found: Record) -> str:
+    """What is said of a threshold: nothing good where token frequencies alone meet it."""
+    limit, reference = found["threshold"], study["references"]["perplexity"]
+    if limit is None:
+        return ""
+    alone = reference["token frequencies"]["all"] / reference["teacher"]["all"]
+    if alone < limit:
+        return f"< {limit:g}: token frequencies alone meet it ({alone:.2f})"
+    word = "excellent" if found["ratio"]["high"] < limit else "missed"
+    return f"< {limit:g}: {word}"
+
+
+def _calibration(study: Record) -> str:
+    rows = [
+        [name, *(_value(of[name]["calibration_error"]) for of in study["cells"].values())]
+        for name in next(iter(study["cells"].values()))
+    ]
+    return markdown([["cell", *study["cells"]], *rows])
+
+
+def _claims(study: Record) -> str:
+    names = next(iter(study["claims"].values()))
+    lines = [
+        f"The claim *{name}* is {', '.join(f'**{of[name]}** at {size}' for size, of in study['claims'].items())}."
+        for name in names
+    ]
+    order = [of["distilled"]["perplexity"]["all"] for of in study["cells"].values()]
+    apart = all(a["low"] > b["high"] for a, b in pairwise(order))
+    sizes = " > ".join(study["cells"])
+    return "\n".join(
+        [
+            *lines,
+            f"The order of perplexity {sizes} {'holds' if apart else 'does not hold'} with disjoint intervals.",
+        ]
+    )
+
+
+def _negative(study: Record) -> str:
+    """One line a contrast: where it was not found, or found to harm."""
+    lines = []
+    for name, (_, _, (below, _)) in CONTRASTS.items():
+        found = {
+            size: of[name] for size, of in study["effects"].items() if of[name]["word"] != below
+        }
+        parts = [
+            f"{e['word']} at {size}, {_interval(e)}, least to be found {_detectable(e)}"
+            for size, e in found.items()
+        ]
+        lines += [f"* {name}: {'; '.join(parts)}."] * bool(parts)
+    return "\n".join(lines) or "* none."
+
+
+def _hard(study: Record) -> str:
+    hard = "; the hard part is of clusters held out at a lower identity"
+    return hard if "hard part" in study["strata"] else ""
+
+
+def _dose(study: Record) -> str:
+    low, _, high = study["dose_of_enhancements"]["weight"]
+    if high - low > SPREAD:
+        return ""
+    return " The weights are all but constant: few certain residues set the minimum, and uncertainty as published hardly acts."
+
+
+def _weak(teacher: float, alone: float) -> str:
+    gain = 1 - teacher / alone
+    if gain >= WEAK:
+        return ""
+    return (
+        f"**The teacher is weak**: its perplexity is {100 * gain:.1f} % below that of token frequencies alone, so a student has little "
+        "to lose and a ratio near 1 is no praise.\n"
+    )
+
+
+def _value(metric: Record, digits: int = 3) -> str:
+    return with_interval(metric, f".{digits}f")
+
+
+def _percent(value: float, sign: str = "+") -> str:
+    return f"{100 * value:{sign}.2f} %"
+
+
+def _detectable(effect: Record) -> str:
+    return _percent(effect["detectable"], "") if effect["detectable"] < 1 else "> 100 %"
+
+
+def _interval(effect: Record) -> str:
+    low, high = (f"{100 * effect[k]:+.2f}" for k in ("low", "high"))
+    return f"{_percent(effect['value'])} [{low}, {high}]"
+
+
 def _list(values: Iterable[float]) -> str:
-    *rest, last = (f"{v:g}" for v in values)
-    return f"{', '.join(rest)} or {last}" if rest else last
-
-
-def _first(sizes: Record) -> Record:
-    return next(iter(sizes.values()))
+    *rest, last = (f"{v:.3g}" for v in values)
+    return f"{', '.join(rest)} and {last}"

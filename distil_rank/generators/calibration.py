@@ -37,25 +37,16 @@ def calibration(
         raise InputError("at least one token required for calibration, got none; give proteins")
     place = bins_of(confidence)
     count = np.bincount(place).astype(float)
-    mean, accuracy = (np.bincount(place, values) / count for values in (confidence, correct))
+    gap = np.bincount(place, confidence - correct) / count
     deviation = deviations(confidence - correct, place, protein, seed)
     ones = np.ones_like(confidence)
-    table = {
-        "count": count,
-        "confidence": mean,
-        "accuracy": accuracy,
-        "standard_error": deviation.std(0),
-    }
     return {
         "tokens": len(confidence),
-        "error": calibration_error(mean - accuracy, count / count.sum(), deviation),
+        "error": calibration_error(gap, count / count.sum(), deviation),
         "signed_gap": interval(
             *ratio_interval(confidence - correct, ones, protein), False, target=0.0
         ),
         "brier": interval(*ratio_interval(np.asarray(brier, float), ones, protein), False),
-        "accuracy": float(correct.mean()),
-        "mean_confidence": float(confidence.mean()),
-        "bins": {name: values.tolist() for name, values in table.items()},
     }
 
 
@@ -94,16 +85,3 @@ def calibration_error(gap: Array, share: Array, deviation: Array) -> Metric:
     within = np.abs(value - theta[:, 0]) <= np.quantile(np.abs(drawn - theta), LEVEL, axis=1)
     kept = np.append(theta[within, 0], value)
     return interval(value, float(kept.min()), float(kept.max()), False, target=0.0)
-
-
-def best_temperature(grid: Array, nll: Array) -> float:
-    """Temperature of least NLL from values on a grid.
-
-    The vertex of a parabola in log temperature through the best point and its neighbors.
-    """
-    at = int(np.clip(np.argmin(nll), 1, len(grid) - 2))
-    x, y = np.log(grid[at - 1 : at + 2]), nll[at - 1 : at + 2]
-    a, b, _ = np.polyfit(x, y, 2)
-    if a <= 0:
-        return float(grid[int(np.argmin(nll))])
-    return float(np.exp(np.clip(-b / (2 * a), x[0], x[-1])))

@@ -16,7 +16,7 @@ from typing import Literal
 
 from distil_rank.core.errors import InputError, at_least
 
-SCHEMA = "distil-rank/generator-evaluation/1"
+SCHEMA = "distil-rank/generator-evaluation/2"
 
 
 @dataclass(frozen=True)

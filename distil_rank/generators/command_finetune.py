@@ -3,7 +3,8 @@
     distil-rank generator prepare family.fasta --tokenizer models/tiny --out family
     distil-rank generator finetune --model models/tiny --data family --out models/tiny-family
 
-The plain cross-entropy on the family. The learning rate rises to 3e-4 where none is given.
+The plain cross-entropy on the family. The learning rate rises to 3e-4 where none is given. What it
+cost and how much was only memorized (training against validation) stands in training.json, `fit`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ RATE = 3e-4
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainingFlags):
     model: str  # a model by name, file or folder
+    subset: int | None = None  # train on so many proteins drawn at random; None: on all
 
 
 def run(config: Config) -> None:
@@ -29,4 +31,5 @@ def run(config: Config) -> None:
     require_same_vocabulary(tokenizer, prepared.tokenizer)
     start = {"name": config.model, "weights_sha256": weights_sha256(model)}
     more = {"kind": "finetuned", "started_from": start}
-    run_training(config, schedule, prepared, model, Objective(alpha=1.0), more)
+    given = (schedule, prepared, model, Objective(alpha=1.0), more)
+    run_training(config, *given, subset=config.subset)

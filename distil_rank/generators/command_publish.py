@@ -14,21 +14,25 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from distil_rank.core.errors import InputError
-from distil_rank.core.records import Metric, Record, atomic, read_json, require_writable
+from distil_rank.core.records import Record, atomic, read_json, require_writable
 from distil_rank.core.tables import markdown, with_interval
 from distil_rank.generators.command_evaluate import SCHEMA as EVALUATION
 from distil_rank.generators.train import SCHEMA as TRAINING
 
-FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+FILES = ("config.json", *TOKENIZER, "model.safetensors", "training.json")
 SHOWN = {  # metric in the card: where it stands in an evaluation
     "perplexity": ("student", "perplexity"),
     "perplexity ratio to the teacher": ("ratio",),
     "bits per residue": ("student", "bits_per_residue"),
     "KL to the teacher (nats)": ("kl_to_teacher",),
-    "calibration error": ("student", "calibration", "as_is", "error"),
+    "calibration error": ("student", "calibration", "error"),
 }
 
 
@@ -38,7 +42,7 @@ class Config:
     repo: str  # owner/name on the hub
     evaluation: Path  # JSON of `generator evaluate` on these weights
     out: Path  # where to write
-    dry_run: bool = False  # write the folder and stop
+    dry_run: bool = False  # stop before anything is trained or uploaded
     license: str = "mit"  # of the weights
 
 
@@ -64,22 +68,34 @@ def run(config: Config) -> None:
     if config.dry_run:
         print(f"{config.out}: {len(FILES) + 2} files; nothing was uploaded")
         return
+    print(upload(config.out, config.repo, evaluation["student"]["weights_sha256"]))
+
+
+def upload(folder: Path, repo: str, wanted: str) -> str:
+    """Send the folder, then load what the hub gives back: it must have the hash of the weights."""
     from huggingface_hub import HfApi
 
+    from distil_rank.generators.models import load, weights_sha256
+
     api, message = HfApi(), "Weights, card and evaluation"
-    with one_line_hub_errors(config.repo):
-        api.create_repo(config.repo, exist_ok=True)
-        done = api.upload_folder(
-            folder_path=config.out, repo_id=config.repo, commit_message=message
-        )
-    print(done)
+    with one_line_hub_errors(repo), TemporaryDirectory() as fetched:
+        api.create_repo(repo, exist_ok=True)
+        done = api.upload_folder(folder_path=folder, repo_id=repo, commit_message=message)
+        api.snapshot_download(repo, revision=done.oid, local_dir=fetched)
+        found = weights_sha256(load(fetched)[0])
+        if found != wanted:
+            raise InputError(
+                f"weights {wanted[:12]} required in {repo} after the upload, got {found[:12]};"
+                " publish again"
+            )
+    return str(done)
 
 
 def records(model: Path, evaluation: Path) -> tuple[Record, Record]:
     """Training and evaluation of a student. InputError where one is missing or of other weights."""
     from distil_rank.generators.models import load, weights_sha256
 
-    missing = [name for name in (*FILES, "training.json") if not (model / name).is_file()]
+    missing = [name for name in FILES if not (model / name).is_file()]
     if missing:
         raise InputError(
             f"a folder that `generator train` finished required, {model} lacks {', '.join(missing)}"
@@ -106,21 +122,19 @@ def card(repo: str, training: Record, evaluation: Record, license: str) -> str:
     from huggingface_hub import ModelCard
 
     student, source = evaluation["student"], evaluation["data"]["source"]
-    teacher = training.get("teacher", {}).get("name")
-    metrics = {name: _at(evaluation, path) for name, path in SHOWN.items()}
-    meta = _metadata(repo, license, teacher, source, metrics)
-    objective = training.get("objective", {})
+    teacher = training.get("teacher", {}).get("name", "its teacher")
+    metrics = {name: reduce(getitem, path, evaluation) for name, path in SHOWN.items()}
     flags = {k: v for k, v in training["config"].items() if k not in ("out", "log_to", "device")}
     shown = [[name, with_interval(metric, ".4f")] for name, metric in metrics.items()]
     few = " (**underpowered**: fewer than 1,000)" if evaluation["underpowered"] else ""
     text = f"""---
-{meta}
+{_metadata(repo, license, source, metrics)}
 ---
 
 # {repo}
 
 A GPT-2 for proteins with {student["parameters"]["total"]:,} parameters, distilled from
-{teacher or "its teacher"} ({evaluation["compression"]["total"]:.1f} times smaller).
+{teacher} ({evaluation["compression"]["total"]:.1f} times smaller).
 
 ```python
 from transformers import pipeline
@@ -137,8 +151,7 @@ On {evaluation["proteins"]:,} held-out proteins of {source}{few}.
 
 ## Training
 
-{training["data"]["n_train"]:,} proteins, {training["steps"]:,} steps; temperature
-{objective.get("temperature", "-")}, alpha {objective.get("alpha", "-")}. All settings:
+{training["data"]["n_train"]:,} proteins, {training["steps"]:,} steps. All settings:
 
 ```json
 {json.dumps(flags, indent=1)}
@@ -149,9 +162,7 @@ Weights (hash of names, shapes and values): `{student["weights_sha256"]}`
     return str(ModelCard(text))
 
 
-def _metadata(
-    repo: str, license: str, teacher: str | None, source: str, metrics: dict[str, Metric]
-) -> str:
+def _metadata(repo: str, license: str, source: str, metrics: dict[str, Record]) -> str:
     """The head of the card as YAML, with the model-index."""
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -171,22 +182,10 @@ def _metadata(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["protein", "gpt2", "distillation"],
-        base_model=_hub_name(teacher),
         model_name=repo.split("/")[1],
         eval_results=results,
     )
     return meta.to_yaml()
-
-
-def _at(record: Record, path: tuple[str, ...]) -> Metric:
-    for name in path:
-        record = record[name]
-    return record  # type: ignore[return-value]
-
-
-def _hub_name(name: str | None) -> str | None:
-    """A teacher that can be linked on the hub; a local folder cannot."""
-    return name if name and name.count("/") == 1 and not Path(name).exists() else None
 
 
 @contextmanager

@@ -4,7 +4,8 @@
         --split-by random --train-size-prop 0.1 --out shards
     distil-rank generator train --teacher nferruz/ProtGPT2 --data shards --out tiny \\
         --n-layer 4 --n-head 4 --n-embd 512 --tau 2 --alpha 0.5 --steps 20000
-    distil-rank generator train ... --uncertainty --calibration-smoothing --normalise-weights
+    distil-rank generator train ... --uncertainty --calibration-smoothing
+    distil-rank generator train ... --dry-run        # memory and time on some GPUs
     torchrun --nproc-per-node 8 -m distil_rank generator train ...
 
 An interrupted run goes on where its checkpoint stands when the same command is given again. Sizes:
@@ -25,7 +26,8 @@ from typing import Any, Literal
 import torch
 
 from distil_rank.core.devices import pick_device
-from distil_rank.core.errors import InputError
+from distil_rank.core.errors import InputError, at_least, at_most
+from distil_rank.core.randomness import generator
 from distil_rank.core.records import (
     Record,
     config_record,
@@ -35,6 +37,7 @@ from distil_rank.core.records import (
     write_json,
 )
 from distil_rank.generators.data import Encoded
+from distil_rank.generators.estimate import expected
 from distil_rank.generators.loss import Objective
 from distil_rank.generators.models import (
     Dtype,
@@ -54,6 +57,7 @@ from distil_rank.generators.train import (
     Schedule,
     fit,
     make_accelerator,
+    mean_nll,
 )
 
 
@@ -114,15 +118,14 @@ class Config(ShapeFlags, TrainingFlags):
     uncertainty: bool = False  # weight positions by the teacher's entropy
     calibration_smoothing: bool = False  # smooth the teacher where it is unsure
     smoothing: float = 0.1  # strength of --calibration-smoothing
-    normalise_weights: bool = False  # weights of mean 1 in each sequence: alpha keeps its meaning
-    init: Literal["random", "slice", "low-rank"] = "random"  # or from the teacher's weights
-    teacher_cache: Literal["none", "exact", "top"] = "none"  # ask the teacher once
-    top: int = 64  # tokens kept by --teacher-cache top
+    init: Literal["random", "slice"] = "random"  # or from the teacher's weights
+    teacher_cache: bool = False  # ask the teacher once about each protein
+    dry_run: bool = False  # stop before anything is trained or uploaded
 
     @property
     def objective(self) -> Objective:
-        smoothing = (self.uncertainty, self.calibration_smoothing, self.smoothing)
-        return Objective(self.tau, self.alpha, *smoothing, self.normalise_weights)
+        enhancements = (self.uncertainty, self.calibration_smoothing, self.smoothing)
+        return Objective(self.tau, self.alpha, *enhancements)
 
 
 def run(config: Config) -> None:
@@ -130,6 +133,10 @@ def run(config: Config) -> None:
 
     config.objective.check()
     shape = config.shape
+    if config.dry_run:
+        config.schedule().check()
+        print(expected(config, Prepared(config.data)))
+        return
     prepared = begin(config, config.schedule())
     teacher, tokenizer = load(config.teacher)
     require_same_vocabulary(tokenizer, prepared.tokenizer)
@@ -137,10 +144,8 @@ def run(config: Config) -> None:
     teacher.to(pick_device(config.device))
 
     def source(train: Encoded) -> Teacher:
-        if config.teacher_cache == "none":
-            return Live(teacher, config.dtype)
-        top = min(config.top, teacher.config.vocab_size) if config.teacher_cache == "top" else None
-        return Cache(teacher, train, top, config.tau, config.dtype)
+        kept = config.teacher_cache
+        return Cache(teacher, train, config.dtype) if kept else Live(teacher, config.dtype)
 
     described = {
         "name": config.teacher,
@@ -178,10 +183,13 @@ def run_training(
     objective: Objective,
     more: Record,
     source: Callable[[Encoded], Teacher | None] = lambda train: None,
+    subset: int | None = None,
 ) -> None:
-    """Fit, save and record; `more` goes into the record."""
+    """Fit on all training proteins or a subset, save and record; `more` goes into the record."""
     device, folder = pick_device(flags.device), flags.out
     train, validation = prepared.training_parts(student)
+    if subset is not None:
+        train = drawn(train, subset, flags.seed)
     left_out = ("data", "out", "device", "log_to")
     told = {k: v for k, v in config_record(flags).items() if k not in left_out}
     told["learning_rate"] = schedule.learning_rate
@@ -195,8 +203,9 @@ def run_training(
         f"{parameters(student)['total']} parameters, {device}",
         file=sys.stderr,
     )
+    before = mean_nll(student.to(device), validation, schedule.dtype)
     progress = fit(
-        student.to(device),
+        student,
         train,
         validation,
         source(train),
@@ -209,13 +218,32 @@ def run_training(
     accelerator.end_training()
     if not accelerator.is_main_process:
         return
+    some = train.take(range(min(len(train), len(validation))))
+    own = mean_nll(student, some, schedule.dtype)
+    proteins = progress.step * schedule.batch_size
+    report = {
+        "proteins": len(train),
+        "validation_nll_before": before,
+        "train_nll": own,
+        "gap": progress.best_nll - own,  # what is gained on proteins that were trained on only
+        "cost": {"tokens": round(proteins * train.lengths.mean()), "seconds": progress.seconds},
+    }
+    more = more | {"fit": report}
     stored = torch.float16 if flags.store_dtype == "float16" else torch.float32
     student.to("cpu", stored).float()  # what is on disk is what is hashed
     save(student, prepared.tokenizer, folder, stored)
     write_json(folder / "training.json", _record(flags, prepared, student, progress, more))
     (folder / CHECKPOINT).unlink(missing_ok=True)
-    at = f"nats per token at step {progress.best_step}"
-    print(f"{folder}: validation {progress.best_nll:.4f} {at}")
+    found = f"{progress.best_nll:.4f} at step {progress.best_step}, {before:.4f} before"
+    print(f"{folder}: nats per token: validation {found}; training {own:.4f}")
+
+
+def drawn(train: Encoded, subset: int, seed: int) -> Encoded:
+    """So many of the training proteins, at random."""
+    at_least(1, subset=subset)
+    at_most(len(train), subset=subset)
+    order = torch.randperm(len(train), generator=generator(seed, "subset"))
+    return train.take(order[:subset].sort().values.numpy())
 
 
 def _record(
@@ -235,5 +263,5 @@ def _record(
         "validations": progress.validations,
         **more,
         "environment": environment(pick_device(flags.device)),
-        "machine_dependent": [],
+        "machine_dependent": ["fit.cost.seconds"],
     }

@@ -1,9 +1,8 @@
 """A student beside its teacher on held-out proteins: likelihood, calibration, writing, speed."""
 
 import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict
 
@@ -65,10 +64,8 @@ class Comparison(TypedDict):
 
 def measure(model: Any, bed: Bed, teacher: Any = None) -> tuple[Measured, metrics.Scores]:
     """A model's own record, and its scores; with the divergence from `teacher` where given."""
-    _say(f"scoring {len(bed.natural)} proteins")
     targets = None if teacher is None else Live(teacher, bed.dtype)
     found = metrics.score(model, bed.held_out, targets, dtype=bed.dtype)
-    calibration = metrics.calibration_with_control(model, bed.held_out, found, bed.seed, bed.dtype)
     shape = ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")
     record = Measured(
         weights_sha256=weights_sha256(model),
@@ -76,7 +73,7 @@ def measure(model: Any, bed: Bed, teacher: Any = None) -> tuple[Measured, metric
         shape={name: getattr(model.config, name) for name in shape},
         perplexity=metrics.perplexity(found),
         bits_per_residue=metrics.bits_per_residue(found),
-        calibration=calibration,
+        calibration=metrics.calibration_of(found, bed.seed),
     )
     if bed.generate:
         record["generation"] = writing(model, bed)
@@ -85,7 +82,6 @@ def measure(model: Any, bed: Bed, teacher: Any = None) -> tuple[Measured, metric
 
 def writing(model: Any, bed: Bed) -> quality.Writing:
     """What the proteins that a model writes are like."""
-    _say(f"writing {bed.generate} proteins")
     sampler = Sampler(bed.max_new_tokens or model.config.n_positions - 1)
     drawn = list(draw(model, bed.tokenizer, range(bed.generate), sampler, bed.seed))
     texts, ended = [d.sequence for d in drawn], [d.ended for d in drawn]
@@ -119,19 +115,13 @@ def compare(
         compression={name: large[name] / max(1, small[name]) for name in large},
     )
     if speed:
-        _say("measuring speed")
         record["speed"] = writing_speed({"student": student, "teacher": teacher})
     return record
 
 
-def _say(text: str) -> None:
-    if sys.stderr.isatty():
-        print(text, file=sys.stderr)
-
-
 @torch.no_grad()
 def writing_speed(models: dict[str, Any]) -> Record:
-    """Tokens per second of greedy writing with a cache, and memory, on this machine.
+    """Tokens per second of greedy writing with a cache on this machine, and size of the weights.
 
     Medians of interleaved rounds, to be read as ratios.
     """
@@ -152,7 +142,6 @@ def writing_speed(models: dict[str, Any]) -> Record:
     for name, model in models.items():
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         found[name]["weights_mib"] = weights / 2**20
-        found[name]["peak_mib"] = (weights + _forward_peak(model, max(BATCHES))) / 2**20
     return {"tokens_per_sequence": TOKENS, "repeats": ROUNDS, "models": found}
 
 
@@ -167,30 +156,3 @@ def _write(model: Any, size: int) -> float:
         past, current = out.past_key_values, out.logits[:, -1:].argmax(-1)
     wait(device)
     return time.perf_counter() - start
-
-
-def _forward_peak(model: Any, size: int) -> int:
-    """Bytes that a forward pass holds at its peak, without the weights."""
-    device = next(model.parameters()).device
-    inputs = torch.full((size, TOKENS), model.config.eos_token_id, device=device)
-    return peak_bytes(lambda: model(input_ids=inputs, use_cache=False), device)
-
-
-def peak_bytes(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """Most bytes held at once of those that torch allocates while `function` runs."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        function()
-        return torch.cuda.max_memory_allocated(device) - before
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        function()
-    assert record.profiler is not None and record.profiler.kineto_results is not None
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak

@@ -42,7 +42,6 @@ class Objective:
     uncertainty: bool = False  # weight positions by the teacher's entropy
     calibration: bool = False  # smooth the teacher where it is unsure
     smoothing: float = 0.1  # lambda of the calibration smoothing
-    normalise_weights: bool = False  # weights of mean 1 in each sequence: alpha keeps its meaning
 
     def check(self) -> None:
         """Raise InputError on values outside their range."""
@@ -72,15 +71,6 @@ class Hidden(NamedTuple):
         return chosen if self.weight is None else chosen @ self.weight.to(chosen.dtype).T
 
 
-class TopTargets(NamedTuple):
-    """The teacher's k most probable tokens at one temperature, and the mass of all others."""
-
-    ids: Tensor  # (..., k) int64
-    probabilities: Tensor  # (..., k) at temperature tau
-    tail: Tensor  # (...) what is left of 1
-    entropy: Tensor  # (...) H at temperature 1, in nats, over the whole vocabulary
-
-
 class LossSums(NamedTuple):
     """Sums over the real predictions of a batch; only `loss` carries the gradient."""
 
@@ -98,7 +88,7 @@ def predictions(mask: Tensor) -> Tensor:
 
 def distillation_sums(
     student: Tensor | Hidden,
-    teacher: Tensor | Hidden | TopTargets | None,
+    teacher: Tensor | Hidden | None,
     tokens: Tensor,
     mask: Tensor,
     objective: Objective,
@@ -113,12 +103,10 @@ def distillation_sums(
     counted = predictions(mask)
     rows = F.pad(counted, (0, 1)).flatten().nonzero()[:, 0]  # of the flattened (b l, V) logits
     targets = tokens.flatten()[rows + 1]
-    flat: Hidden | TopTargets | None = None
+    flat: Hidden | None = None
     weights = None
     if teacher is None:
         objective = Objective(alpha=1.0)
-    elif isinstance(teacher, TopTargets):
-        flat = TopTargets(*(part.flatten(0, 1) for part in teacher))
     else:
         given = teacher if isinstance(teacher, Hidden) else Hidden(teacher)
         if given.vocabulary != student.vocabulary:
@@ -126,12 +114,11 @@ def distillation_sums(
             raise InputError(f"one vocabulary required, got {sizes} logits")
         flat = Hidden(given.states.flatten(0, 1), given.weight)
     if flat is not None and objective.uncertainty:
-        by_row = flat.entropy[rows] if isinstance(flat, TopTargets) else entropy(flat, rows)
+        by_row = entropy(flat, rows)
         by_position = by_row.new_zeros(counted.shape)
         by_position[counted] = by_row
         residues = counted & ~torch.isin(tokens[:, 1:], tokens.new_tensor(layout))
-        normalise = objective.normalise_weights
-        weights = position_weights(by_position, counted, normalise, residues)[counted]
+        weights = position_weights(by_position, counted, residues)[counted]
     loss, hard, soft = _Distil.apply(*student, flat, rows, targets, weights, objective)  # type: ignore[no-untyped-call]
     return LossSums(loss, hard, soft, len(targets))
 
@@ -148,10 +135,8 @@ def entropy(logits: Tensor | Hidden, rows: Tensor | None = None) -> Tensor:
     return found
 
 
-def position_weights(
-    entropies: Tensor, counted: Tensor, normalise: bool = False, residues: Tensor | None = None
-) -> Tensor:
-    """w_t of the module's text per sequence (b, l); 0 where not counted; `normalise`: of mean 1.
+def position_weights(entropies: Tensor, counted: Tensor, residues: Tensor | None = None) -> Tensor:
+    """w_t of the module's text per sequence (b, l); 0 where not counted.
 
     `residues` says where the extremes are looked for; None: at all that are counted.
     """
@@ -162,25 +147,7 @@ def position_weights(
     flat = ~(span >= 1e-8)  # also sequences without a residue, where the span is -inf
     low, span = low.masked_fill(flat, 0.0), span.masked_fill(flat, 1.0)
     scaled = torch.where(flat, torch.zeros_like(entropies), ((entropies - low) / span).clamp(0, 1))
-    weights = torch.where(counted, 0.5 + 0.5 * scaled, torch.zeros_like(entropies))
-    if normalise:
-        weights = weights * (
-            counted.sum(-1, keepdim=True) / weights.sum(-1, keepdim=True).clamp_min(0.25)
-        )
-    return weights
-
-
-def smooth(probabilities: Tensor, smoothing: float, vocabulary: int, confidence: Tensor) -> Tensor:
-    """(1 - eps) p + eps / V with eps = smoothing (1 - confidence); confidence (..., 1)."""
-    eps = smoothing * (1 - confidence)
-    return (1 - eps) * probabilities + eps / vocabulary
-
-
-def top_targets(logits: Tensor, k: int, temperature: float) -> TopTargets:
-    """What the top-k cache keeps of teacher logits (n, V)."""
-    p = torch.softmax(logits.to(_working_dtype(logits)) / temperature, dim=-1)
-    values, ids = p.topk(min(k, p.shape[-1]), dim=-1)
-    return TopTargets(ids, values, (1 - values.sum(-1)).clamp_min(0), entropy(logits))
+    return torch.where(counted, 0.5 + 0.5 * scaled, torch.zeros_like(entropies))
 
 
 class _Distil(torch.autograd.Function):
@@ -191,7 +158,7 @@ class _Distil(torch.autograd.Function):
         ctx: Any,
         states: Tensor,  # (b, l, d), as the next of a Hidden
         weight: Tensor | None,  # (V, d)
-        teacher: Hidden | TopTargets | None,  # (b l, ...)
+        teacher: Hidden | None,  # (b l, ...)
         rows: Tensor,  # (n,) into b l
         targets: Tensor,  # (n,)
         weights: Tensor | None,  # (n,)
@@ -206,7 +173,7 @@ class _Distil(torch.autograd.Function):
         by_weight = None
         if weight is not None and ctx.needs_input_grad[1]:
             by_weight = torch.zeros_like(weight)
-        if isinstance(teacher, Hidden) and teacher.weight is not None:
+        if teacher is not None and teacher.weight is not None:
             teacher = Hidden(teacher.states, teacher.weight.to(teacher.states.dtype))
         for part in _chunks(len(rows), student.step):
             chosen = rows[part]
@@ -221,7 +188,7 @@ class _Distil(torch.autograd.Function):
             if teacher is not None and alpha < 1:
                 log_q = log_q1 if tau == 1 else torch.log_softmax(z.div_(tau), dim=-1)
                 q = log_q.exp()
-                p, log_p = _teacher_rows(teacher, chosen, q, objective)
+                p, log_p = _teacher_rows(teacher, chosen, dtype, objective)
                 soft = log_p.sub_(log_q).mul_(p).sum(-1)
                 w = None if weights is None else weights[part].to(dtype)
                 soft_sum += (soft if w is None else w * soft).sum(dtype=torch.float64)
@@ -253,32 +220,16 @@ class _Distil(torch.autograd.Function):
 
 
 def _teacher_rows(
-    teacher: Hidden | TopTargets, rows: Tensor, q: Tensor, objective: Objective
+    teacher: Hidden, rows: Tensor, dtype: torch.dtype, objective: Objective
 ) -> tuple[Tensor, Tensor]:
-    """Teacher's p and log p (n, V) at temperature tau.
-
-    Where only the top k are known, the tail takes the student's own shape with the teacher's mass:
-    the divergence is then exactly that of the k + 1 outcomes (top tokens, "another"), never above
-    the full one.
-    """
-    vocabulary = q.shape[-1]
-    if isinstance(teacher, Hidden):
-        log_p = torch.log_softmax(teacher.logits(rows).to(q.dtype) / objective.temperature, dim=-1)
-        p = log_p.exp()
-        if not objective.calibration:
-            return p, log_p
-        p = smooth(p, objective.smoothing, vocabulary, p.amax(-1, keepdim=True))
-        return p, p.clamp_min(torch.finfo(p.dtype).tiny).log()
-    ids, tail = teacher.ids[rows], teacher.tail[rows].to(q.dtype)
-    top = teacher.probabilities[rows].to(q.dtype)
-    if objective.calibration:
-        confidence = top[:, :1]
-        top = smooth(top, objective.smoothing, vocabulary, confidence)
-        tail = 1 - top.sum(-1)
-    rest = (1 - q.gather(1, ids).sum(-1)).clamp_min(torch.finfo(q.dtype).tiny)
-    p = q * (tail / rest)[:, None]
-    p.scatter_(1, ids, top)
-    return p, p.clamp_min(torch.finfo(q.dtype).tiny).log()
+    """Teacher's p and log p (n, V) at temperature tau."""
+    log_p = torch.log_softmax(teacher.logits(rows).to(dtype) / objective.temperature, dim=-1)
+    p = log_p.exp()
+    if not objective.calibration:
+        return p, log_p
+    eps = objective.smoothing * (1 - p.amax(-1, keepdim=True))
+    p = (1 - eps) * p + eps / p.shape[-1]
+    return p, p.clamp_min(torch.finfo(p.dtype).tiny).log()
 
 
 def _working_dtype(x: Tensor) -> torch.dtype:

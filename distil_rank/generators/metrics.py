@@ -13,12 +13,11 @@ from torch import Tensor
 
 from distil_rank.core.intervals import ratio_interval
 from distil_rank.core.records import Metric, Record, interval
-from distil_rank.generators.calibration import best_temperature, calibration
+from distil_rank.generators.calibration import calibration
 from distil_rank.generators.data import Encoded
 from distil_rank.generators.loss import (
     Hidden,
     Objective,
-    TopTargets,
     distillation_sums,
     predictions,
 )
@@ -26,7 +25,6 @@ from distil_rank.generators.models import Dtype, autocast
 from distil_rank.generators.teachers import Teacher
 
 Array = NDArray[np.float64]
-TEMPERATURES = np.geomspace(0.5, 2.0, 13)  # tried for temperature scaling
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,6 @@ class Scores:
     predictions: Array
     residues: Array
     kl: Array | None  # of the teacher from the model, at temperature 1
-    scaled_nll: Array  # at each of TEMPERATURES (n, 13)
     confidence: Array  # (m,), as the three below
     correct: Array
     brier: Array
@@ -49,32 +46,25 @@ def score(
     model: Any,
     proteins: Encoded,
     teacher: Teacher | None = None,
-    temperature: float = 1.0,
     dtype: Dtype = "float32",
     batch_size: int = 32,
-    scaling: bool = True,
 ) -> Scores:
-    """Scores of a model whose logits are divided by `temperature`.
-
-    Without `scaling`, `scaled_nll` stays 0.
-    """
+    """Scores of a model, with the divergence from `teacher` where one is given."""
     model.eval()
     device, n = next(model.parameters()).device, len(proteins)
-    nll, kl, scaled = np.zeros(n), np.zeros(n), np.zeros((n, len(TEMPERATURES)))
+    nll, kl = np.zeros(n), np.zeros(n)
     tokenwise: list[tuple[Array, ...]] = []  # confidence, correct, Brier score, protein
     for batch in proteins.in_order_of_length(batch_size):
         tokens, mask = (x.to(device) for x in proteins.batch(batch))
         with autocast(device, dtype):
             logits = model(input_ids=tokens, use_cache=False).logits
-        logits = logits.float() / temperature
+        logits = logits.float()
         targets = None if teacher is None else teacher.targets(batch, tokens, mask)
         counted = predictions(mask)
         for row, i in enumerate(batch):
             z, y = logits[row, :-1][counted[row]], tokens[row, 1:][counted[row]]
             log_q = torch.log_softmax(z, -1)
             nll[i] = -float(log_q.gather(1, y[:, None]).sum(dtype=torch.float64))
-            for j, tau in enumerate(TEMPERATURES if scaling else ()):
-                scaled[i, j] = torch.nn.functional.cross_entropy(z / float(tau), y, reduction="sum")
             tokenwise.append((*_most_probable(log_q, y), np.full(len(y), i)))
             if targets is not None:
                 own = slice(row, row + 1)
@@ -85,7 +75,6 @@ def score(
         (proteins.lengths - 1).astype(float),
         proteins.residues.astype(float),
         None if teacher is None else kl,
-        scaled,
         confidence,
         correct,
         brier,
@@ -102,14 +91,9 @@ def _most_probable(log_q: Tensor, y: Tensor) -> tuple[Array, Array, Array]:
     return confidence.numpy(), correct.numpy(), brier.numpy()
 
 
-def _divergence(
-    targets: Hidden | TopTargets, own: slice, logits: Tensor, tokens: Tensor, mask: Tensor
-) -> float:
+def _divergence(targets: Hidden, own: slice, logits: Tensor, tokens: Tensor, mask: Tensor) -> float:
     """KL of the teacher from the model, summed over one protein, in nats."""
-    if isinstance(targets, Hidden):
-        given: Hidden | TopTargets = Hidden(targets.states[own], targets.weight)
-    else:
-        given = TopTargets(*(part[own] for part in targets))
+    given = Hidden(targets.states[own], targets.weight)
     return float(distillation_sums(logits, given, tokens, mask, Objective(1.0, 0.0)).soft)
 
 
@@ -143,25 +127,6 @@ def _exponential(bounds: tuple[float, float, float]) -> Metric:
     return interval(value, low, high, higher_is_better=False)
 
 
-def calibration_with_control(
-    model: Any, proteins: Encoded, scores: Scores, seed: int = 0, dtype: Dtype = "float32"
-) -> Record:
-    """Calibration as it is, and after temperature scaling.
-
-    The temperature is fitted on one half of the proteins and measured on the other.
-    """
-    even = np.arange(len(proteins)) % 2 == 0
-    temperature = best_temperature(TEMPERATURES, scores.scaled_nll[even].sum(0))
-    other = proteins.take(np.flatnonzero(~even))
-    scaled = score(model, other, temperature=temperature, dtype=dtype)
-
-    def measured(s: Scores, there: Any = slice(None)) -> Record:
-        parts = (s.confidence[there], s.correct[there], s.brier[there], s.protein[there])
-        return calibration(*parts, seed)
-
-    return {
-        "as_is": measured(scores),
-        "as_is_other_half": measured(scores, ~even[scores.protein]),
-        "temperature_scaled": measured(scaled),
-        "fitted_temperature": temperature,
-    }
+def calibration_of(scores: Scores, seed: int = 0) -> Record:
+    """Calibration of the most probable token."""
+    return calibration(scores.confidence, scores.correct, scores.brier, scores.protein, seed)

@@ -17,6 +17,7 @@ from distil_rank.core.randomness import generator
 from distil_rank.core.records import atomic
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+MUON_RATE = 3.0  # the rate of the matrices under Muon, over that of the rest under AdamW
 
 
 def autocast(device: torch.device, dtype: Dtype) -> AbstractContextManager[Any]:
@@ -33,7 +34,7 @@ def load(name: str) -> tuple[Any, Any]:
         logging.disable_progress_bar()
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise InputError(f"a model folder with config.json required, got {name}; check the path")
-    with _one_line(f"a GPT-2 with safetensors required, got {name}"):
+    with one_line(f"a GPT-2 with safetensors required, got {name}"):
         model = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
     tokenizer = load_tokenizer(name)
     if len(tokenizer) > model.config.vocab_size:
@@ -46,7 +47,7 @@ def load_tokenizer(name: str) -> Any:
     """A fast tokenizer from a folder or the Hugging Face hub."""
     from transformers import AutoTokenizer
 
-    with _one_line(f"a tokenizer required, got {name}"):
+    with one_line(f"a tokenizer required, got {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name)
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise InputError(f"a tokenizer of the fast kind with an end token required, got {name}")
@@ -54,7 +55,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 @contextmanager
-def _one_line(required: str) -> Iterator[None]:
+def one_line(required: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError) as error:
@@ -108,6 +109,27 @@ def check_shape(layers: int, heads: int, width: int) -> None:
             f"n-embd must be divisible by n-head, got n-embd={width} and n-head={heads}; "
             f"{below} or {above} would do"
         )
+
+
+def make_optimizers(student: Any, kind: str, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters, or Muon for the matrices between the embeddings and the head.
+
+    Muon (Jordan 2024) with updates scaled to the size of AdamW's (Liu et al. 2025), torch's own.
+    """
+    adamw: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": weight_decay}
+    adamw["fused"] = student.device.type == "cuda"
+    if kind == "adamw":
+        groups = [{"params": list(student.parameters()), "scale": 1.0}]
+        return [torch.optim.AdamW(groups, **adamw)]
+    inner = [p for p in student.transformer.h.parameters() if p.ndim == 2]
+    known = {id(p) for p in inner}
+    outer = [p for p in student.parameters() if id(p) not in known]
+    muon: dict[str, Any] = {"adjust_lr_fn": "match_rms_adamw"}
+    muon["weight_decay"] = weight_decay
+    return [
+        torch.optim.Muon([{"params": inner, "scale": MUON_RATE}], **muon),
+        torch.optim.AdamW([{"params": outer, "scale": 1.0}], **adamw),
+    ]
 
 
 def parameters(model: nn.Module) -> dict[str, int]:

@@ -1,7 +1,6 @@
 """What a set of written proteins is like: valid, ended, as long as natural ones, new, diverse."""
 
 from collections.abc import Sequence
-from itertools import groupby
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
@@ -14,7 +13,6 @@ from distil_rank.proteins.fasta import AMINO_ACIDS
 Array = NDArray[np.float64]
 BOOTSTRAPS = 1000
 WORD = 4  # residues of the words counted as repeats
-RUN = 6  # residues: a run of one residue so long is counted
 QUANTILES = [0.05, 0.25, 0.5, 0.75, 0.95]  # of lengths
 SMALL_KL = 0.05  # nats: amino acids as in nature
 
@@ -30,14 +28,11 @@ class Writing(TypedDict):
     """Written proteins against held-out natural ones and (a sample of) the training ones."""
 
     n: int
-    natural_frequencies: dict[str, float]  # of amino acids
-    frequencies: dict[str, float]
     validity: Metric
     ended: Metric
     lengths: Lengths
     repeated_words: Metric
     repeated_words_natural: Metric
-    long_runs: Metric
     amino_acid_kl: NotRequired[Record]
     novelty: NotRequired[Record]
     exact_copies: NotRequired[int]
@@ -61,8 +56,6 @@ def describe(
     matched = length_matched(lengths, natural, np.random.default_rng([seed, 21]))
     found = Writing(
         n=n,
-        natural_frequencies=frequencies(composition(matched)),
-        frequencies=frequencies(composition(generated)),
         validity=shares(len(valid), n, True),
         ended=shares(sum(ended), n, True),
         lengths=Lengths(
@@ -73,7 +66,6 @@ def describe(
         ),
         repeated_words=mean([repeated(s) for s in generated], False),
         repeated_words_natural=mean([repeated(s) for s in matched], False),
-        long_runs=shares(sum(longest_run(s) >= RUN for s in generated), n, False),
     )
     if valid:
         found["amino_acid_kl"] = amino_acid_divergence(valid, natural, seed)
@@ -88,12 +80,6 @@ def composition(sequences: Sequence[str]) -> Array:
     """Counts of the 20 amino acids per sequence (n, 20)."""
     counts = [[s.count(a) for a in AMINO_ACIDS] for s in sequences]
     return np.array(counts, dtype=float).reshape(-1, 20)
-
-
-def frequencies(counts: Array) -> dict[str, float]:
-    """Amino-acid frequencies of all sequences together, from counts (n, 20)."""
-    total = counts.sum(0)
-    return dict(zip(AMINO_ACIDS, (total / max(total.sum(), 1)).tolist()))
 
 
 def divergence(counts: Array, reference: Array) -> Array:
@@ -187,11 +173,6 @@ def repeated(sequence: str) -> float:
     """Share of a protein's words of 4 residues that occurred before in it."""
     words = [sequence[i : i + WORD] for i in range(len(sequence) - WORD + 1)]
     return 1 - len(set(words)) / len(words) if words else 0.0
-
-
-def longest_run(sequence: str) -> int:
-    """Length of the longest run of one residue."""
-    return max((len(list(run)) for _, run in groupby(sequence)), default=0)
 
 
 def shares(hits: int, n: int, higher_is_better: bool) -> Metric:

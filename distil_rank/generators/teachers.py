@@ -1,14 +1,12 @@
 """The teacher's targets: asked at every step, or kept so that repeated runs need no teacher.
 
-The exact cache keeps what the logits are made of in float32: the logits of a small vocabulary, the
-last states (4 d bytes a token) where they are fewer numbers. The top-k cache keeps the k most
-probable tokens at the training temperature, the mass of the rest and the entropy (6 k + 8 bytes a
-token).
+The cache keeps what the logits are made of in float32: the logits of a small vocabulary, the last
+states (4 d bytes a token) where they are fewer numbers.
 
 Asked or kept, the teacher reads a protein at one width, that of its own length and not of its
 batch: the order in which attention adds depends on the width, and with the batch's width a
 protein's logits would change in the last bit from batch to batch. How many proteins are read
-together changes nothing on one thread of a CPU, so the exact cache gives the live teacher's losses
+together changes nothing on one thread of a CPU, so the cache gives the live teacher's losses
 bit for bit there; a GPU may choose other kernels for other batches.
 """
 
@@ -25,7 +23,7 @@ from torch.nn import functional as F
 
 from distil_rank.core.errors import InputError
 from distil_rank.generators.data import Encoded
-from distil_rank.generators.loss import Hidden, TopTargets, top_targets
+from distil_rank.generators.loss import Hidden
 from distil_rank.generators.models import Dtype, autocast
 
 WIDTH = 32  # a protein is read with padding to the next multiple
@@ -34,9 +32,7 @@ WIDTH = 32  # a protein is read with padding to the next multiple
 class Teacher(Protocol):
     """Where targets come from: a model (`Live`) or what was kept of it (`Cache`)."""
 
-    def targets(
-        self, indices: NDArray[np.int64], tokens: Tensor, mask: Tensor
-    ) -> Hidden | TopTargets: ...
+    def targets(self, indices: NDArray[np.int64], tokens: Tensor, mask: Tensor) -> Hidden: ...
 
 
 def read(model: Any, tokens: Tensor, dtype: Dtype = "float32") -> Hidden:
@@ -81,59 +77,29 @@ class Cache:
     """Targets of every training protein, computed once; they lie in the processor's memory."""
 
     def __init__(
-        self,
-        model: Any,
-        proteins: Encoded,
-        top: int | None = None,
-        temperature: float = 2.0,
-        dtype: Dtype = "float32",
-        batch_size: int = 64,
+        self, model: Any, proteins: Encoded, dtype: Dtype = "float32", batch_size: int = 64
     ):
-        size = model.config.vocab_size
-        if top is not None and not 1 <= top <= size:
-            raise InputError(f"a top-k between 1 and the vocabulary of {size} required, got {top}")
+        size, width = model.config.vocab_size, model.config.n_embd
         self.offsets, rows = proteins.offsets, int(proteins.offsets[-1])
-        width = min(size, model.config.n_embd) if top is None else 2 * top
-        require_memory(4 * rows * width)
-        self.weight = model.lm_head.weight.detach() if size > model.config.n_embd else None
-        if top is None:
-            self.kept = [torch.empty(rows, width)]
-        else:
-            ids = torch.empty(rows, top, dtype=torch.int32 if size > 32767 else torch.int16)
-            self.kept = [ids, torch.empty(rows, top), torch.empty(rows), torch.empty(rows)]
+        require_memory(4 * rows * min(size, width))
+        self.weight = model.lm_head.weight.detach() if size > width else None
+        self.kept = torch.empty(rows, min(size, width))
         live, device = Live(model, dtype), next(model.parameters()).device
         for batch in proteins.in_order_of_length(batch_size):
             tokens, mask = (x.to(device) for x in proteins.batch(batch))
-            states, weight = live.targets(batch, tokens, mask)
-            for i, row in zip(batch, states):
+            for i, row in zip(batch, live.targets(batch, tokens, mask).states):
                 place = self._place(i)
-                own = row[: place.stop - place.start]
-                parts = [own]
-                if top is not None:
-                    logits = Hidden(own, weight).logits().detach().float()
-                    parts = [*top_targets(logits, top, temperature)]
-                for kept, part in zip(self.kept, parts):
-                    kept[place] = part.to("cpu", kept.dtype)
+                self.kept[place] = row[: place.stop - place.start].float().cpu()
 
     def _place(self, protein: int) -> slice:
         return slice(int(self.offsets[protein]), int(self.offsets[protein + 1]))
 
-    def targets(
-        self, indices: NDArray[np.int64], tokens: Tensor, mask: Tensor
-    ) -> Hidden | TopTargets:
-        """Logits (b, l, V), or top targets with leading (b, l); padding positions are zero."""
-        places = [self._place(i) for i in indices]
-
-        def padded(source: Tensor) -> Tensor:
-            out = source.new_zeros(*tokens.shape, *source.shape[1:])
-            for row, place in enumerate(places):
-                out[row, : place.stop - place.start] = source[place]
-            return out.to(tokens.device)
-
-        parts = [padded(kept) for kept in self.kept]
-        if len(parts) == 1:
-            return Hidden(parts[0], self.weight)
-        return TopTargets(parts[0].long(), *parts[1:])
+    def targets(self, indices: NDArray[np.int64], tokens: Tensor, mask: Tensor) -> Hidden:
+        """Logits (b, l, V), or last states with the head; padding positions are zero."""
+        found = self.kept.new_zeros(*tokens.shape, self.kept.shape[-1])
+        for row, place in enumerate(map(self._place, indices)):
+            found[row, : place.stop - place.start] = self.kept[place]
+        return Hidden(found.to(tokens.device), self.weight)
 
 
 def require_memory(size: int) -> None:
@@ -142,5 +108,5 @@ def require_memory(size: int) -> None:
     if size > memory / 2:
         raise InputError(
             f"at most half of {memory / 2**30:.1f} GiB of memory required for --teacher-cache, got"
-            f" {size / 2**30:.1f} GiB; use top, fewer --top, fewer proteins, or none"
+            f" {size / 2**30:.1f} GiB; use fewer proteins, or none"
         )

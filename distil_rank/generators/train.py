@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -32,13 +33,12 @@ from distil_rank.core.records import Record
 from distil_rank.core.resume import Checkpoint
 from distil_rank.generators.data import Encoded, epoch_batches
 from distil_rank.generators.loss import Objective, distillation_sums
-from distil_rank.generators.models import Dtype, own_weights, weights_sha256
+from distil_rank.generators.models import Dtype, make_optimizers, own_weights, weights_sha256
 from distil_rank.generators.teachers import Teacher, read
 
 SCHEMA = "distil-rank/generator-training/1"  # of training.json
 CHECKPOINT = "checkpoint.pt"
 FINAL_RATE = 0.1  # the learning rate falls along a cosine to this share of its peak
-MUON_RATE = 3.0  # the rate of the matrices under Muon, over that of the rest under AdamW
 Report = Callable[[dict[str, float]], None]
 
 
@@ -96,6 +96,7 @@ class Progress:
     stale: int = 0  # validations since the best
     logged: int = 0  # bytes of log.jsonl
     validations: list[list[float]] = field(default_factory=list)  # [step, nll]
+    seconds: float = 0.0  # in all sessions
 
 
 def make_accelerator(device: torch.device, dtype: Dtype, **more: Any) -> Any:
@@ -131,7 +132,10 @@ def fit(
     objective.check()
     schedule.check()
     accelerator = make_accelerator(student.device, schedule.dtype)
-    optimizers = [accelerator.prepare(o) for o in make_optimizers(student, schedule)]
+    optimizers = [
+        accelerator.prepare(o)
+        for o in make_optimizers(student, schedule.optimizer, schedule.weight_decay)
+    ]
     state, checkpoint = _State(student, optimizers, accelerator.scaler), None
     if folder is not None and schedule.save_every:
         data = [part.sha256 for part in (train, validation) if part is not None]
@@ -142,6 +146,7 @@ def fit(
     log = _log(folder if accelerator.is_main_process else None, progress.logged)
     tell = partial(_tell, log, report)
     student.eval()
+    start = time.perf_counter() - progress.seconds
     for batch in _bar(schedule, train.lengths, progress.step):
         rate = schedule.rate(progress.step)
         for optimizer in optimizers:
@@ -152,7 +157,7 @@ def fit(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        progress.step += 1
+        progress.step, progress.seconds = progress.step + 1, time.perf_counter() - start
         tell(step=progress.step, **means, learning_rate=rate, gradient_norm=float(norm))
         due = progress.step == schedule.steps or _every(schedule.evaluate_every, progress.step)
         if validation is not None and due:
@@ -168,26 +173,6 @@ def fit(
         log.close()
     student.load_state_dict(state.best, strict=False)  # without the head, tied to the embeddings
     return progress
-
-
-def make_optimizers(student: Any, schedule: Schedule) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters, or Muon for the matrices between the embeddings and the head.
-
-    Muon (Jordan 2024) with updates scaled to the size of AdamW's (Liu et al. 2025), torch's own.
-    """
-    adamw: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": schedule.weight_decay}
-    if schedule.optimizer == "adamw":
-        groups = [{"params": list(student.parameters()), "scale": 1.0}]
-        return [torch.optim.AdamW(groups, **adamw)]
-    inner = [p for p in student.transformer.h.parameters() if p.ndim == 2]
-    known = {id(p) for p in inner}
-    outer = [p for p in student.parameters() if id(p) not in known]
-    muon: dict[str, Any] = {"adjust_lr_fn": "match_rms_adamw"}
-    muon["weight_decay"] = schedule.weight_decay
-    return [
-        torch.optim.Muon([{"params": inner, "scale": MUON_RATE}], **muon),
-        torch.optim.AdamW([{"params": outer, "scale": 1.0}], **adamw),
-    ]
 
 
 def _gradient(

@@ -21,7 +21,6 @@ def objective_by_hand(
     uncertainty,
     calibration,
     smoothing,
-    normalise_weights,
 ):
     """Mean loss over real predictions, from nested lists; no tensor operation is used."""
     student, teacher, tokens, mask = (x.tolist() for x in (student, teacher, tokens, mask))
@@ -35,8 +34,6 @@ def objective_by_hand(
             weights = [
                 0.5 + (0.5 * (h - low) / (high - low) if high > low else 0) for h in entropies
             ]
-            if normalise_weights:
-                weights = [w * len(weights) / sum(weights) for w in weights]
         for t, w in zip(places, weights, strict=True):
             p, q = softmax([z / tau for z in z_t[t]]), softmax([z / tau for z in z_s[t]])
             if calibration:

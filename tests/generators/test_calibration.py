@@ -6,7 +6,6 @@ import pytest
 from distil_rank.core.errors import InputError
 from distil_rank.core.intervals import ratio_interval
 from distil_rank.generators.calibration import (
-    best_temperature,
     bins_of,
     calibration,
     calibration_error,
@@ -77,12 +76,6 @@ def test_error_of_a_ratio_knows_that_tokens_of_a_protein_hang_together():
         ratios.append(ratio)
         errors.append((high - low) / 4)
     assert np.mean(errors) == pytest.approx(np.std(ratios), rel=0.12)
-
-
-def test_temperature_of_a_parabola_is_found_between_grid_points():
-    grid = np.geomspace(0.5, 2, 9)
-    assert best_temperature(grid, (np.log(grid) - np.log(1.23)) ** 2 + 2) == pytest.approx(1.23)
-    assert best_temperature(grid, grid) == pytest.approx(0.5, rel=0.2)
 
 
 def test_no_tokens_are_refused():

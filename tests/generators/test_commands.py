@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from distil_rank.core.errors import InputError
-from distil_rank.generators import command_finetune, command_pretrain, command_sweep, command_train
+from distil_rank.generators import command_finetune, command_pretrain, command_train
 from distil_rank.generators.models import load, weights_sha256
 from distil_rank.generators.prepared import Prepared
 from distil_rank.generators.train import CHECKPOINT
@@ -44,15 +44,19 @@ def test_teacher_student_and_finetuned_student_of_toys(tmp_path, data):
     distilled = command_train.Config(
         teacher=teacher,
         out=tmp_path / "student",
-        teacher_cache="top",
+        teacher_cache=True,
         store_dtype="float16",
         **SHAPE,
         **given,
     )
     command_train.run(distilled)
-    command_finetune.run(
-        command_finetune.Config(model=str(tmp_path / "student"), out=tmp_path / "tuned", **given)
+    tuning = command_finetune.Config(
+        model=str(tmp_path / "student"), out=tmp_path / "tuned", subset=5, **given
     )
+    for subset, message in ((0, "--subset must be at least 1"), (999, "--subset must be at most")):
+        with pytest.raises(InputError, match=message):
+            command_finetune.run(replace(tuning, subset=subset))
+    command_finetune.run(tuning)  # the refused ones do not block it
     records = [
         json.loads((tmp_path / n / "training.json").read_text())
         for n in ("teacher", "student", "tuned")
@@ -60,6 +64,10 @@ def test_teacher_student_and_finetuned_student_of_toys(tmp_path, data):
     assert [r["kind"] for r in records] == ["pretrained", "distilled", "finetuned"]
     assert records[1]["teacher"]["weights_sha256"] == records[0]["weights_sha256"]
     assert records[2]["started_from"]["weights_sha256"] == records[1]["weights_sha256"]
+    report = records[2]["fit"]
+    assert report["proteins"] == 5 and report["cost"]["tokens"] > 0 < report["cost"]["seconds"]
+    assert report["gap"] == records[2]["validation_nll"] - report["train_nll"]
+    assert report["validation_nll_before"] == pytest.approx(records[1]["validation_nll"], abs=1e-3)
     assert weights_sha256(load(str(tmp_path / "student"))[0]) == records[1]["weights_sha256"]
     kept = {"config.json", "log.jsonl", "model.safetensors", "tokenizer.json"}
     assert {p.name for p in (tmp_path / "student").iterdir()} == kept | {
@@ -183,49 +191,3 @@ def test_tensorboard_is_told_what_the_log_is_told(tmp_path, data):
     for name in ("loss", "validation_nll", "learning_rate"):
         expected = [(entry["step"], pytest.approx(entry[name])) for entry in log if name in entry]
         assert [(event.step, event.value) for event in told.Scalars(name)] == expected
-
-
-def test_a_sweep_goes_on_where_it_stopped_and_makes_nothing_twice(
-    tmp_path, data, monkeypatch, capsys
-):
-    command_pretrain.run(pretraining(data, tmp_path / "teacher", 1))
-    config = command_sweep.Config(
-        teacher=str(tmp_path / "teacher"),
-        data=data,
-        out=tmp_path / "sweep",
-        taus=(1, 2),
-        alphas=(0.5, 1.0),
-        steps=2,
-        batch_size=8,
-        **SHAPE,
-    )
-    made = []
-
-    def fit(*given, real=command_sweep.fit):
-        if len(made) == 3:
-            raise KeyboardInterrupt
-        made.append(real(*given))
-
-    monkeypatch.setattr(command_sweep, "fit", fit)
-    with pytest.raises(KeyboardInterrupt):
-        command_sweep.run(config)
-    made.clear()
-    command_sweep.run(config)
-    assert len(made) == 1 and "4 trials, 1 new" in capsys.readouterr().out
-    first = (tmp_path / "sweep" / "sweep.json").read_bytes()
-    command_sweep.run(config)
-    assert len(made) == 1 and "4 trials, none new" in capsys.readouterr().out
-    assert (tmp_path / "sweep" / "sweep.json").read_bytes() == first
-    trials = json.loads(first)["trials"]
-    assert sorted((t["tau"], t["alpha"]) for t in trials) == [
-        (1, 0.5),
-        (1, 1.0),
-        (2, 0.5),
-        (2, 1.0),
-    ]
-    assert trials[0]["validation_nll"] == min(t["validation_nll"] for t in trials)
-    with pytest.raises(KeyboardInterrupt):
-        command_sweep.run(replace(config, steps=3))  # other trials: none is taken for another
-    for bad, message in (({"alphas": (2.0,)}, "alpha"), ({"taus": ()}, "at least one value")):
-        with pytest.raises(InputError, match=message):
-            command_sweep.run(replace(config, **bad))

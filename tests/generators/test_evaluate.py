@@ -11,7 +11,7 @@ import torch
 from distil_rank.__main__ import main
 from distil_rank.core.errors import InputError
 from distil_rank.generators import command_evaluate, command_generate, metrics, sample
-from distil_rank.generators.data import amino_acid_tokenizer, encode
+from distil_rank.generators.data import amino_acid_tokenizer
 from distil_rank.generators.evaluate import Bed, compare
 from distil_rank.generators.models import fresh, load, parameters, save, weights_sha256
 from distil_rank.generators.prepared import Prepared
@@ -57,40 +57,12 @@ def test_bits_per_residue_do_not_depend_on_the_tokenisation():
     empty, lengths = np.empty(0), np.array([len(s) for s in sequences], float)
 
     def bits(nll, tokens):
-        none = (None, empty, empty, empty, empty, empty.astype(int))
+        none = (None, empty, empty, empty, empty.astype(int))
         return metrics.bits_per_residue(metrics.Scores(np.array(nll), tokens, lengths, *none))
 
     a, b = bits(single, lengths), bits([pair_nll(s) for s in sequences], lengths / 2)
     assert a["value"] == pytest.approx(b["value"], abs=1e-3)
     assert a["value"] == pytest.approx(sum(single) / lengths.sum() / math.log(2))
-
-
-def test_temperature_scaling_repairs_a_model_whose_temperature_is_wrong(tokenizer):
-    frequencies = np.array([8, 4, 2, 1, 1]) / 16
-    rng = np.random.default_rng(0)
-    drawn = ["".join(rng.choice(list("ACDEF"), 40, p=frequencies)) for _ in range(80)]
-    skewed = encode(drawn, tokenizer)
-    sharpened = np.full(27, -20.0)
-    predicted = np.bincount(np.delete(skewed.tokens, skewed.offsets[:-1]), minlength=27)
-    seen = predicted > 0
-    sharpened[seen] = 1.5 * np.log(predicted[seen] / predicted.sum())
-
-    class Known(torch.nn.Module):
-        """The right frequencies to the power 1.5: overconfident."""
-
-        def __init__(self):
-            super().__init__()
-            self.logits = torch.nn.Parameter(torch.tensor(sharpened, dtype=torch.float32))
-
-        def forward(self, input_ids, use_cache=False):
-            return type("Out", (), {"logits": self.logits.expand(*input_ids.shape, 27)})
-
-    model = Known()
-    found = metrics.calibration_with_control(model, skewed, metrics.score(model, skewed))
-    assert found["fitted_temperature"] == pytest.approx(1.5, rel=0.1)
-    names = ("temperature_scaled", "as_is_other_half")
-    gaps = [abs(found[name]["signed_gap"]["value"]) for name in names]
-    assert gaps[0] < 0.5 * gaps[1]
 
 
 @pytest.fixture

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,7 +59,8 @@ def test_the_files_can_be_read_by_others_whatever_the_umask(config):
     assert {p.stat().st_mode & 0o777 for p in config.out.iterdir()} == {0o644}
 
 
-def test_the_folder_is_uploaded(config, monkeypatch):
+@pytest.mark.parametrize("given_back", ["m", "other"])
+def test_what_the_hub_gives_back_must_be_what_was_sent(config, place, monkeypatch, given_back):
     import huggingface_hub
 
     uploaded = []
@@ -67,11 +70,18 @@ def test_the_folder_is_uploaded(config, monkeypatch):
             pass
 
         def upload_folder(self, folder_path, repo_id, commit_message):
-            uploaded.append((folder_path, repo_id))
+            uploaded.append((sorted(p.name for p in folder_path.iterdir()), repo_id))
+            return SimpleNamespace(oid="abc")
+
+        def snapshot_download(self, repo, revision, local_dir):
+            shutil.copytree(place / given_back, local_dir, dirs_exist_ok=True)
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    command_publish.run(replace(config, dry_run=False))
-    assert uploaded == [(config.out, "you/tiny")]
+    refused = pytest.raises(InputError, match="after the upload")
+    with refused if given_back == "other" else nullcontext():
+        command_publish.run(replace(config, dry_run=False))
+    sent = sorted([*command_publish.FILES, "README.md", "evaluation.json"])
+    assert uploaded == [(sent, "you/tiny")] and "training.json" in sent
 
 
 def test_only_the_evaluated_and_recorded_weights_are_published(config, place, tmp_path):

@@ -120,10 +120,9 @@ def test_an_hmm_of_a_family_finds_its_members_and_no_others():
     assert shares == [pytest.approx(15 / 21), 1.0, 0.0] and found["built_from"] >= 38
 
 
-def test_repeats_and_runs_of_known_sequences():
+def test_repeats_of_known_sequences():
     assert quality.repeated("ACDEFGHIKL") == 0 == quality.repeated("ACD")
     assert quality.repeated("AAAAAAAA") == pytest.approx(0.8)
-    assert quality.longest_run("MAAAK") == 3 and quality.longest_run("") == 0
 
 
 def test_amino_acid_divergence_knows_its_noise():
@@ -151,8 +150,8 @@ def test_description_counts_what_is_wrong():
     natural = toy_sequences(100, 6)
     written, ended = ["ACDEFGHIKL", "AAAAAAAAAA", "AXA", ""], [True, True, False, True]
     found = quality.describe(written, ended, natural, natural)
-    shares = [found[name]["value"] for name in ("validity", "ended", "long_runs")]
-    assert shares == [0.5, 0.75, 0.25] and found["exact_copies"] == 0
+    shares = [found[name]["value"] for name in ("validity", "ended")]
+    assert shares == [0.5, 0.75] and found["exact_copies"] == 0
     assert found["validity"]["low"] < 0.5 < found["validity"]["high"]
     nothing = quality.describe(["", "X"], [True, True], natural, natural)
     assert nothing["validity"]["value"] == 0 and "novelty" not in nothing

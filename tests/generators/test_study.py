@@ -1,30 +1,26 @@
-"""The study end to end at toy scale: complete, resumable, redrawable."""
+"""The study end to end at toy scale: controls everywhere, resumable, redrawable."""
 
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from benchmarks.generator_study import presets, report, runs, study
+from benchmarks.generator_study import __main__ as study
+from benchmarks.generator_study import design, figures, runs
 from benchmarks.generator_study.paper import paper
 from distil_rank.core.devices import threads
+from distil_rank.core.errors import InputError
 from distil_rank.generators.data import amino_acid_tokenizer
 from distil_rank.generators.loss import Objective
 from distil_rank.generators.models import fresh, save
+from distil_rank.generators.prepared import SPLIT, Prepared, digest
 from distil_rank.generators.train import Schedule
 from tests.generators.conftest import prepare, write_toy_fasta
 
-TOY = replace(
-    presets.PRESETS["nano"],
-    sizes={"tiny": (1, 2, 16)},
-    steps=2,
-    final_steps=3,
-    rates=(1e-2, 1e-4),
-    temperatures=(1, 2),
-    alphas=(0.5,),
-    generate=4,
-    seeds=2,
-    pilots=2,
+SHAPE = (1, 2, 16)
+TOY = design.Preset(
+    {"tiny": SHAPE}, 2, 8, (1e-2, 1e-4), 2, (1, 2), (0.5, 0.1), test_proteins=10, generate=3
 )
 
 
@@ -32,20 +28,28 @@ TOY = replace(
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     save(fresh(27, 2, 2, 32, 96, 0, 1), amino_acid_tokenizer(), folder / "teacher")
-    prepare(write_toy_fasta(folder / "toy.fasta", 80), folder / "data", train_size_prop=0.5)
+    fasta = write_toy_fasta(folder / "toy.fasta", 80)
+    first = Prepared(prepare(fasta, folder / "first"))
+    listed = {part: [digest(s) for s in first.sequences(part)] for part in ("validation", "test")}
+    listed["hard"] = [listed["test"].pop() for _ in range(5)]
+    (folder / "split.json").write_text(json.dumps({"schema": SPLIT, **listed}))
+    prepare(fasta, folder / "data", train_size_prop=0.5, split_by=str(folder / "split.json"))
     return folder
+
+
+def bench(place, cache=True, data="data"):
+    return runs.Bench(str(place / "teacher"), place / data, 10, "cpu", cache)
 
 
 @pytest.fixture(scope="module")
 def conducted(place):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(presets.PRESETS, "nano", replace(TOY, teacher=str(place / "teacher")))
-        config = study.Config(place / "data", place / "out", work=place / "work", device="cpu")
+    given = {"teacher": str(place / "teacher"), "work": place / "work", "device": "cpu"}
+    config = study.Config(place / "data", out=place / "out", **given)
+    with pytest.MonkeyPatch.context() as patch, threads(1):
+        patch.setitem(design.PRESETS, "family", TOY)
         study.run(config)
         first = json.loads((place / "out" / "study.json").read_text())
-        patch.setattr(
-            runs.Bench, "outcome", lambda *_: pytest.fail("a finished run was made again")
-        )
+        patch.setattr(runs.Bench, "student", lambda *_: pytest.fail("a run was made again"))
         study.run(config)
     return first, json.loads((place / "out" / "study.json").read_text())
 
@@ -53,116 +57,101 @@ def conducted(place):
 def test_a_second_study_makes_no_run_again_and_finds_the_same(conducted):
     first, again = conducted
     assert first["duration"]["runs_found"] == 0 < again["duration"]["runs_found"]
-    assert first["ablation"] == again["ablation"] and first["temperature"] == again["temperature"]
-    for name in ("ratio", "kl_to_teacher", "student", "teacher", "verdict"):
-        assert first["sizes"]["tiny"][name] == again["sizes"]["tiny"][name]
+    assert first | {"duration": 0} == again | {"duration": 0}
 
 
-def test_the_study_is_complete(conducted):
+def test_every_table_has_its_controls_and_every_contrast_a_verdict(conducted, place):
     found = conducted[0]
-    assert set(found["ablation"]["schedules"]) == {"short warm-up", "long warm-up"}
-    for part in found["ablation"]["schedules"].values():
-        assert len(part["cells"]["both"]["log_perplexity"]) == 2
-        assert part["contrasts"]["words"]["published_claim"] in (
-            "reproduced",
-            "contradicted",
-            "not reproduced",
-        )
-    assert (
-        found["sizes"]["tiny"]["verdict"]["threshold"] == 3.0
-        and found["sizes"]["tiny"]["underpowered"]
-    )
+    cells = found["cells"]["tiny"]
+    assert set(cells) == set(design.cells(Objective()))
+    assert set(found["strata"]) == {"all", "easy", "middle", "difficult", "hard part"}
+    for name in ("teacher", "token frequencies"):
+        by_stratum = found["references"]["perplexity"][name]
+        assert set(by_stratum) == set(found["strata"])
+    teacher = found["references"]["perplexity"]["teacher"]
+    assert teacher["easy"] < teacher["middle"] < teacher["difficult"]
+    assert all(len(cell["log_perplexity"]["hard part"]) == 2 for cell in cells.values())
+    for effect in found["effects"]["tiny"].values():
+        assert (effect["word"] == "no effect found") == (effect["corrected_p"] >= 0.05)
+        assert effect["detectable"] > 0
+    assert found["objective"]["temperature"] in (1, 2) and found["objective"]["alpha"] in (0.5, 0.1)
+    final = found["finals"]["tiny"]
+    least = min(cells, key=lambda name: cells[name]["validation_nll"])
+    assert final["cell"] == least and final["student"]["generation"]["n"] == 3
+    text = paper(found)
+    assert text.count("no teacher") >= 4 and text.count("token frequencies") >= 4
 
 
-def test_learning_rates_are_chosen_by_the_mean_of_pilots_of_other_seeds(conducted, place):
-    made = [json.loads(path.read_text()) for path in (place / "work").glob("*.json")]
+def test_rates_are_chosen_by_pilots_of_another_seed_that_never_see_the_test(conducted, place):
+    made = [json.loads(path.read_text()) for path in (place / "work").glob("run.*.json")]
     pilots = [run for run in made if run["run"]["pilot"]]
-    assert (
-        len(pilots) == 2 * 4 * 2 * 2
-    )  # schedules, cells, rates, seeds; the only size's pilots are among them
-    assert all("ratio" not in pilot for pilot in pilots)  # the test proteins were not looked at
-    reported = {
-        run["run"]["schedule"]["seed"]
-        for run in made
-        if "ratio" in run and run["run"]["schedule"]["seed"] < 1000
-    }
-    assert reported == {0, 1} and {pilot["run"]["schedule"]["seed"] for pilot in pilots} == {
-        1000,
-        1001,
-    }
-    cell = conducted[0]["ablation"]["schedules"]["long warm-up"]["cells"]["both"]
-    for rate, loss in cell["validation_nll_by_rate"].items():
-        own = [
-            pilot["validation_nll"]
-            for pilot in pilots
-            if pilot["run"]["schedule"]["learning_rate"] == float(rate)
-            and pilot["run"]["schedule"]["warmup"] == 0.4
-            and pilot["run"]["objective"]["uncertainty"]
-            and pilot["run"]["objective"]["calibration"]
-        ]
-        assert len(own) == 2 and loss == pytest.approx(sum(own) / 2)
-    assert cell["learning_rate"] == float(
-        min(cell["validation_nll_by_rate"], key=cell["validation_nll_by_rate"].get)
-    )
-    assert "8 of the 8 chosen rates lie at the edge" in " ".join(paper(conducted[0]).split())
+    assert len(pilots) == 2 * 2 * 2  # rates, with and without teacher, random and slice
+    assert all("log_perplexity" not in run for run in pilots)
+    assert {run["run"]["schedule"]["seed"] for run in pilots} == {design.PILOT}
+    assert {run["run"]["schedule"]["seed"] for run in made if run not in pilots} == {0, 1}
+    for tried in conducted[0]["rates"].values():
+        assert tried["chosen"] == TOY.rates[int(np.argmin(tried["validation_nll"]))]
 
 
 def test_figures_and_paper_come_from_the_json_alone(conducted, place):
-    report.draw(place / "out")
-    assert sorted(p.stem for p in (place / "out").glob("*.png")) == sorted(report.FIGURES)
-    text = paper(json.loads((place / "out" / "study.json").read_text()), figures=".")
-    assert text.count("**Table") == 6 and all(f"(./{name}.png)" in text for name in report.FIGURES)
-    assert "underpowered" in text and "nan" not in text.lower().replace("nano", "")
+    figures.draw(place / "out")
+    assert sorted(p.stem for p in (place / "out").glob("*.png")) == sorted(figures.FIGURES)
+    text = (place / "out" / "paper.md").read_text()
+    assert all(f"(./{name}.png)" in text for name in figures.FIGURES)
+    assert "nan" not in text.lower().replace("nano", "")
     changed = json.loads(json.dumps(conducted[0]))
-    part = changed["ablation"]["schedules"]["short warm-up"]["contrasts"]
-    part["words"]["interaction"] = "antagonism"
-    part["interaction"]["value"] = 0.4321
-    assert "antagonism" in paper(changed) and "+43.21 %" in paper(changed)
+    changed["effects"]["tiny"]["interaction"] |= {"word": "antagonism", "value": 0.4321}
+    assert "+43.21 %" in paper(changed) and "* interaction: antagonism at tiny" in paper(changed)
 
 
-def test_the_exact_cache_changes_no_outcome(place):
-    run = runs.Run(
-        (1, 2, 16),
-        Objective(uncertainty=True, calibration=True),
-        replace(Schedule(4), batch_size=8),
-    )
-    material = runs.Material(str(place / "teacher"), str(place / "data"))
-    with threads(1):
-        cached, live = (
-            runs.Bench(replace(material, cache=cache)).outcome(run) for cache in (True, False)
-        )
-    assert cached == live
+@pytest.mark.parametrize(
+    "teacher,alone,ratio,word",
+    [
+        (10, 19, 1.1, "token frequencies alone meet"),
+        (5, 19, 1.1, "excellent"),
+        (5, 19, 4, "missed"),
+    ],
+)
+def test_praise_needs_more_than_token_frequencies(conducted, teacher, alone, ratio, word):
+    changed = json.loads(json.dumps(conducted[0]))
+    for name, value in (("teacher", teacher), ("token frequencies", alone)):
+        changed["references"]["perplexity"][name]["all"] = value
+    changed["finals"]["tiny"]["ratio"] = {"value": ratio, "low": ratio, "high": ratio}
+    said = [
+        w for w in ("alone meet", "excellent", "missed") if w in paper(changed).split("## Res")[1]
+    ]
+    assert len(said) == 1 and said[0] in word
+    assert ("teacher is weak" in paper(changed)) == (1 - teacher / alone < 0.3)
 
 
-def test_two_processes_make_the_runs_of_one(place, tmp_path):
-    material = runs.Material(str(place / "teacher"), str(place / "data"))
-    plan = [runs.Run((1, 2, 16), Objective(), Schedule(2, 8, seed=seed)) for seed in range(3)]
-    bench = runs.Bench(material)
+def test_the_cache_and_a_second_process_change_no_outcome(place, tmp_path):
+    enhanced = Objective(uncertainty=True, calibration=True)
+    plan = [runs.Run(SHAPE, enhanced, Schedule(2, 8, seed=seed), "slice") for seed in range(3)]
     with threads(1):  # as a worker has; with more, sums are taken in another order
-        one, two = (runs.make(plan, material, tmp_path / str(n), n, bench) for n in (1, 2))
-    assert one == two
+        kept, live = bench(place), bench(place, cache=False)
+        one, two = (runs.make(plan, kept, tmp_path / str(n), n) for n in (1, 2))
+        assert one == two and json.loads(json.dumps(live.outcome(plan[0]))) == one[0]
 
 
 def test_a_run_is_known_by_everything_that_changes_it(place):
-    run = runs.Run((1, 2, 16), Objective(), Schedule(4))
-    material = runs.Material(str(place / "teacher"), str(place / "data"))
-    own = runs.request(run, material)
+    run, known = runs.Run(SHAPE, Objective(), Schedule(4)), bench(place)
+    own = known.request(run)
+    assert bench(place, cache=False).request(run) == own
+    prepare(write_toy_fasta(place / "toy.fasta", 60, seed=1), place / "other")  # of the same name
     for other in (
-        runs.request(replace(run, objective=Objective(3.0)), material),
-        runs.request(replace(run, schedule=Schedule(4, seed=1)), material),
-        runs.request(run, replace(material, data=str(place))),
+        known.request(replace(run, objective=Objective(3.0))),
+        known.request(replace(run, schedule=Schedule(4, seed=1))),
+        known.request(replace(run, init="slice")),
+        bench(place, data="other").request(run),
     ):
         assert other != own
-    assert runs.request(run, replace(material, cache=False, device="cuda")) == own
 
 
-def test_other_proteins_under_the_same_name_are_other_runs(place, tmp_path):
-    """A study on a file that was replaced made no run anew and reported those of the old file."""
-    run, found = runs.Run((1, 2, 16), Objective(), Schedule(4)), []
-    for seed in (0, 1):
-        (tmp_path / str(seed)).mkdir()
-        fasta = write_toy_fasta(tmp_path / str(seed) / "toy.fasta", 8, seed)
-        data = prepare(fasta, tmp_path / str(seed) / "data")
-        material = runs.Material(str(place / "teacher"), str(data))
-        found.append(runs.request(run, material))
-    assert found[0] != found[1]
+@pytest.mark.parametrize(
+    "bad,message",
+    [({"seeds": 1}, "--seeds"), ({"steps": 0}, "--steps"), ({"workers": 0}, "--workers")],
+)
+def test_bad_flags_are_refused_before_anything_is_read(tmp_path, bad, message):
+    with pytest.raises(InputError, match=message):
+        study.run(study.Config(tmp_path / "none", out=tmp_path / "out", **bad))
+    assert not (tmp_path / "out").exists()

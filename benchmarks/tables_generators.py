@@ -22,7 +22,7 @@ slice would need the normaliser of all others first, a second pass, and the purp
 
 
 def _rows(record: Record) -> Iterable[tuple[str, str, str]]:
-    loss, cache, interaction = record["loss"], record["cache"], record["interaction"]
+    loss = record["loss"]
     tokens = "V = {vocabulary:,}, 2 x 256 tokens".format(**loss)
     yield (
         f"{tokens}: peak memory of the loss / direct formula",
@@ -34,28 +34,6 @@ def _rows(record: Record) -> Iterable[tuple[str, str, str]]:
         f"{tokens}: difference of value; of gradient",
         "at most 1e-5",
         f"{loss['value_difference']:.1e}; {loss['largest_gradient_difference']:.1e}",
-    )
-    yield (
-        f"{cache['runs']} runs of the 2 x 2 ablation ({cache['steps']} steps): time with the teacher's cache / without",
-        "at most 0.6",
-        f"{cache['time_ratio']:.2f}",
-    )
-    difference = cache["largest_relative_loss_difference"]
-    found = "none: bit for bit" if difference == 0 else f"{difference:.1e}"
-    yield (
-        "their losses: largest relative difference, cache against live teacher",
-        "identical",
-        found,
-    )
-    yield (
-        f"additive effects called synergy ({interaction['trials']} trials)",
-        "at most 5 %",
-        f"{100 * interaction['additive_called_synergy']:.1f} %",
-    )
-    yield (
-        f"planted -5 % interaction found ({interaction['trials']} trials, 5 seeds)",
-        "at least 80 %",
-        f"{100 * interaction['five_percent_found']:.1f} %",
     )
     covered = [100 * row["covered"] for row in record["calibration"]]
     yield (
