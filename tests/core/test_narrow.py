@@ -1,4 +1,4 @@
-"""The narrow student of a function: as it says, never worse than the closed form, bent if it helps."""
+"""The narrow student of a function: never worse than the closed form, bent where it helps."""
 
 import pytest
 import torch
