@@ -26,7 +26,7 @@ from distil_rank.compress.heads import compress_head
 from distil_rank.core.agreement import function_kept
 from distil_rank.core.errors import one_line_errors
 from distil_rank.core.functions import distill_function
-from distil_rank.core.heads import UnitNorm, load_head
+from distil_rank.core.heads import load_head
 from distil_rank.core.linear import linear
 from distil_rank.core.randomness import generator
 from distil_rank.core.records import ROOT, Record, environment, read_json, sha256, write_json
@@ -48,12 +48,6 @@ FILES = {
     "GB1": "esm2_8m_gb1/train.npz",
     "activation domains": "esm2_650m/activation_domains_148.npz",
 }
-
-
-def head_of(path: Path) -> nn.Sequential:
-    """A head that scales its inputs itself."""
-    found = load_head(path)
-    return nn.Sequential(*([UnitNorm()] if found.unit_norm_inputs else []), *found).eval()
 
 
 def towers() -> nn.Sequential:
@@ -93,9 +87,9 @@ def rows_of(name: str) -> tuple[Tensor, Tensor]:
 def cell(name: str, forms: Sequence[str] = FORMS) -> Record:
     """One head on one data set."""
     data = name.partition(" x ")[2]
-    head = towers() if name.startswith("HatSpot") else head_of(DATA / CLIP)
+    head = towers() if name.startswith("HatSpot") else load_head(DATA / CLIP).whole
     start = time.process_time()
-    found = compare(head, *rows_of(data), RATIOS, forms=forms)
+    found = compare(head, *rows_of(data), ratios=RATIOS, forms=forms)
     return {**found, "processor_seconds": time.process_time() - start}
 
 
@@ -143,7 +137,7 @@ def main(arguments: list[str]) -> None:
     from benchmarks.tables_heads import draw, sizes
 
     if arguments and Path(arguments[0]).suffix:
-        head, x, val = head_of(Path(arguments[0])), *map(load_matrix, arguments[1:])
+        head, x, val = load_head(arguments[0]).whole, *map(load_matrix, arguments[1:])
         print(sizes({"cells": {f"{arguments[0]} x {arguments[1]}": compare(head, x, val)}}))
         return
     passport = environment()  # before anything is written
@@ -172,7 +166,7 @@ def everything() -> Record:
         cells[name] = cell(name)
         print(name, f"{cells[name]['processor_seconds']:.0f} s", flush=True)
     clip, sets = (
-        head_of(DATA / CLIP),
+        load_head(DATA / CLIP).whole,
         {name: rows_of(name) for name in ("peptides", "viral", "GB1")},
     )
     before, f, _ = split(list(clip))

@@ -29,7 +29,7 @@ from distil_rank.compress.tasks import Array, TaskChange, choose_metric, load_la
 from distil_rank.core.agreement import NAMES
 from distil_rank.core.devices import pick_device
 from distil_rank.core.errors import InputError
-from distil_rank.core.heads import UnitNorm, load_head
+from distil_rank.core.heads import load_head
 from distil_rank.core.latency import compare_latency
 from distil_rank.core.moments import Moments
 from distil_rank.core.randomness import generator
@@ -52,8 +52,7 @@ class Config:
     out: Path  # where to write
     train: Path | None = None  # embeddings to fit on (n, d)
     val: Path | None = None  # held-out embeddings (n, d)
-    # one label a row of --val, or without it of --train: .npy, .npz (key y), .pt, .csv
-    labels: Path | None = None
+    labels: Path | None = None  # one label a row of --val, else of --train: .npy, .npz, .pt, .csv
     key: tuple[str, ...] = ()  # names of the layers in order, or a common prefix
     # between the layers of a head
     activation: Literal["relu", "gelu", "tanh", "silu", "sigmoid", "identity"] | None = None
@@ -77,10 +76,8 @@ def run(config: Config) -> None:
     Request(config.rank, config.fvu, config.speedup, size).check()
     device = pick_device(config.device)
     loaded = load_head(config.head, config.key, config.activation)
-    head: nn.Module = loaded[0] if len(loaded) == 1 else loaded
-    if loaded.unit_norm_inputs:  # the small head scales its inputs too
-        head = nn.Sequential(UnitNorm(), *loaded)
-    head = head.to(device).eval()
+    head: nn.Module = loaded.whole  # the small head scales its inputs too
+    head = (head[0] if len(loaded.whole) == 1 else head).to(device)  # type: ignore[index]
     layers = [part for part in parts_of(head) if isinstance(part, nn.Linear)]
     train, held_out, labels = read_rows(config)
     assert config.train is not None

@@ -8,6 +8,7 @@ student with a bottleneck that narrow.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TypedDict
 
 import torch
@@ -18,7 +19,7 @@ from distil_rank.compress.head_function import split
 from distil_rank.compress.heads import compress_head, parts_of
 from distil_rank.compress.quantise import module_bytes, rounded
 from distil_rank.compress.sites import evaluating
-from distil_rank.compress.tasks import Array, choose_metric, task_change
+from distil_rank.compress.tasks import choose_metric, load_labels, task_change
 from distil_rank.core.agreement import function_kept, measure_for
 from distil_rank.core.heads import UnitNorm
 from distil_rank.core.linear import linear
@@ -61,12 +62,13 @@ def compare(
     head: nn.Sequential,
     x: Tensor,
     val: Tensor,
+    labels_of_val: Path | None = None,
     ratios: Sequence[float] = (2, 4, 8, 16),
-    labels: Array | None = None,
     forms: Sequence[str] = FORMS,
 ) -> Comparison:
-    """Students of `head` fitted on x (n, d_in) and measured on val; labels: one a row of val."""
+    """Students of `head` fitted on x (n, d_in) and measured on val."""
     parts = parts_of(head)
+    labels = None if labels_of_val is None else load_labels(labels_of_val, len(val))
     with evaluating(head), torch.no_grad():
         y = head(val)
         measure = measure_for(y.shape[1], isinstance(parts[-1], UnitNorm))

@@ -105,9 +105,10 @@ class _Task:
         root = values.clamp_min(LEAST * float(values[-1])).sqrt()
         self.mean, self.map, self.back = moments.mean, basis / root, (basis * root).T
         self.x = ((rows.double() - self.mean) @ self.map).to(rows)
+        y = outputs(f, rows)
+        self.center, self.scale = y.mean(0), y.std().clamp_min(1e-30)
         with torch.no_grad():
-            self.y, self.target = (after(outputs(f, part)) for part in (rows, aside))
-        self.center, self.scale = self.y.mean(0), self.y.std().clamp_min(1e-30)
+            self.y, self.target = after(y), after(outputs(f, aside))
 
     def lost(self, student: nn.Module) -> float:
         """FVU on the rows kept aside."""

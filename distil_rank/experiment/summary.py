@@ -16,7 +16,7 @@ CLAIM, CLAIM_RANK, CLAIMED_SPEEDUP = (1280, 1280), 64, 7.5
 ROWS_A_RANK = 5  # held-out rows for each rank, below which the floor says little
 
 
-def claim(batches: list[int], rounds: int, threads: int, device: torch.device) -> Record:
+def claim(batches: list[int], rounds: int, device: torch.device) -> Record:
     """Latency for the shape of the claim, and what calls cost that have nothing to compute."""
 
     def pair(d_out: int, d_in: int, rank: int) -> tuple[nn.Module, nn.Module]:
@@ -26,8 +26,8 @@ def claim(batches: list[int], rounds: int, threads: int, device: torch.device) -
 
     teacher, student = pair(*CLAIM, CLAIM_RANK)
     inputs = [torch.ones(n, CLAIM[1], device=device) for n in batches]
-    rows = compare_latency(teacher, student, inputs, rounds, threads)
-    calls = compare_latency(*pair(1, 1, 1), [inputs[0][:1, :1]], rounds, threads)[0]
+    rows = compare_latency(teacher, student, inputs, rounds)
+    calls = compare_latency(*pair(1, 1, 1), [inputs[0][:1, :1]], rounds)[0]
     sizes = parameters(teacher), parameters(student)
     return {
         "shape": list(CLAIM),
