@@ -33,7 +33,7 @@ from distil_rank.core.records import ROOT, Record, environment, read_json, sha25
 from distil_rank.core.weights import read_state_dict
 from distil_rank.proteins.embedding_files import load_matrix
 
-SCHEMA = "distil-rank/benchmark-heads/2"
+SCHEMA = "distil-rank/benchmark-heads/1"
 RESULT = ROOT / "benchmarks" / "results" / "heads.json"
 RATIOS = (2, 4, 5, 8, 10, 16)  # weights before / after
 CELLS = [f"ProteinCLIP 8M x {data}" for data in ("peptides", "viral", "GB1")]

@@ -8,7 +8,7 @@ from distil_rank.core.figures import PALETTE, QUIET, drawn
 from distil_rank.core.records import ROOT, Record
 from distil_rank.core.tables import markdown, with_interval
 
-SCHEMA = "distil-rank/benchmark-heads/2"
+SCHEMA = "distil-rank/benchmark-heads/1"
 FIGURE = ROOT / "benchmarks" / "results" / "heads.png"
 KEPT = 0.95
 COLORS = (*PALETTE[:6], QUIET)

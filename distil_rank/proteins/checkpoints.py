@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import pickle
 import re
+import sysconfig
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -53,7 +54,9 @@ FAMILIES: dict[str, dict[str, Member]] = {
     },
 }
 
-MODELS = ROOT / "models"
+# of the checkout, else where an installed wheel puts them
+_INSTALLED = Path(sysconfig.get_path("data"), "share", "distil-rank", "models")
+MODELS = next((x for x in (ROOT / "models", _INSTALLED) if x.is_dir()), ROOT / "models")
 _URL = "https://dl.fbaipublicfiles.com/fair-esm/models/{}.pt"
 _NAMES = {family: [member.name for member in sizes.values()] for family, sizes in FAMILIES.items()}
 # what checkpoints hold beside the parameters: of contact prediction, of pooling for other tasks,
