@@ -41,6 +41,8 @@ def narrow_student(
     student, found = distill_narrow(f, x, width, after, seed=seed)
     held = None if held_out is None else fvu(after(student(held_out)), after(f(held_out)))
     student.requires_grad_(any(p.requires_grad for p in f.parameters()))
+    if isinstance(student, LowRankLinear):  # no bent feature helped: as wide as a map can be
+        width = student.rank
     layer = LayerCertificate(
         *("head", d_in, d_out, width),
         note=f"the whole head as one narrow layer, {found.bent} of its features bent",
