@@ -205,15 +205,14 @@ def run(config: Config) -> tuple[Record, Record]:
             made, chosen, losses, curve = fitted
             measured, bound = measure(made, layers, rows, rank, draws)
             teacher, student = layers[0], made[DISTILLED][0]
-            d_out, d_in = teacher.weight.shape
-            shape = ((d_out, d_in), rank)
+            shape = (tuple(teacher.weight.shape), rank)
             if shape not in timings:
                 inputs = [rows.x[:1].repeat(n, 1) for n in batches]
                 timings[shape] = compare_latency(teacher, student, inputs, rounds)
             svd, distilled, best = (measured[label] for label in (SVD, DISTILLED, OPTIMUM))
             experiments[name] = {
                 **summary.familiar_keys(svd, distilled, timings[shape], teacher, student),
-                "shape": [d_out, d_in],
+                "shape": list(teacher.weight.shape),
                 **known.get(name, {}),
                 **chosen,
                 "students": measured,

@@ -58,8 +58,8 @@ def installed(tmp_path_factory):
     python = place / "env" / "bin" / "python"
     packages = Path(next((place / "env" / "lib").iterdir()), "site-packages")
     (packages / "others.pth").write_text(sysconfig.get_path("purelib"))
-    install = "pip install --no-deps --no-index --quiet --force-reinstall --python"
-    subprocess.run([sys.executable, "-m", *install.split(), python, wheel], check=True)
+    install = f"pip --python {python} install --no-deps --no-index --quiet --force-reinstall"
+    subprocess.run([sys.executable, "-m", *install.split(), wheel], check=True)
     work = place / "work"
     work.mkdir()
     make_data(work)

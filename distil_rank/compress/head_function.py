@@ -29,14 +29,20 @@ def split(parts: Sequence[nn.Module]) -> tuple[nn.Sequential, nn.Sequential, nn.
 
 
 def narrow_student(
-    parts: Sequence[nn.Module], x: Tensor, held_out: Tensor | None, request: Request, seed: int
-) -> tuple[list[nn.Module], LayerCertificate, NarrowCertificate]:
+    parts: Sequence[nn.Module],
+    x: Tensor,
+    held_out: Tensor | None,
+    request: Request,
+    int8: bool,
+    seed: int,
+) -> tuple[list[nn.Module], LayerCertificate, FunctionCertificate | NarrowCertificate]:
     """The parts of a head with one narrow layer, and the certificates of that layer."""
     before, f, after = split(parts)
     x, held_out = before(x), None if held_out is None else before(held_out)
     d_in, d_out = x.shape[1], f(x[:2]).shape[1]
-    if request.fvu is not None:
-        raise InputError("rank, speedup or bytes required for a narrow layer, got fvu")
+    if request.fvu is not None or int8:
+        got = "int8" if int8 else "fvu"
+        raise InputError(f"rank, speedup or bytes required for a narrow layer, got {got}")
     width = affordable(parts, request, d_in, d_out, bias=True)
     student, found = distill_narrow(f, x, width, after, seed=seed)
     held = None if held_out is None else fvu(after(student(held_out)), after(f(held_out)))
@@ -62,7 +68,7 @@ def whole_student(
     request: Request,
     int8: bool,
     seed: int,
-) -> tuple[list[nn.Module], LayerCertificate, FunctionCertificate]:
+) -> tuple[list[nn.Module], LayerCertificate, FunctionCertificate | NarrowCertificate]:
     """The parts of the small head, the certificate of its one map, and that of the function."""
     before, f, after = split(parts)
     x, held_out = before(x), None if held_out is None else before(held_out)

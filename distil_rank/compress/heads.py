@@ -26,11 +26,8 @@ from distil_rank.compress.quantise import module_bytes
 from distil_rank.compress.sites import evaluating
 from distil_rank.core.agreement import function_kept, measure_for
 from distil_rank.core.errors import InputError
-from distil_rank.core.functions import FunctionCertificate
 from distil_rank.core.heads import UnitNorm
 from distil_rank.core.moments import Moments
-from distil_rank.core.narrow import NarrowCertificate
-from distil_rank.core.prior import Blend
 from distil_rank.core.records import Metric
 
 METRICS = ("own", "output", "whole", "narrow")
@@ -70,12 +67,7 @@ def compress_head(
     request = Request(rank, fvu, speedup, bytes)
     request.check()
     metric = metric or ("output" if fvu is None else "own")
-    if metric not in METRICS:
-        raise InputError(f"a metric out of {', '.join(METRICS)} required, got {metric!r}")
-    if metric in WHOLE and prior is not None:
-        raise InputError("no prior required for a whole head, got one; its moments know no output")
-    if metric == "narrow" and int8:
-        raise InputError("no int8 required for a narrow layer, got it; choose --metric whole")
+    check_metric(metric, prior)
     parts = parts_of(head)
     first = next(part for part in parts if isinstance(part, nn.Linear))
     check_rows(x, first.in_features, "data")
@@ -84,13 +76,10 @@ def compress_head(
         check_rows(held_out, first.in_features, "held-out data")
         held_out = held_out.to(first.weight)
     with evaluating(head), torch.no_grad():
-        blend: Blend | None = None
-        function: FunctionCertificate | NarrowCertificate | None = None
-        if metric == "whole":
-            small, layer, function = whole_student(parts, x, held_out, request, int8, seed)
-            layers = [layer]
-        elif metric == "narrow":
-            small, layer, function = narrow_student(parts, x, held_out, request, seed)
+        blend, function = None, None
+        if metric in WHOLE:
+            form = whole_student if metric == "whole" else narrow_student
+            small, layer, function = form(parts, x, held_out, request, int8, seed)
             layers = [layer]
         else:
             blend_rank, of_output = min(rank or BLEND_RANK, *first.weight.shape), metric == "output"
@@ -121,6 +110,13 @@ def compress_head(
             new.train(part.training)
     module.training = head.training
     return module, certificate
+
+
+def check_metric(metric: str, prior: Moments | None) -> None:
+    if metric not in METRICS:
+        raise InputError(f"a metric out of {', '.join(METRICS)} required, got {metric!r}")
+    if metric in WHOLE and prior is not None:
+        raise InputError("no prior required for a whole head, got one; its moments know no output")
 
 
 def kept_of(y: Tensor, found: Tensor, vector: bool, seed: int) -> dict[str, Metric]:

@@ -12,7 +12,8 @@ from distil_rank.core.records import Record, config_record, environment
 
 TIMED = ("latency", "latency_teacher_ms", "latency_student_ms", "speedup")
 # the layer of the published claim: 1280 x 1280 at rank 64, 7.5 times faster
-CLAIM, CLAIM_RANK, CLAIMED_SPEEDUP = (1280, 1280), 64, 7.5
+CLAIM: tuple[int, ...] = (1280, 1280)
+CLAIM_RANK, CLAIMED_SPEEDUP = 64, 7.5
 ROWS_A_RANK = 5  # held-out rows for each rank, below which the floor says little
 
 

@@ -231,7 +231,7 @@ def test_bad_heads():
         ({"bytes": 10}, "bytes required"),
         ({"rank": 4, "metric": "best"}, "metric"),
         ({"fvu": 0.1, "metric": "narrow"}, "rank, speedup or bytes"),
-        ({"rank": 4, "metric": "narrow", "int8": True}, "no int8"),
+        ({"rank": 4, "metric": "narrow", "int8": True}, "got int8"),
     ):
         with pytest.raises(InputError, match=message):
             compress_head(mlp(), x, **arguments)
