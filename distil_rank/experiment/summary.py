@@ -25,7 +25,7 @@ def claim(batches: list[int], rounds: int, device: torch.device) -> Record:
         bias = torch.ones(d_out, device=device)
         return linear(torch.ones(d_out, d_in, device=device), bias), LowRankLinear(A, B, bias)
 
-    teacher, student = pair(*CLAIM, CLAIM_RANK)
+    teacher, student = pair(CLAIM[0], CLAIM[1], CLAIM_RANK)
     inputs = [torch.ones(n, CLAIM[1], device=device) for n in batches]
     rows = compare_latency(teacher, student, inputs, rounds)
     calls = compare_latency(*pair(1, 1, 1), [inputs[0][:1, :1]], rounds)[0]
