@@ -4,19 +4,23 @@ python main.py                                # the full comparison, writes resu
 python main.py --quick                        # the same in seconds, writes results/quick/
 python main.py --train a.pt --val b.npy       # your embeddings: .pt, .npy, .npz (key X), ...
 python main.py --teacher head.safetensors --key classifier.dense --rank 32    # and your layer
+python main.py --train a.pt --val b.pt --teacher head.onnx --labels y.npy     # or a whole head
 """
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from distil_rank.compress.head_students import compare
 from distil_rank.core.devices import pick_device
 from distil_rank.core.errors import InputError, at_least, one_line_errors
+from distil_rank.core.heads import Head, load_head
 from distil_rank.core.intervals import bootstrap_counts
 from distil_rank.core.latency import compare_latency
 from distil_rank.core.linear import LowRankLinear
@@ -24,7 +28,6 @@ from distil_rank.core.lowrank import optimum, refit_bias, truncated_svd
 from distil_rank.core.randomness import generator
 from distil_rank.core.records import Record, atomic_files, require_writable, write_json
 from distil_rank.core.tables import framed
-from distil_rank.core.weights import load_layer
 from distil_rank.experiment import fidelity, report, students, summary, tables, teachers
 from distil_rank.experiment.data import Rows, fitting_rank, load_pair
 from distil_rank.proteins.synthetic import synthetic_embeddings
@@ -40,16 +43,15 @@ class Config:
     data_source: str = ""  # name of the data in tables; default: from embeddings.json
     embedding_model: str = ""  # model behind the embeddings; default: from embeddings.json
     synthetic: bool = False  # synthetic embeddings even where embeddings_train.pt is here
-    teacher: Path | None = None  # your own layer, .pt or .safetensors, beside the three teachers
-    key: str | None = None  # which layer of a file, for instance classifier.dense
+    teacher: Path | None = None  # your own layer or head (.onnx, .pt, .safetensors) beside three
+    key: tuple[str, ...] = ()  # names of the layers in order, or a common prefix
+    # between the layers of a head
+    activation: Literal["relu", "gelu", "tanh", "silu", "sigmoid", "identity"] | None = None
+    labels: Path | None = None  # one label a row of --val, else of --train: .npy, .npz, .pt, .csv
     rank: int | None = None  # rank of every student; default: d / 20, at least 1
     seeds: int = 5  # number of seeds: each has its own teachers and batches
     steps: int = 1000  # steps of the optimizer
-    teacher_steps: int = 500  # training steps of the task-trained teacher
     latency_batches: tuple[int, ...] = ()  # batch sizes to time beside 1, 32 and 512
-    rounds: int = 50  # interleaved timings of teacher and student
-    bootstrap: int = 1000  # bootstrap draws behind every interval
-    threads: int = 1  # threads while timing on a CPU
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
     out: Path | None = None  # where to write; default: results, with --quick results/quick
     quick: bool = False  # few steps, seeds and draws
@@ -58,7 +60,7 @@ class Config:
 PLAIN = students.Recipe()  # constant learning rate, AdamW's default decay, the teacher's bias
 # warm-up and schedule, no decay, centered inputs, and a bias refitted before
 IMPROVED = replace(PLAIN, weight_decay=0.0, warmup=0.1, decay_lr=True, center=True)
-FVU_TARGETS = (0.10, 0.05, 0.01)
+EFFORT = {False: (500, 50, 1000), True: (50, 20, 200)}  # denoisers' steps, timings, draws; --quick
 SYNTHETIC = "synthetic, matched to published statistics of ESM-2 650M"
 CONSTANT, SVD, SVD_BIAS = "constant (mean output)", "truncated SVD", "truncated SVD, bias refitted"
 PLAIN_DISTILLED, DISTILLED = "distilled, plain recipe", "distilled"
@@ -81,14 +83,11 @@ def load_data(config: Config) -> tuple[Tensor, Tensor, Record]:
 
 # 3. Teachers --------------------------------------------------------------------------------------
 def make_teachers(
-    config: Config, rows: Rows, user: nn.Linear | None
+    config: Config, rows: Rows, user: Head | None
 ) -> tuple[dict[str, Layers], dict[str, Record]]:
-    """Each teacher once a seed, and what those with a task are worth on held-out rows.
-
-    Of the user's own layer only the students' batches differ.
-    """
+    """Each teacher once a seed (the user's layer is the same), and what a task-trained is worth."""
     dim, seeds = rows.x.shape[1], list(range(config.seeds))
-    denoisers = teachers.task_trained_teachers(rows.x, seeds, config.teacher_steps)
+    denoisers = teachers.task_trained_teachers(rows.x, seeds, EFFORT[config.quick][0])
     task = teachers.denoising(denoisers, rows.moments, rows.held_out)
     denoiser = "Task-Trained" if task["trained"] else "Denoiser (not trained)"
     made = {
@@ -96,8 +95,8 @@ def make_teachers(
         denoiser: denoisers,
         "Spectral": [teachers.spectral_teacher(dim, seed) for seed in seeds],
     }
-    if user is not None and config.teacher is not None:
-        made[f"User ({config.teacher.stem})"] = [user] * config.seeds
+    if user is not None and len(user) == 1 and isinstance(user[0], nn.Linear):
+        made[f"User ({user.name})"] = [user[0]] * config.seeds
     moved = {name: [t.to(rows.x.device, torch.float32) for t in ts] for name, ts in made.items()}
     return moved, {denoiser: {"task": task}}
 
@@ -108,13 +107,14 @@ def make_students(
 ) -> tuple[Students, Record, dict[str, Tensor], dict[str, Tensor]]:
     """Fit every student on the training rows; only the floor sees the held-out ones.
 
-    Returns the students, what was chosen for them, the loss of every distillation step (seeds,
-    steps) and the curves over all ranks (d + 1,), averaged over seeds.
+    Also what was chosen, the loss of every step (seeds, steps), and mean curves by rank (d + 1,).
     """
     x, mean = rows.x, rows.moments.mean.float()
     weights = [t.weight.detach() for t in layers]
     biases = [x.new_zeros(len(t.weight)) if t.bias is None else t.bias.detach() for t in layers]
-    outputs = torch.stack([torch.addmm(c, x, w.T) for w, c in zip(weights, biases)])
+    outputs = x.new_empty(len(layers), len(x), len(weights[0]))
+    for y, w, c in zip(outputs, weights, biases):
+        torch.addmm(c, x, w.T, out=y)
 
     # truncated SVD: as it is, with the bias refitted, and as the warm start of distillation
     svd = [truncated_svd(w, rank) for w in weights]
@@ -151,16 +151,17 @@ def measure(
     made: Students, layers: Layers, rows: Rows, rank: int, draws: Tensor
 ) -> tuple[dict[str, Record], Record]:
     """Every metric of every student, paired with the optimum; and the bound on any cosine."""
-    x, x_val = rows.x, rows.x_val
-    outputs = [(teacher(x), teacher(x_val)) for teacher in layers]
+    outputs = [teacher(rows.x_val) for teacher in layers]
+    train_fvu: dict[str, list[float]] = {label: [] for label in made}
+    for i, teacher in enumerate(layers):  # outputs of one seed at a time
+        y = teacher(rows.x)
+        for label, fitted in made.items():
+            train_fvu[label].append(fidelity.fvu(y, fitted[i], rows.x))
     errors, measured = {}, {}
     for label, fitted in made.items():
         dtype = torch.float64 if label == FLOOR else torch.float32  # a bound is not rounded
-        pairs = list(zip(outputs, fitted))
-        train_fvu = [fidelity.fvu(y, layer(x.to(dtype))) for (y, _), layer in pairs]
-        held_out = [(y_val, layer(x_val.to(dtype))) for (_, y_val), layer in pairs]
-        errors[label] = [fidelity.row_errors(*compared) for compared in held_out]
-        measured[label] = {"train_fvu": train_fvu}
+        x_val = rows.x_val.to(dtype)
+        errors[label] = [fidelity.row_errors(y, s(x_val)) for y, s in zip(outputs, fitted)]
     for label, found in errors.items():
         for seed, floor in zip(found, errors[FLOOR]):
             if seed.fvu < floor.fvu * (1 - 1e-6) - 1e-12:
@@ -168,10 +169,10 @@ def measure(
         reference = None if label in (OPTIMUM, FLOOR) else errors[OPTIMUM]
         metrics = fidelity.summarize(found, draws, reference)
         metrics = fidelity.without_intervals(metrics) if label == FLOOR else metrics
-        measured[label] = metrics | measured[label]
-    bounds = [fidelity.cosine_bound(y_val, rank) for _, y_val in outputs]
-    mean = sum(bounds) / len(bounds)
-    return measured, {"value": mean, "per_seed": bounds, "higher_is_better": True}
+        measured[label] = metrics | {"train_fvu": train_fvu[label]}
+    bounds = [fidelity.cosine_bound(y, rank) for y in outputs]
+    bound = sum(bounds) / len(bounds)
+    return measured, {"value": bound, "per_seed": bounds, "higher_is_better": True}
 
 
 # 6. The whole experiment --------------------------------------------------------------------------
@@ -180,17 +181,21 @@ def run(config: Config) -> tuple[Record, Record]:
     """Validate, compare, measure and time: the summary and the curves."""
     device = pick_device(config.device)
     x, x_val, data = load_data(config)
-    user = None if config.teacher is None else load_layer(config.teacher, config.key)
-    rank = fitting_rank(x, user, config.rank)
+    given = load_head(config.teacher, config.key, config.activation) if config.teacher else None
+    rank = fitting_rank(x, given, config.rank)
     rows = Rows.of(x.to(device), x_val.to(device))
-    draws = bootstrap_counts(len(x_val), config.bootstrap, generator(0, "bootstrap")).to(device)
-    taught, known = make_teachers(config, rows, user)
+    _, rounds, count = EFFORT[config.quick]
+    own: Record = {}
+    if given and (len(given) > 1 or config.labels):  # a head, whose function is to be kept
+        whole = given.whole.to(device)
+        own["head"] = {"name": given.name, **compare(whole, rows.x, rows.x_val, config.labels)}
+    draws = bootstrap_counts(len(x_val), count, generator(0, "bootstrap")).to(device)
+    taught, known = make_teachers(config, rows, given)
     head = summary.header(data, x, x_val, rank, known)
     if head["notices"]:
         print(framed(*head["notices"]))
-    limits = config.rounds, config.threads
     batches = sorted({1, 32, 512, *config.latency_batches})
-    claim = summary.claim(batches, *limits, device)
+    claim = summary.claim(batches, rounds, device)
     timings = {(summary.CLAIM, summary.CLAIM_RANK): claim["latency"]}  # of a shape and a rank
     experiments, curves = {}, {}
     total = len(taught) * (2 * config.steps + students.pilot_steps(config.steps))
@@ -200,22 +205,21 @@ def run(config: Config) -> tuple[Record, Record]:
             made, chosen, losses, curve = fitted
             measured, bound = measure(made, layers, rows, rank, draws)
             teacher, student = layers[0], made[DISTILLED][0]
-            d_out, d_in = teacher.weight.shape
-            shape = ((d_out, d_in), rank)
+            shape = (tuple(teacher.weight.shape), rank)
             if shape not in timings:
                 inputs = [rows.x[:1].repeat(n, 1) for n in batches]
-                timings[shape] = compare_latency(teacher, student, inputs, *limits)
+                timings[shape] = compare_latency(teacher, student, inputs, rounds)
             svd, distilled, best = (measured[label] for label in (SVD, DISTILLED, OPTIMUM))
             experiments[name] = {
                 **summary.familiar_keys(svd, distilled, timings[shape], teacher, student),
-                "shape": [d_out, d_in],
+                "shape": list(teacher.weight.shape),
                 **known.get(name, {}),
                 **chosen,
                 "students": measured,
                 "verdict": tables.verdict(distilled["fvu_minus_optimum"], best["fvu"]),
                 "bracket": summary.bracket(best),
                 "cosine_bound": bound,
-                "rank_for_fvu": summary.ranks_for(FVU_TARGETS, curve),
+                "rank_for_fvu": summary.ranks_for((0.10, 0.05, 0.01), curve),
                 "latency": timings[shape],
             }
             curves[name] = summary.plotted(curve, losses, teacher.weight)
@@ -223,6 +227,7 @@ def run(config: Config) -> tuple[Record, Record]:
     found = {
         "schema": report.SCHEMA,
         **head,
+        **own,
         "seeds": list(range(config.seeds)),
         "experiments": experiments,
         "claim": claim,
@@ -234,21 +239,17 @@ def run(config: Config) -> tuple[Record, Record]:
 # 7. What the user may ask for ---------------------------------------------------------------------
 def check(config: Config) -> Config:
     """Reject impossible options, then apply --quick."""
-    counts = ("seeds", "steps", "teacher_steps", "rounds", "bootstrap", "threads")
-    at_least(1, **{name: getattr(config, name) for name in counts})
-    at_least(1, latency_batches=min(config.latency_batches, default=1))
+    smallest = min(config.latency_batches, default=1)
+    at_least(1, seeds=config.seeds, steps=config.steps, latency_batches=smallest)
     if (config.train is None) != (config.val is None):
         raise InputError("--train and --val required, got one of them; give the other, or neither")
     if config.synthetic and config.train:
         raise InputError("--synthetic or --train and --val required, got both; choose one")
-    if config.key is not None and config.teacher is None:
-        raise InputError("--teacher FILE required, in which --key chooses a layer; give it")
+    if (config.key or config.labels) and config.teacher is None:
+        raise InputError("--teacher FILE required beside --key and --labels; give it")
+    seeds, steps = (2, 100) if config.quick else (config.seeds, config.steps)
     out = config.out or Path("results", "quick" if config.quick else "")
-    if not config.quick:
-        return replace(config, out=out)
-    seeds, steps = min(config.seeds, 2), min(config.steps, 100)
-    few = replace(config, out=out, seeds=seeds, steps=steps, teacher_steps=50)
-    return replace(few, bootstrap=200, rounds=20)
+    return replace(config, out=out, seeds=min(seeds, config.seeds), steps=min(steps, config.steps))
 
 
 def main(arguments: list[str] | None = None) -> None:

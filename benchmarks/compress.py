@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baselines import BASELINES, fvu
-from distil_rank.compress.head_plan import FEW
+from distil_rank.compress.head_layers import FEW
 from distil_rank.compress.heads import compress_head
 from distil_rank.compress.quantise import at_equal_bytes, certify_int8, imitated, quantise
 from distil_rank.compress.tasks import task_change
@@ -244,7 +244,6 @@ def head() -> dict[str, Any]:
         bytes = 4 * sum(p.numel() for p in mlp.parameters()) // 10
         for metric, eight in (
             ("output", False),
-            ("next", False),
             ("own", False),
             ("output", True),
             ("own", True),

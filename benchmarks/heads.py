@@ -1,6 +1,7 @@
 """Trained heads made smaller: layer by layer, and as one map in closed form.
 
     python -m benchmarks.heads                            # writes benchmarks/results/heads.json
+    python -m benchmarks.heads "one narrow layer"         # renews or adds one class of students
     python -m benchmarks.heads head.onnx train.pt val.pt  # another head: prints its table
 
 Public heads and data: $DISTIL_RANK_DATA or ../shared/data beside the checkout.
@@ -9,7 +10,7 @@ Public heads and data: $DISTIL_RANK_DATA or ../shared/data beside the checkout.
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,23 @@ from torch import Tensor, nn
 from benchmarks.compress import DATA
 from distil_rank.compress.head_certificate import flops
 from distil_rank.compress.head_function import split
+from distil_rank.compress.head_students import FORMS, compare
 from distil_rank.compress.heads import compress_head
-from distil_rank.compress.quantise import module_bytes, rounded
-from distil_rank.core.agreement import function_kept, measure_for
-from distil_rank.core.functions import distill_function, fvu
-from distil_rank.core.heads import UnitNorm, load_head
+from distil_rank.core.agreement import function_kept
+from distil_rank.core.errors import one_line_errors
+from distil_rank.core.functions import distill_function
+from distil_rank.core.heads import load_head
 from distil_rank.core.linear import linear
-from distil_rank.core.lowrank import leading_eigenpairs
-from distil_rank.core.moments import Moments
 from distil_rank.core.randomness import generator
-from distil_rank.core.records import ROOT, Record, environment, sha256, write_json
+from distil_rank.core.records import ROOT, Record, environment, read_json, sha256, write_json
 from distil_rank.core.weights import read_state_dict
 from distil_rank.proteins.embedding_files import load_matrix
 
 SCHEMA = "distil-rank/benchmark-heads/1"
 RESULT = ROOT / "benchmarks" / "results" / "heads.json"
 RATIOS = (2, 4, 5, 8, 10, 16)  # weights before / after
+CELLS = [f"ProteinCLIP 8M x {data}" for data in ("peptides", "viral", "GB1")]
+CELLS.append("HatSpot towers x activation domains")
 FEW = (20, 50, 340)  # proteins
 CLIP, TOWERS = "heads/proteinclip_esm2_6.onnx", "heads/hatspot_towers_650m.safetensors"
 FILES = {
@@ -46,12 +48,6 @@ FILES = {
     "GB1": "esm2_8m_gb1/train.npz",
     "activation domains": "esm2_650m/activation_domains_148.npz",
 }
-
-
-def head_of(path: Path) -> nn.Sequential:
-    """A head that scales its inputs itself."""
-    found = load_head(path)
-    return nn.Sequential(*([UnitNorm()] if found.unit_norm_inputs else []), *found).eval()
 
 
 def towers() -> nn.Sequential:
@@ -88,94 +84,18 @@ def rows_of(name: str) -> tuple[Tensor, Tensor]:
     return x[order[:100]], x[order[100:]]
 
 
-def students(head: nn.Sequential, x: Tensor, val: Tensor, measure: str) -> Iterator[Record]:
-    """Every student at every size: weights before / after, bytes, and outputs on held-out rows."""
-    forms = {
-        "layer by layer": {"metric": "own"},
-        "layer by layer, output metric": {"metric": "output"},
-        "one map": {"metric": "whole"},
-        "one map, int8": {"metric": "whole", "int8": True},
-    }
-    before = module_bytes(head)
-    limit = min(x.shape[1], head(x[:2]).shape[1])
-    done = set()  # maps of one output: of rank 1 at any size
-    for ratio, (name, options) in itertools.product(RATIOS, forms.items()):
-        size = {"bytes": before // ratio} if "int8" in options else {"speedup": ratio}
-        if name in done:
-            continue
-        try:
-            certificate = compress_head(head, x, val, **size, **options)[1]
-        except ValueError:  # no such student is that small
-            continue
-        if options["metric"] == "whole" and certificate.layers[0].rank == limit == 1:
-            done.add(name)
-        yield {
-            "student": name,
-            "asked": ratio,
-            "weights_ratio": certificate.flops_ratio,
-            "bytes_ratio": before / certificate.bytes_after,
-            "ranks": [layer.rank for layer in certificate.layers],
-            "kept": certificate.kept[measure],
-            "fvu": certificate.output_fvu["held_out"]["value"],
-        }
-    eight = [int8_layer(part) if isinstance(part, nn.Linear) else part for part in head]
-    small_bytes = sum(
-        p.numel() + 8 * len(p) for p in head.parameters() if p.ndim == 2
-    )  # a scale and a bias a row
-    yield {
-        "student": "dense int8",
-        "weights_ratio": 1.0,
-        "bytes_ratio": before / small_bytes,
-        "outputs": nn.Sequential(*eight)(val),
-    }
-    first, f, last = split(list(head))
-    y = f(nn.Sequential(*first)(val))
-    for ratio in RATIOS:
-        rank = flops(list(f)) // ratio // (x.shape[1] + y.shape[1])
-        if 1 <= rank <= y.shape[1]:
-            mean, U = y.double().mean(0), leading_eigenpairs(Moments.of(y).covariance, rank)[1]
-            best = (mean + (y.double() - mean) @ U @ U.T).to(y)
-            yield {
-                "student": "floor",
-                "asked": ratio,
-                "weights_ratio": flops(list(f)) / rank / (x.shape[1] + y.shape[1]),
-                "ranks": [rank],
-                "outputs": nn.Sequential(*last)(best),
-            }
-
-
-def int8_layer(layer: nn.Linear) -> nn.Linear:
-    """The layer with weights rounded to eight bits, a scale a row."""
-    integers, scale = rounded(layer.weight.detach())
-    return linear(integers.float() * scale[:, None], layer.bias)
-
-
-def measured(found: Record, y: Tensor, measure: str) -> Record:
-    outputs = found.pop("outputs", None)
-    if outputs is None:  # its certificate has it
-        return found
-    return {**found, "kept": function_kept(y, outputs, measure), "fvu": fvu(outputs, y)}
-
-
-def compare(head: nn.Sequential, x: Tensor, val: Tensor) -> Record:
+def cell(name: str, forms: Sequence[str] = FORMS) -> Record:
     """One head on one data set."""
-    y = head(val)
-    measure = measure_for(y.shape[1], isinstance(head[-1], UnitNorm))
+    data = name.partition(" x ")[2]
+    head = towers() if name.startswith("HatSpot") else load_head(DATA / CLIP).whole
     start = time.process_time()
-    records = [measured(found, y, measure) for found in students(head, x, val, measure)]
-    return {
-        "measure": measure,
-        "n_train": len(x),
-        "n_val": len(val),
-        "students": records,
-        "processor_seconds": time.process_time() - start,
-    }
+    found = compare(head, *rows_of(data), ratios=RATIOS, forms=forms)
+    return {**found, "processor_seconds": time.process_time() - start}
 
 
 def one_map(head: nn.Sequential, x: Tensor, rank: int, **options: Any) -> nn.Module:
-    first, f, last = split(list(head))
-    before = nn.Sequential(*first)
-    return nn.Sequential(before, distill_function(f, before(x), rank, **options)[0], *last)
+    before, f, after = split(list(head))
+    return nn.Sequential(before, distill_function(f, before(x), rank, **options)[0], after)
 
 
 def across(head: nn.Sequential, sets: dict[str, tuple[Tensor, Tensor]], rank: int) -> list[Record]:
@@ -196,8 +116,7 @@ def across(head: nn.Sequential, sets: dict[str, tuple[Tensor, Tensor]], rank: in
 
 def few_rows(head: nn.Sequential, x: Tensor, val: Tensor, rank: int) -> list[Record]:
     """One map from few proteins: plain regression, with drawn inputs, and with the Jacobian."""
-    first, f, last = split(list(head))
-    before, after = nn.Sequential(*first), nn.Sequential(*last)
+    before, f, after = split(list(head))
     forms: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
         "no derivatives": (torch.no_grad()(f), "data"),
         "no derivatives, drawn inputs": (torch.no_grad()(f), "drawn"),
@@ -217,24 +136,44 @@ def few_rows(head: nn.Sequential, x: Tensor, val: Tensor, rank: int) -> list[Rec
 def main(arguments: list[str]) -> None:
     from benchmarks.tables_heads import draw, sizes
 
-    if arguments:
-        head, x, val = head_of(Path(arguments[0])), *map(load_matrix, arguments[1:])
+    if arguments and Path(arguments[0]).suffix:
+        head, x, val = load_head(arguments[0]).whole, *map(load_matrix, arguments[1:])
         print(sizes({"cells": {f"{arguments[0]} x {arguments[1]}": compare(head, x, val)}}))
         return
     passport = environment()  # before anything is written
-    clip = head_of(DATA / CLIP)
-    sets = {name: rows_of(name) for name in ("peptides", "viral", "GB1")}
+    if unknown := set(arguments) - set(FORMS):
+        raise SystemExit(f"students out of {', '.join(FORMS)} required, got {', '.join(unknown)}")
+    record = renewed(arguments) if arguments else everything()
+    record |= {"schema": SCHEMA, "environment": passport}
+    write_json(RESULT, record)
+    draw(record)
+    print(sizes(record))
+
+
+def renewed(forms: list[str]) -> Record:
+    """The record with some students measured again, or added."""
+    record = read_json(RESULT, SCHEMA)
+    for name, known in record["cells"].items():
+        kept = [s for s in known["students"] if s["student"] not in forms]
+        known["students"] = kept + cell(name, forms)["students"]
+        print(name, flush=True)
+    return record
+
+
+def everything() -> Record:
     cells = {}
-    for name, (x, val) in sets.items():
-        cells[f"ProteinCLIP 8M x {name}"] = compare(clip, x, val)
-        print(name, f"{cells[f'ProteinCLIP 8M x {name}']['processor_seconds']:.0f} s", flush=True)
-    cells["HatSpot towers x activation domains"] = compare(towers(), *rows_of("activation domains"))
-    first, f, _ = split(list(clip))
-    x, val = (nn.Sequential(*first)(t) for t in sets["peptides"])
+    for name in CELLS:
+        cells[name] = cell(name)
+        print(name, f"{cells[name]['processor_seconds']:.0f} s", flush=True)
+    clip, sets = (
+        load_head(DATA / CLIP).whole,
+        {name: rows_of(name) for name in ("peptides", "viral", "GB1")},
+    )
+    before, f, _ = split(list(clip))
+    x, val = map(before, sets["peptides"])
     start = time.process_time()
     certificate = vars(distill_function(f, x, 64, held_out=val)[1])
-    record = {
-        "schema": SCHEMA,
+    return {
         "cells": cells,
         "certificate": certificate | {"processor_seconds": time.process_time() - start},
         "across": across(clip, sets, 64),
@@ -242,14 +181,10 @@ def main(arguments: list[str]) -> None:
         "data": {
             name: {"file": path, "sha256": sha256(DATA / path)} for name, path in FILES.items()
         },
-        "environment": passport,
         "machine_dependent": ["environment", "processor_seconds"],
     }
-    write_json(RESULT, record)
-    draw(record)
-    print(sizes(record))
 
 
 if __name__ == "__main__":
-    with torch.no_grad():
+    with torch.no_grad(), one_line_errors("benchmarks.heads"):
         main(sys.argv[1:])

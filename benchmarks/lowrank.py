@@ -6,6 +6,7 @@ python -m benchmarks.lowrank --only latency speed   # some of it; the other figu
 Writes benchmarks/results/lowrank.json and prints it as a table.
 """
 
+import resource
 import subprocess
 import sys
 import tempfile
@@ -166,14 +167,32 @@ def whole() -> Record:
     return {"three_plain_students_s": plain, "main_s": ours, "ratio": ours / plain, "bar": 2}
 
 
+def many_rows(rows: int = 100_000) -> Record:
+    """Peak memory of `python main.py` on many rows of 1280 features, all seeds, few steps."""
+    g = torch.Generator().manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, n in (("train", rows), ("val", 1000)):
+            x = torch.cat([torch.randn(part, DIM, generator=g).half() for part in parts_of(n)])
+            np.save(f"{folder}/{name}.npy", x.numpy())
+        paths = ["--train", f"{folder}/train.npy", "--val", f"{folder}/val.npy", "--out", folder]
+        command = [sys.executable, "main.py", *paths, "--steps", "10"]
+        taken = seconds(lambda: subprocess.run(command, cwd=ROOT, capture_output=True, check=True))
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6  # kilobytes on Linux
+    return {"rows": rows, "peak_gb": peak, "bar_gb": 4, "seconds": taken}
+
+
+def parts_of(n: int, size: int = 10_000) -> list[int]:
+    return [min(size, n - start) for start in range(0, n, size)]
+
+
 SECTIONS: dict[str, Callable[[], Record]] = {
-    section.__name__: section for section in (exactness, speed, latency, memory, whole)
+    section.__name__: section for section in (exactness, speed, latency, memory, whole, many_rows)
 }
 
 
 @dataclass(frozen=True)
 class Config:
-    only: tuple[str, ...] = ()  # which of exactness, speed, latency, memory, whole; default: all
+    only: tuple[str, ...] = ()  # which of exactness, speed, latency, memory, whole, many_rows
     out: Path = OUT  # record to write or renew
 
 

@@ -97,6 +97,9 @@ def bars(record: Record) -> str:
     if found := record.get("memory"):
         what = f"peak memory of moments over {found['rows']:,} rows of 1280"
         rows.append([what, f"{found['peak_mb']:.0f} MB", "400 MB"])
+    if found := record.get("many_rows"):
+        what = f"peak memory of python main.py on {found['rows']:,} rows of 1280, five seeds"
+        rows.append([what, f"{found['peak_gb']:.2f} GB", f"{found['bar_gb']} GB"])
     if found := record.get("whole"):
         what = "python main.py (1280 features) / three plain students"
         rows.append([what, f"{found['ratio']:.1f} x", "2 x"])

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from distil_rank.compress.head_students import FORMS
 from distil_rank.core.agreement import NAMES
 from distil_rank.core.figures import PALETTE, QUIET, drawn
 from distil_rank.core.records import ROOT, Record
@@ -10,14 +11,7 @@ from distil_rank.core.tables import markdown, with_interval
 SCHEMA = "distil-rank/benchmark-heads/1"
 FIGURE = ROOT / "benchmarks" / "results" / "heads.png"
 KEPT = 0.95
-FORMS = (
-    "layer by layer",
-    "layer by layer, output metric",
-    "one map",
-    "one map, int8",
-    "dense int8",
-    "floor",
-)
+COLORS = (*PALETTE[:6], QUIET)
 
 
 def ratio(student: Record) -> float:
@@ -75,7 +69,7 @@ def draw(record: Record, path: Path = FIGURE) -> None:
     with drawn(path, (4.2 * len(cells), 4.4)) as figure:
         for i, (name, cell) in enumerate(cells.items()):
             axis = figure.add_subplot(1, len(cells), i + 1)
-            for form, color in zip(FORMS, (*PALETTE[:5], QUIET)):
+            for form, color in zip(FORMS, COLORS):
                 found = sorted((s for s in cell["students"] if s["student"] == form), key=ratio)
                 if not found:
                     continue

@@ -52,9 +52,10 @@ def test_every_link_to_a_file_leads_somewhere(document):
 def commands(document):
     """Commands in code blocks and in `code`, without comments, as lists of arguments."""
     text = BLOCK.sub("", document.read_text()).replace("\\\n", " ")
-    blocks = "\n".join(re.findall(r"```\n(.*?)```", text, flags=re.DOTALL))
-    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    lines = [*blocks.splitlines(), *re.findall(r"`([^`]*)`", prose)]
+    blocks, prose = [], []
+    for i, part in enumerate(re.split(r"^```", text, flags=re.M)):
+        (blocks if i % 2 else prose).append(part.partition("\n")[2] if i % 2 else part)
+    lines = "\n".join(blocks).splitlines() + re.findall(r"`([^`\n]*)`", "".join(prose))
     found = [line.strip() for line in lines if COMMAND.match(line.strip())]
     return [shlex.split(line, comments=True) for line in found if "COMMAND" not in line]
 

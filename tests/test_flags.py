@@ -19,8 +19,7 @@ CONFIGS |= {f"distil-rank {c}": importlib.import_module(m).Config for c, (m, _) 
 EXCEPTIONS = {
     "out": ({"python main.py"}, "its default is results, and results/quick with --quick"),
     "rank": ({"python main.py"}, "its default is a twentieth of the width"),
-    "teacher": ({"python main.py"}, "a layer beside three teachers, not a model"),
-    "key": ({"python main.py"}, "one layer; a head has several"),
+    "teacher": ({"python main.py"}, "a layer or head beside three teachers"),
     "fasta": ({"distil-rank nested fit"}, "may be missing: --stores holds the embeddings"),
     "dms": ({"distil-rank nested probe"}, "what the command is about, elsewhere one more measure"),
     "dtype": ({"distil-rank generator generate"}, "also float64, for exact comparisons"),

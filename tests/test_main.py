@@ -13,13 +13,16 @@ import pytest
 import torch
 
 import main
+from distil_rank.compress import head_function
+from distil_rank.compress.head_students import FLOOR, FORMS, MAP, MAP_INT8, NARROW
+from distil_rank.core import latency
+from distil_rank.core.narrow import distill_narrow
 from distil_rank.core.records import ROOT
 from distil_rank.experiment import report, tables
 from distil_rank.experiment.data import fitting_rank
 from distil_rank.experiment.fidelity import HIGHER_IS_BETTER
 
-FEW = {"--steps": 40, "--teacher-steps": 200, "--seeds": 2, "--rounds": 3, "--bootstrap": 50}
-SMALL = [str(part) for pair in FEW.items() for part in pair]
+SMALL = ["--steps", "40", "--seeds", "2"]
 FAMILIAR = """svd_cosine svd_rel_mse student_cosine student_rel_mse cosine_improvement mse_reduction
 latency_teacher_ms latency_student_ms speedup params_teacher params_student compression"""
 STUDENTS = [
@@ -32,6 +35,16 @@ STUDENTS = [
     main.SHRUNK,
     main.FLOOR,
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_effort():
+    """Steps of denoisers, timings and draws that take little time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main, "EFFORT", {quick: (200, 3, 50) for quick in (False, True)})
+        patch.setattr(latency, "SAMPLE_MS", 0.5)
+        patch.setattr(head_function, "distill_narrow", partial(distill_narrow, steps=20))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +114,14 @@ def test_what_was_chosen_and_what_holds_for_other_rows_is_recorded(results):
         assert text in tables.closing_table(summary)
 
 
-def test_what_a_reader_must_know_first_is_in_the_record_and_the_terminal(data, tmp_path, capsys):
+def test_what_a_reader_must_know_first_is_in_the_record_and_the_terminal(
+    data, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(main, "EFFORT", {False: (1, 3, 50)})
     x = torch.load(data[1])
     torch.save(torch.cat([x[:3], torch.load(data[3])[:7]]), tmp_path / "few.pt")
     few = ["--val", str(tmp_path / "few.pt"), "--rank", "3"]
-    main.main([*data[:2], *few, *SMALL, "--teacher-steps", "1", "--out", str(tmp_path / "out")])
+    main.main([*data[:2], *few, *SMALL, "--out", str(tmp_path / "out")])
     notices = summary_of(tmp_path / "out")["notices"]
     found = (
         "3 of 10 held-out rows are also",
@@ -176,8 +192,39 @@ def test_a_rectangular_layer_of_the_user_is_a_fourth_teacher(data, tmp_path):
     experiment = summary["experiments"]["User (head)"]
     assert (experiment["params_teacher"], summary["target_rank"]) == (25, 1)
     assert experiment["students"][main.OPTIMUM]["fvu"]["value"] < 1e-9
+    assert "head" not in summary
     wide = torch.eye(2, 100)
-    assert [fitting_rank(wide, torch.nn.Linear(100, n), None) for n in (2, 50)] == [2, 5]
+    layers = (torch.nn.Sequential(torch.nn.Linear(100, n)) for n in (2, 50))
+    assert [fitting_rank(wide, layer, None) for layer in layers] == [2, 5]
+
+
+def test_a_whole_head_of_the_user_beside_the_three_teachers(data, tmp_path, capsys):
+    layer = torch.nn.Linear
+    head = torch.nn.Sequential(layer(24, 30), torch.nn.Tanh(), layer(30, 20), torch.nn.Tanh())
+    head.append(layer(20, 1))
+    torch.save(head.state_dict(), tmp_path / "own.pt")
+    x = torch.load(data[3]).float()
+    np.save(tmp_path / "y.npy", (head(x)[:, 0] > head(x).median()).numpy().astype(float))
+    given = ["--teacher", str(tmp_path / "own.pt"), "--activation", "tanh"]
+    given += ["--labels", str(tmp_path / "y.npy"), "--out", str(tmp_path / "out")]
+    main.main([*data, *SMALL, *given])
+    summary = summary_of(tmp_path / "out")
+    assert list(summary["experiments"]) == ["Random", "Task-Trained", "Spectral"]
+    found = summary["head"]
+    assert (found["name"], found["measure"], found["task"]) == ("own", "spearman", "AUROC")
+    assert found["dense"]["value"] == 1 and found["weights"] == 24 * 30 + 30 * 20 + 20
+    assert {s["student"] for s in found["students"]} == {*FORMS} - {FLOOR}  # of one output: none
+    maps = [s for s in found["students"] if s["student"] in (MAP, NARROW) and s["ranks"] == [1]]
+    assert len({s["student"] for s in maps}) == len(maps)  # a size that changes nothing is left out
+    for student in found["students"]:
+        assert student["kept"]["low"] <= student["kept"]["value"] <= 1
+        assert student["fvu"]["low"] <= student["fvu"]["value"] <= student["fvu"]["high"]
+        assert 0 <= student["task"]["value"] <= 1
+        assert student["weights_ratio"] >= student.get("asked", 1) * (
+            student["student"] != MAP_INT8
+        )
+    shown = capsys.readouterr().out
+    assert "Head own, 1,340 weights" in shown and "AUROC on the labels" in shown
 
 
 def test_without_data_the_word_synthetic_is_everywhere(tmp_path, monkeypatch, capsys):
@@ -218,6 +265,7 @@ def test_quick_writes_into_the_folder_asked_for(given, folder):
         (["--device", "cuda:99"], "--device must name a device"),
         (["--device", "meta"], "--device must name a device"),
         (["--key", "a"], "--teacher FILE required"),
+        (["--labels", "a.npy"], "--teacher FILE required"),
         (["--synthetic"], "got both; choose one"),
         (["--teacher", "none.pt"], "existing file required"),
     ],

@@ -5,11 +5,12 @@
     distil-rank compress head head.pt --key head.0 head.2 --activation gelu --train x.pt \\
         --speedup 5 --out small/
     distil-rank compress head head.pt --key head --activation relu --train x.npy --labels y.npy \\
-        --bytes 400k --int8 --onnx --out small/
+        --bytes 400k --int8 --out small/
 
 The output folder has the weights (model.safetensors), certificate.json and a README that loads
 them: `distil_rank.load("small/")` gives a torch module. Layers whose factors would not be smaller
-stay dense. `--metric whole` makes the head one low-rank map, which often keeps more of it.
+stay dense. `--metric whole` makes the head one low-rank map, which often keeps more of it;
+`--metric narrow` bends a few of that map's inner features, which keeps the most.
 """
 
 from dataclasses import asdict, dataclass
@@ -21,21 +22,18 @@ import tyro
 from torch import Tensor, nn
 
 from distil_rank.compress.head_certificate import HeadCertificate, LayerCertificate
-from distil_rank.compress.head_files import export_onnx
-from distil_rank.compress.head_plan import Request
-from distil_rank.compress.heads import WHOLE, compress_head, parts_of
+from distil_rank.compress.head_layers import Request
+from distil_rank.compress.heads import compress_head, parts_of
 from distil_rank.compress.storage import save
 from distil_rank.compress.tasks import Array, TaskChange, choose_metric, load_labels, task_change
 from distil_rank.core.agreement import NAMES
 from distil_rank.core.devices import pick_device
 from distil_rank.core.errors import InputError
-from distil_rank.core.heads import UnitNorm, load_head
+from distil_rank.core.heads import load_head
 from distil_rank.core.latency import compare_latency
 from distil_rank.core.moments import Moments
 from distil_rank.core.randomness import generator
 from distil_rank.core.records import (
-    Metric,
-    Record,
     config_record,
     environment,
     require_writable,
@@ -54,8 +52,7 @@ class Config:
     out: Path  # where to write
     train: Path | None = None  # embeddings to fit on (n, d)
     val: Path | None = None  # held-out embeddings (n, d)
-    labels: Path | None = None  # one label a row of --train: .npy, .npz (key y), .pt, .csv
-    val_labels: Path | None = None  # one label a row of --val
+    labels: Path | None = None  # one label a row of --val, else of --train: .npy, .npz, .pt, .csv
     key: tuple[str, ...] = ()  # names of the layers in order, or a common prefix
     # between the layers of a head
     activation: Literal["relu", "gelu", "tanh", "silu", "sigmoid", "identity"] | None = None
@@ -63,12 +60,11 @@ class Config:
     fvu: float | None = None  # or: largest FVU of every layer on its own
     speedup: float | None = None  # or: FLOPs before / after
     bytes: str | None = None  # or: bytes of all weights after, such as 400k or 2M
-    # fit each layer for its own output (so with --fvu), the next linear layer's, or the head's; or
-    # the whole head as one map
-    metric: Literal["own", "next", "output", "whole"] | None = None
+    # fit each layer for its own output (so with --fvu) or the head's; or the whole head as one map,
+    # or as one narrow layer
+    metric: Literal["own", "output", "whole", "narrow"] | None = None
     prior: Path | None = None  # moments of other proteins, to blend in where they help
     int8: bool = False  # eight-bit factors
-    onnx: bool = False  # also write model.onnx
     held_out: float = 0.1  # share of the proteins kept aside
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
     seed: int = 0  # of everything random
@@ -80,10 +76,8 @@ def run(config: Config) -> None:
     Request(config.rank, config.fvu, config.speedup, size).check()
     device = pick_device(config.device)
     loaded = load_head(config.head, config.key, config.activation)
-    head: nn.Module = loaded[0] if len(loaded) == 1 else loaded
-    if loaded.unit_norm_inputs:  # the small head scales its inputs too
-        head = nn.Sequential(UnitNorm(), *loaded)
-    head = head.to(device).eval()
+    head: nn.Module = loaded.whole  # the small head scales its inputs too
+    head = (head[0] if len(loaded.whole) == 1 else head).to(device)  # type: ignore[index]
     layers = [part for part in parts_of(head) if isinstance(part, nn.Linear)]
     train, held_out, labels = read_rows(config)
     assert config.train is not None
@@ -106,14 +100,12 @@ def run(config: Config) -> None:
         int8=config.int8,
         seed=config.seed,
     )
-    beside = other_form(config, certificate, head, train, held_out)
     task, held_out = None, held_out.to(layers[0].weight)
     if labels is not None:
         with torch.no_grad():
             task = task_change(head(held_out), small(held_out), labels, config.seed)
     timed = [held_out[torch.arange(batch) % len(held_out)] for batch in BATCHES]
     record = certificate.record() | ({} if task is None else {"task": asdict(task)})
-    record |= {} if beside is None else {"same_flops": beside}
     record |= {
         "latency": compare_latency(head, small, timed, rounds=20),
         "config": config_record(config),
@@ -130,30 +122,7 @@ def run(config: Config) -> None:
     }
     small = small.cpu()
     save(small, config.out, certificate=record, readme=readme(config, certificate))
-    if config.onnx:
-        export_onnx(small, held_out[:2].cpu(), config.out / "model.onnx")
-    print(summary(certificate, beside, task, config.out))
-
-
-def other_form(
-    config: Config, certificate: HeadCertificate, head: nn.Module, train: Tensor, held_out: Tensor
-) -> Record | None:
-    """The other student of several layers at the same FLOPs, as one map or layer by layer."""
-    if sum(isinstance(part, nn.Linear) for part in parts_of(head)) < 2:
-        return None
-    metric = "output" if certificate.metric == WHOLE else WHOLE
-    try:
-        found = compress_head(
-            *(head, train, held_out),
-            speedup=certificate.flops_ratio,
-            metric=metric,
-            int8=config.int8,
-            seed=config.seed,
-        )[1]
-    except InputError:  # no such student is that small
-        return None
-    fields = ("metric", "flops_ratio", "bytes_after", "output_fvu", "kept")
-    return {name: getattr(found, name) for name in fields}
+    print(summary(certificate, task, config.out))
 
 
 def read_rows(config: Config) -> tuple[Tensor, Tensor, Array | None]:
@@ -161,19 +130,11 @@ def read_rows(config: Config) -> tuple[Tensor, Tensor, Array | None]:
     if config.train is None:
         raise InputError("--train required, embeddings to fit on, got none")
     data = load_matrix(config.train)
-    if config.val_labels is not None and config.val is None:
-        raise InputError("--val required beside --val-labels, got none; --labels are of --train")
-    labels = None if config.labels is None else load_labels(config.labels, len(data))
-    if config.val is not None:
-        held_out = load_matrix(config.val)
-        if config.val_labels is not None:
-            return data, held_out, load_labels(config.val_labels, len(held_out))
-        if labels is None:
-            return data, held_out, None
-        raise InputError(
-            "--val-labels required beside --labels and --val:"
-            " the metric is measured on held-out rows"
-        )
+    held_out = None if config.val is None else load_matrix(config.val)
+    rows = len(data if held_out is None else held_out)
+    labels = None if config.labels is None else load_labels(config.labels, rows)
+    if held_out is not None:
+        return data, held_out, labels
     if not 0 < config.held_out < 1:
         raise InputError(f"--held-out must be between 0 and 1, got {config.held_out}")
     count = round(config.held_out * len(data))
@@ -212,26 +173,17 @@ y = distil_rank.load("{config.out.name}")(x)  # x (n, {certificate.layers[0].d_i
 """
 
 
-def summary(
-    certificate: HeadCertificate, beside: Record | None, task: TaskChange | None, out: Path
-) -> str:
+def summary(certificate: HeadCertificate, task: TaskChange | None, out: Path) -> str:
     """What the terminal shows at the end."""
-    held, first = certificate.output_fvu["held_out"], certificate.layers[0]
-    lines = [f"kept of the function: {_kept(certificate.kept)}"]
-    if beside is not None:
-        form = "as one map" if beside["metric"] == WHOLE else "layer by layer"
-        lines.append(f"  {form} at the same FLOPs: {_kept(beside['kept'])}")
-    lines += [_layer_line(layer) for layer in certificate.layers]
+    held = certificate.output_fvu["held_out"]
+    texts = [f"{NAMES[m]} {with_interval(v, '.3f')}" for m, v in certificate.kept.items()]
+    kept = ", ".join(texts) or "not measured on so few rows"
+    lines = [f"kept of the function: {kept}", *map(_layer_line, certificate.layers)]
     lines.append(
         f"output FVU {held['value']:.4g} [{held['low']:.4g}, {held['high']:.4g}]"
         f" on {certificate.held_out_rows} held-out rows; FLOPs / {certificate.flops_ratio:.3g};"
         f" bytes {certificate.bytes_before} -> {certificate.bytes_after}"
     )
-    best = first.equal_bytes and first.equal_bytes.best
-    if best and best.fvu < 0.9 * (first.held_out_achieved_fvu or 0):
-        lines.append(
-            f"at the same bytes, {best.precision} at rank {best.rank} would have FVU {best.fvu:.4g}"
-        )
     if task is not None:
         change = task.change
         lines.append(
@@ -242,16 +194,10 @@ def summary(
     return "\n".join([*lines, f"written to {out}"])
 
 
-def _kept(kept: dict[str, Metric]) -> str:
-    texts = [f"{NAMES[m]} {with_interval(v, '.3f')}" for m, v in kept.items()]
-    return ", ".join(texts) or "not measured on so few rows"
-
-
 def _layer_line(layer: LayerCertificate) -> str:
     shape = f"  layer {layer.name}  {layer.d_in} -> {layer.d_out}  "
     if layer.rank is None:
         return f"{shape}{layer.note}"
-    return (
-        f"{shape}rank {layer.rank}  held-out FVU {layer.held_out_achieved_fvu:.4g}"
-        f" (floor {layer.held_out_floor_fvu:.4g})"
-    )
+    floor = layer.held_out_floor_fvu
+    beside = "" if floor is None else f" (floor {floor:.4g})"
+    return f"{shape}rank {layer.rank}  held-out FVU {layer.held_out_achieved_fvu:.4g}{beside}"

@@ -1,4 +1,4 @@
-"""What a compressed head lost: achieved and floor FVU, rank curve, intervals, equal bytes."""
+"""What a compressed head lost: achieved and floor FVU of its layers, rank curve, intervals."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from distil_rank.compress.quantise import Choice, Int8Certificate, Int8LowRank
+from distil_rank.compress.head_layers import Fitted
+from distil_rank.compress.quantise import Int8Certificate, Int8LowRank, certify_int8
 from distil_rank.core.functions import FunctionCertificate
 from distil_rank.core.intervals import DRAWS, bootstrap_counts, percentile_interval
 from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.lowrank import Joint, Optimum, floor_fvu, leading_eigenpairs
+from distil_rank.core.moments import Moments
+from distil_rank.core.narrow import NarrowCertificate
 from distil_rank.core.prior import Blend
 from distil_rank.core.randomness import generator
 from distil_rank.core.records import Metric, Record, interval
@@ -29,15 +32,6 @@ class RankCurve:
     fvu: list[float]
     held_out_fvu: list[float] | None = None
     held_out_floor_fvu: list[float] | None = None
-
-
-@dataclass(frozen=True)
-class EqualBytes:
-    """What other precisions would reach with the bytes of the chosen student."""
-
-    bytes: int
-    choices: list[Choice]
-    best: Choice | None
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,6 @@ class LayerCertificate:
     parameters_after: int | None = None
     rank_curve: RankCurve | None = None
     int8: Int8Certificate | None = None
-    equal_bytes: EqualBytes | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +68,7 @@ class HeadCertificate:
     output_fvu: dict[str, Metric]  # of the head's output on the fitted and the held-out rows
     kept: dict[str, Metric]  # of the function on held-out rows, else fitted ones, by measure
     prior: Blend | None
-    function: FunctionCertificate | None  # of a head that is one map
+    function: FunctionCertificate | NarrowCertificate | None  # of a head that is one student
     layers: list[LayerCertificate]
 
     def record(self) -> Record:
@@ -107,25 +100,56 @@ def rank_curve(best: Optimum, held: Joint | None) -> RankCurve:
     return RankCurve(ranks, fvu, missed[at].tolist(), floors[at].tolist())
 
 
-def certify_layer(
-    name: str,
-    layer: nn.Linear,
-    student: LowRankLinear,
-    best: Optimum,
-    joint: Joint,
-    held: Joint | None,
-) -> LayerCertificate:
-    """Of a student on the fitted rows and the held-out ones; `best` has its rank curve."""
-    rank, d_in, d_out = student.rank, layer.in_features, layer.out_features
+def certify_layers(
+    parts: Sequence[nn.Module],
+    small: Sequence[nn.Module],
+    fitted: Sequence[Fitted],
+    held_out: Tensor | None,
+    seed: int,
+) -> list[LayerCertificate]:
+    """One certificate a linear layer, from the factors as they are stored."""
+    known = {found.target.place: found for found in fitted}
+    certificates = []
+    dense = reached = held_out  # held-out rows on their way through both heads
+    for i, (part, new) in enumerate(zip(parts, small)):
+        pair = None
+        if dense is not None and reached is not None:
+            pair = part(dense), new(reached)
+        if i in known:
+            joint, lost = None, None
+            if pair is not None:
+                both = torch.cat([reached, pair[0]], 1)  # type: ignore[list-item]
+                joint = Joint.of(Moments.of(both), known[i].target.layer.in_features)
+                lost = fvu_interval(*pair, seed) if new is not part else None
+            certificates.append(_certify(known[i], joint, lost))
+        dense, reached = pair or (None, None)
+    return certificates
+
+
+def _certify(found: Fitted, held: Joint | None, lost: Metric | None) -> LayerCertificate:
+    """`held`: moments of what reaches the student on held-out rows and of the dense output."""
+    target, student = found.target, found.student
+    layer = target.layer
+    shape = layer.in_features, layer.out_features
+    if not isinstance(student, LowRankLinear):
+        note = "stays dense: factors would not be smaller"
+        note += "" if student is layer else "; refitted to its changed inputs"
+        return LayerCertificate(str(target.place), *shape, None, note, held_out_fvu_interval=lost)
+    joint = target.joint(found.reads)
+    stored = student if found.int8 is None else found.int8.dequantised()
+    eight = None if found.int8 is None else certify_int8(student, found.int8, held or joint)
+    rank = student.rank
     return LayerCertificate(
-        *(name, d_in, d_out, rank),
-        achieved_fvu=joint.fvu(student),
+        *(str(target.place), *shape, rank),
+        achieved_fvu=joint.fvu(stored),
         floor_fvu=floor_fvu(joint.outputs, rank),
-        held_out_achieved_fvu=None if held is None else held.fvu(student),
+        held_out_achieved_fvu=None if held is None else held.fvu(stored),
         held_out_floor_fvu=None if held is None else floor_fvu(held.outputs, rank),
-        parameters_before=d_in * d_out,
-        parameters_after=rank * (d_in + d_out),
-        rank_curve=rank_curve(best, held),
+        held_out_fvu_interval=lost,
+        parameters_before=shape[0] * shape[1],
+        parameters_after=rank * sum(shape),
+        rank_curve=rank_curve(target.best, held),
+        int8=eight,
     )
 
 
@@ -144,12 +168,12 @@ def fvu_interval(y: Tensor, other: Tensor, seed: int) -> Metric:
 
 def flops(parts: Sequence[nn.Module]) -> int:
     """Multiply-adds of the linear layers for one row."""
-    total = 0
+    weights: list[Tensor] = []
     for part in parts:
         if isinstance(part, LowRankLinear):
-            total += part.A.weight.numel() + part.B.weight.numel()
+            weights += [part.A.weight, part.B.weight]
         elif isinstance(part, Int8LowRank):
-            total += part.A.numel() + part.B.numel()
+            weights += [part.A, part.B]
         elif isinstance(part, nn.Linear):
-            total += part.weight.numel()
-    return total
+            weights.append(part.weight)
+    return sum(weight.numel() for weight in weights)

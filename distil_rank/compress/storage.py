@@ -26,6 +26,7 @@ from distil_rank.compress.quantise import Int8LowRank
 from distil_rank.core.errors import InputError
 from distil_rank.core.heads import ACTIVATIONS, UnitNorm
 from distil_rank.core.linear import LowRankLinear
+from distil_rank.core.narrow import PartGELU
 from distil_rank.core.records import atomic, read_json, require_writable
 
 SCHEMA = "distil-rank/compressed/1"
@@ -39,12 +40,14 @@ PARTS: dict[str, type[nn.Module]] = {
     "layernorm": nn.LayerNorm,
     "softmax": nn.Softmax,
     "unit norm": UnitNorm,
+    "part gelu": PartGELU,
 }
 SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {  # of the parts that have some
     nn.GELU: ("approximate",),
     nn.Dropout: ("p",),
     nn.Softmax: ("dim",),
     UnitNorm: ("eps",),
+    PartGELU: ("linear",),
 }
 
 

@@ -53,12 +53,18 @@ class Head(nn.Sequential):
     """Layers in order, frozen, in evaluation mode."""
 
     unit_norm_inputs = False  # whether it was trained on inputs scaled to unit length
+    name = ""  # of its file
 
     @property
     def raw(self) -> nn.Sequential:
         """The head without a final scaling to unit length."""
         parts = list(self)
         return nn.Sequential(*(parts[:-1] if isinstance(parts[-1], UnitNorm) else parts)).eval()
+
+    @property
+    def whole(self) -> nn.Sequential:
+        """The head for inputs of any length: with their scaling, where it was trained on such."""
+        return nn.Sequential(*([UnitNorm()] if self.unit_norm_inputs else []), *self).eval()
 
 
 def load_head(
@@ -85,7 +91,7 @@ def load_head(
     else:
         parts, unit_norm_inputs = _from_state_dict(path, keys, activation), False
     head = Head(*_folded(parts, path))
-    head.unit_norm_inputs = unit_norm_inputs
+    head.unit_norm_inputs, head.name = unit_norm_inputs, Path(path).stem
     if not any(isinstance(part, nn.Linear) for part in head):
         raise InputError(f"a head with a linear layer required in {path}, got none")
     return head.eval().requires_grad_(False)

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from distil_rank.core.records import load_tensors, save_tensors
-
-SCHEMA = "distil-rank/student/1"
 
 
 @dataclass(frozen=True)
@@ -121,20 +116,6 @@ class LowRankLinear(nn.Module):
         if (found is None) != (self.inner_mean is None):
             self.inner_mean = None if found is None else torch.empty_like(found)
         super()._load_from_state_dict(state_dict, prefix, *rest, **more)
-
-    def save(self, path: str | Path, certificate: Certificate | None = None) -> None:
-        """Write the factors as safetensors, the certificate as JSON in the header."""
-        known = certificate and asdict(certificate)
-        save_tensors(path, self.state_dict(), SCHEMA, certificate=known)
-
-    @staticmethod
-    def load(path: str | Path) -> tuple[LowRankLinear, Certificate | None]:
-        """Read a student written by `save`, with its certificate."""
-        tensors, header = load_tensors(path, SCHEMA, "low-rank factors")
-        fields = header["certificate"]
-        names = ("A.weight", "B.weight", "B.bias", "inner_mean")
-        student = LowRankLinear(*(tensors.get(name) for name in names))  # type: ignore[arg-type]
-        return student, Certificate(**fields) if fields else None
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -99,20 +99,3 @@ def layer_of(tensors: Mapping[str, Tensor], name: str, path: str | Path) -> nn.L
         raise InputError(f"a finite weight and bias required, got {got}")
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return linear(weight.to(dtype), None if bias is None else bias.to(dtype))
-
-
-def load_layer(path: str | Path, key: str | None = None) -> nn.Linear:
-    """A linear layer from a state dict: KEY.weight (d_out, d_in) and, if there, KEY.bias (d_out,).
-
-    Without a key the file must hold one layer.
-    """
-    tensors = read_state_dict(path)
-    if key is None:
-        names = sorted(layer_names(tensors))
-        if len(names) != 1:
-            got = ", ".join(names) or "none"
-            raise InputError(
-                f"one layer or --key required in {path}, got layers {got}; choose one with --key"
-            )
-        key = names[0]
-    return layer_of(tensors, key.removesuffix(".weight"), path)

@@ -15,6 +15,7 @@ from distil_rank.core.randomness import generator
 from distil_rank.core.records import Record, sha256, shown_path
 from distil_rank.proteins.embedding_files import load_matrix, provenance
 
+ROWS = 8192  # on which a teacher's output is looked at
 SCALES = (1e-6, 1e6)  # spreads that float32 and the learning rates are made for
 
 
@@ -73,22 +74,23 @@ def load_pair(
 
 def shared_rows(x: Tensor, x_val: Tensor) -> int:
     """How many rows of `x_val` (n, d) are also rows of `x`."""
-    known = {row.tobytes() for row in x.numpy()}
-    return sum(row.tobytes() in known for row in x_val.numpy())
+    known = {hash(row.tobytes()) for row in x.numpy()}
+    return sum(hash(row.tobytes()) in known for row in x_val.numpy())
 
 
-def fitting_rank(x: Tensor, user: nn.Linear | None, rank: int | None) -> int:
-    """The rank of the students: d / 20 unless given, at most what the user's layer allows.
+def fitting_rank(x: Tensor, head: nn.Sequential | None, rank: int | None) -> int:
+    """The rank of the students: d / 20 unless given, at most what the user's one layer allows.
 
-    InputError unless the user's layer takes these embeddings, and the rank fits every layer.
+    InputError unless the user's head takes these embeddings, and the rank fits every layer.
     """
     dim = x.shape[1]
-    if user is not None and user.in_features != dim:
-        raise InputError(f"a teacher of {dim} inputs required, got one of {user.in_features}")
-    outputs = None if user is None else user(x.to(user.weight))
+    layers = [part for part in head or () if isinstance(part, nn.Linear)]
+    if layers and layers[0].in_features != dim:
+        raise InputError(f"a teacher of {dim} inputs required, got one of {layers[0].in_features}")
+    outputs = None if head is None else head(x[:ROWS].to(layers[0].weight))
     if outputs is not None and bool((outputs == outputs[0]).all()):
         raise InputError("a teacher whose output varies required, got a constant; check --key")
-    limit = min(dim, dim if user is None else user.out_features)
+    limit = min(dim, layers[0].out_features) if head is not None and len(head) == 1 else dim
     if rank is None:
         return min(limit, max(1, dim // 20))
     if not 1 <= rank <= limit:

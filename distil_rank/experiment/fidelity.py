@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distil_rank.core.intervals import percentile_interval, t_interval, weighted_quantile
 from distil_rank.core.lowrank import Optimum, fractions, tails
 from distil_rank.core.records import Metric, Record, interval
 
 WORST = 0.01  # the worst-1 % cosine is this quantile over rows: 99 % of proteins are above it
+ROWS = 8192  # at a time
 HIGHER_IS_BETTER = {
     "fvu": False,
     "relative_mse": False,
@@ -36,9 +37,14 @@ class RowErrors:
         return float(self.error.sum() / self.variance.sum())
 
 
-def fvu(outputs: Tensor, prediction: Tensor) -> float:
-    """FVU alone, of (n, d_out) compared in the outputs' dtype: cheap on many rows."""
-    mse = torch.nn.functional.mse_loss(prediction.to(outputs), outputs)
+def fvu(outputs: Tensor, student: nn.Module, x: Tensor) -> float:
+    """FVU alone, of a student on rows x (n, d_in) for outputs (n, d_out), in the outputs' dtype.
+
+    The student runs in its own dtype on so many rows at a time that memory stays bounded.
+    """
+    dtype = next(student.parameters()).dtype
+    parts = [student(rows.to(dtype)).to(outputs) for rows in x.split(ROWS)]
+    mse = nn.functional.mse_loss(torch.cat(parts) if len(parts) > 1 else parts[0], outputs)
     return float(mse / outputs.var(0, correction=0).mean())
 
 

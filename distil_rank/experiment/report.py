@@ -6,6 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distil_rank.core.agreement import NAMES
 from distil_rank.core.figures import INK, PALETTE, QUIET, drawn
 from distil_rank.core.records import Record, read_json
 from distil_rank.core.tables import number
@@ -27,13 +28,17 @@ def draw(folder: str | Path) -> Path:
     folder = Path(folder)
     summary = read_json(folder / SUMMARY, SCHEMA)
     curves = read_json(folder / CURVES, CURVES_SCHEMA)
-    with drawn(folder / PNG, (16, 10.4)) as figure:
-        place = {"left": 0.155, "right": 0.975, "top": 0.815, "bottom": 0.5, "wspace": 0.22}
-        top = figure.add_gridspec(1, 2, width_ratios=[1.15, 1], **place)
+    head = summary.get("head")
+    with drawn(folder / PNG, (22 if head else 16, 10.4)) as figure:
+        widths, left = ([1.5, 1.1, 1], 0.11) if head else ([1.15, 1], 0.155)
+        place = {"left": left, "right": 0.975, "top": 0.815, "bottom": 0.5, "wspace": 0.22}
+        top = figure.add_gridspec(1, len(widths), width_ratios=widths, **place)
         place = {"left": 0.06, "right": 0.67, "top": 0.375, "bottom": 0.07, "wspace": 0.24}
         bottom = figure.add_gridspec(1, 2, **place)
         fidelity(figure.add_subplot(top[0]), summary)
         rank_curve(figure.add_subplot(top[1]), curves)
+        if head:
+            function_kept(figure.add_subplot(top[2]), head)
         training_loss(figure.add_subplot(bottom[0]), curves)
         weight_spectra(figure.add_subplot(bottom[1]), curves)
         latency(figure.add_axes((0.775, 0.07, 0.2, 0.305)), summary)
@@ -107,6 +112,28 @@ def rank_curve(axes: Axes, curves: Record) -> None:
     axes.set_ylabel("FVU on held-out rows")
     marks = "solid: the optimum at every rank, dashed: the floor, dot: the students compared"
     titles(axes, "How small can it be", marks)
+
+
+def function_kept(axes: Axes, head: Record) -> None:
+    """What each class of students of a head keeps of its function by size; the floor dashed."""
+    labels = list(dict.fromkeys(s["student"] for s in head["students"]))
+    for label, ink in zip(labels, PALETTE[3:] + PALETTE[:3]):  # the first three are teachers'
+        style = {"color": QUIET, "ls": DASHED} if label == "floor" else {"color": ink}
+        found = [s for s in head["students"] if s["student"] == label]
+        found.sort(key=lambda s: s["bytes_ratio"])
+        x = [s["bytes_ratio"] for s in found]
+        low, y, high = ([s["kept"][key] for s in found] for key in ("low", "value", "high"))
+        axes.plot(x, y, marker="o", ms=4, lw=1.8, label=label, **style)
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.12, lw=0)
+    axes.set_xscale("log", base=2)
+    sizes = [
+        2**i for i in range(7) if 2**i <= max(s["bytes_ratio"] for s in head["students"]) * 1.3
+    ]
+    axes.set_xticks(sizes, [f"1/{n}" if n > 1 else "1" for n in sizes])
+    axes.set_xlabel("size of the student over the head's, in bytes")
+    axes.legend(fontsize=9, loc="lower left")
+    note = f"{NAMES[head['measure']]}, {head['n_val']:,} held-out rows, 95 % bands"
+    titles(axes, f"What is kept of the head {head['name']}", note)
 
 
 def training_loss(axes: Axes, curves: Record) -> None:

@@ -12,11 +12,12 @@ from distil_rank.core.records import Record, config_record, environment
 
 TIMED = ("latency", "latency_teacher_ms", "latency_student_ms", "speedup")
 # the layer of the published claim: 1280 x 1280 at rank 64, 7.5 times faster
-CLAIM, CLAIM_RANK, CLAIMED_SPEEDUP = (1280, 1280), 64, 7.5
+CLAIM: tuple[int, ...] = (1280, 1280)
+CLAIM_RANK, CLAIMED_SPEEDUP = 64, 7.5
 ROWS_A_RANK = 5  # held-out rows for each rank, below which the floor says little
 
 
-def claim(batches: list[int], rounds: int, threads: int, device: torch.device) -> Record:
+def claim(batches: list[int], rounds: int, device: torch.device) -> Record:
     """Latency for the shape of the claim, and what calls cost that have nothing to compute."""
 
     def pair(d_out: int, d_in: int, rank: int) -> tuple[nn.Module, nn.Module]:
@@ -24,10 +25,10 @@ def claim(batches: list[int], rounds: int, threads: int, device: torch.device) -
         bias = torch.ones(d_out, device=device)
         return linear(torch.ones(d_out, d_in, device=device), bias), LowRankLinear(A, B, bias)
 
-    teacher, student = pair(*CLAIM, CLAIM_RANK)
+    teacher, student = pair(CLAIM[0], CLAIM[1], CLAIM_RANK)
     inputs = [torch.ones(n, CLAIM[1], device=device) for n in batches]
-    rows = compare_latency(teacher, student, inputs, rounds, threads)
-    calls = compare_latency(*pair(1, 1, 1), [inputs[0][:1, :1]], rounds, threads)[0]
+    rows = compare_latency(teacher, student, inputs, rounds)
+    calls = compare_latency(*pair(1, 1, 1), [inputs[0][:1, :1]], rounds)[0]
     sizes = parameters(teacher), parameters(student)
     return {
         "shape": list(CLAIM),

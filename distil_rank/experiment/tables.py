@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from distil_rank.core.agreement import NAMES
 from distil_rank.core.records import Metric, Record
-from distil_rank.core.tables import closeness, markdown, number
+from distil_rank.core.tables import closeness, markdown, number, with_interval
 
 NOTHING = 1e-9  # an FVU of 0 as float32 shows it
 COLUMNS = {  # key -> heading
@@ -134,6 +135,27 @@ def batch_one(summary: Record) -> str:
     )
 
 
+def head_table(head: Record) -> str:
+    """What each class of students of a head keeps at each size, a markdown table."""
+    task = f"{head['task']} on the labels" if "task" in head else None
+    kept = f"{NAMES[head['measure']]} kept"
+    rows = [
+        ["student", "weights / ", "bytes / ", kept, "FVU of the output", *([task] if task else [])]
+    ]
+    if task:
+        rows.append(["dense", "1", "1", "1", "0", with_interval(head["dense"])])
+    for s in head["students"]:
+        sizes = [number(s[key]) for key in ("weights_ratio", "bytes_ratio")]
+        rest = [with_interval(s["task"])] if task else []
+        rows.append([s["student"], *sizes, *(with_interval(s[k]) for k in ("kept", "fvu")), *rest])
+    return markdown(rows)
+
+
+def head_line(head: Record) -> str:
+    rows = f"{head['n_train']:,} rows to fit on, {head['n_val']:,} held out"
+    return f"Head {head['name']}, {head['weights']:,} weights, {rows}, 95 % intervals"
+
+
 def rank_table(summary: Record) -> str:
     """Smallest rank of the optimum that reaches each FVU on held-out rows, and the floor's."""
     targets = list(next(iter(summary["experiments"].values()))["rank_for_fvu"])
@@ -154,6 +176,8 @@ def closing_table(summary: Record) -> str:
         gain = f"{gains[0]} x smaller), {gains[1]} x faster"
         parts.append(f"{name} teacher: {before:,} -> {after:,} parameters ({gain} at batch 32")
         parts += [fidelity_table(experiment), *remarks(experiment)]
+    if "head" in summary:
+        parts += [head_line(summary["head"]), head_table(summary["head"])]
     parts += ["Smallest rank of the optimum, held out", rank_table(summary)]
     parts += ["Latency", latency_table(summary), batch_one(summary)]
     return "\n\n".join(parts)

@@ -16,6 +16,7 @@ other models (learned positions) and are refused.
 import argparse
 import hashlib
 import re
+import sysconfig
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -54,7 +55,9 @@ FAMILIES: dict[str, dict[str, Member]] = {
     },
 }
 
-MODELS = ROOT / "models"
+# of the checkout, else where an installed wheel puts them
+_INSTALLED = Path(sysconfig.get_path("data"), "share", "distil-rank", "models")
+MODELS = next((x for x in (ROOT / "models", _INSTALLED) if x.is_dir()), ROOT / "models")
 _URL = "https://dl.fbaipublicfiles.com/fair-esm/models/{}.pt"
 _NAMES = {family: [member.name for member in sizes.values()] for family, sizes in FAMILIES.items()}
 # what checkpoints hold beside the parameters: of contact prediction, of pooling for other tasks,

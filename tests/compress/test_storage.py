@@ -181,22 +181,3 @@ def test_compiled_models_agree(kind):
     expected = output(small, batches[0])
     small.compile()
     torch.testing.assert_close(output(small, batches[0]), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("int8", [False, True])
-def test_onnx_agrees(int8, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    from distil_rank.compress.head_files import export_onnx
-
-    x = torch.randn(20, 40, generator=torch.Generator().manual_seed(0))
-    small, _ = compress_head(HEAD.eval(), x, rank=8, int8=int8)
-    export_onnx(small, x[:2], tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(
-        str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"]
-    )
-    for rows in (x, x[:1]):
-        (found,) = session.run(None, {"x": rows.numpy()})
-        with torch.no_grad():
-            torch.testing.assert_close(torch.from_numpy(found), small(rows), rtol=1e-5, atol=1e-5)
-    assert [f.name for f in tmp_path.iterdir()] == ["model.onnx"]

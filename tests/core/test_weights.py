@@ -6,7 +6,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from distil_rank.core.errors import InputError
-from distil_rank.core.weights import load_layer, read_state_dict, read_tensors
+from distil_rank.core.heads import load_head
+from distil_rank.core.weights import read_state_dict, read_tensors
+
+
+def load_layer(path, key=None):
+    """The one layer of a head."""
+    (layer,) = load_head(path, key)
+    return layer
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -22,7 +29,7 @@ def test_a_layer_is_found_by_key(tmp_path, suffix):
     assert torch.equal(load_layer(path, first).weight, head[0].weight)
     assert torch.equal(load_layer(path, f"{first}.weight").bias, head[0].bias)
     assert load_layer(path, last).bias is None
-    with pytest.raises(InputError, match="--key"):
+    with pytest.raises(InputError, match="--activation"):
         load_layer(path)
     with pytest.raises(InputError, match=r"key 'classifier' required .* which has layers"):
         load_layer(path, "classifier")
