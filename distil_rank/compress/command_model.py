@@ -25,11 +25,12 @@ from distil_rank.compress.architectures import Architecture
 from distil_rank.compress.calibration import collect, load_prior, save_prior
 from distil_rank.compress.dense_models import Dense, load_dense, weights_dtype
 from distil_rank.compress.evaluate import compare, cost, mutation_effects
+from distil_rank.compress.export import save_merged, save_onnx
 from distil_rank.compress.models import compress_model, quantise_model, rounded
 from distil_rank.compress.recover import recover
 from distil_rank.compress.report import SCHEMA, draw, readme, summary
 from distil_rank.compress.sites import Batch, find_sites, trace
-from distil_rank.compress.storage import WEIGHTS, save, save_merged
+from distil_rank.compress.storage import WEIGHTS, save
 from distil_rank.core.devices import pick_device
 from distil_rank.core.errors import InputError, at_least
 from distil_rank.core.randomness import generator
@@ -64,6 +65,7 @@ class Config:
     prior: Path | None = None  # moments of other proteins, to blend in where they help
     moments_out: Path | None = None  # also write the model's moments, to be somebody's --prior
     dms: Path | None = None  # folder of mutation assays (NAME.csv with NAME.fasta): Spearman
+    onnx: bool = False  # also write model.onnx
     merge: bool = False  # also write merged/, a dense Hugging Face checkpoint
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
     seed: int = 0  # of everything random
@@ -127,6 +129,9 @@ def run(config: Config) -> None:
     draw(out)
     if config.merge:
         save_merged(small, architecture, out / "merged")
+    if config.onnx:
+        shown = (min(held_out, key=len), max(held_out, key=len))
+        save_onnx(small.cpu(), architecture, shown, out / "model.onnx")
     print(summary(record, out))
 
 
@@ -142,13 +147,12 @@ def checked(
     at_least(1, max_length=config.max_length)
     dense = load_dense(config.model, device)
     architecture = dense.architecture
-    if config.merge and architecture.kind != "transformers":
-        raise InputError("--merge needs a Hugging Face model, got a fair-esm one; leave it out")
     assays = []
     if config.dms is not None:
-        if architecture.causal or not architecture.has_logits:
+        if architecture.task != "masked" or not architecture.is_esm:
             raise InputError(
-                f"--dms needs a masked language model, got {architecture.class_name}; leave it out"
+                "--dms needs an ESM-2 with its language-model head,"
+                f" got {architecture.class_name}; leave it out"
             )
         assays = read_assays(config.dms, least=3)
     return dense, assays, *proteins(config)

@@ -29,6 +29,7 @@ from distil_rank.compress.quantise import Int8Certificate, Int8LowRank, certify_
 from distil_rank.compress.ranks import METHODS, Asked, allocated, given, largest_rank
 from distil_rank.compress.sequential import sequential_students
 from distil_rank.compress.sites import Batch, Site, find_sites, trace
+from distil_rank.compress.storage import savable
 from distil_rank.core.errors import InputError
 from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.lowrank import Joint, Optimum, require_finite
@@ -138,6 +139,7 @@ def compress_model(
         held = measure(model, low_rank, list(held_out), run, memory, loss)
     layers = [_layer_report(s, chosen, solved, held, blends) for s in sites]
     how = method if ranks is None else "given"
+    small = savable(small)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
     return small, ModelReport(ratio, how, sequential, layers, before, after, allocation)
 

@@ -124,7 +124,6 @@ def test_bad_input_is_one_line_and_nothing_is_written(folder, capsys):
         (("--max-length", "0"), "--max-length"),
         (("--recover", "-1"), "--recover"),
         (("--device", "tpu"), "--device"),
-        (("--merge",), "--merge"),
         (("--include", "x"), "pattern"),
         (("--dms", str(folder / "none")), "assay"),
         (("--prior", str(folder / "proteins.fasta")), "moments"),

@@ -27,7 +27,7 @@ def test_a_model_compared_with_itself_has_no_loss(kind):
     architecture, model, _, batches = pair(kind)
     record = compare(architecture, model, model, batches)
     assert record["hidden_fvu"]["value"] == 0
-    if architecture.has_logits:
+    if architecture.task != "hidden":
         assert record["logits_kl"]["value"] == 0 and record["perplexity_ratio"]["value"] == 1
 
 
@@ -51,7 +51,7 @@ def test_pseudo_perplexity_masks_every_residue_once():
                     divergence += float((a[p].exp() * (a[p] - b[p])).sum())
                     count += 1
     record = compare(architecture, model, small, batches, passes=passes)
-    assert record["tokens"] == record["residues"] == count
+    assert record["predictions"] == record["residues"] == count
     assert record["perplexity_after"]["value"] == pytest.approx(math.exp(total / count), rel=1e-4)
     assert record["logits_kl"]["value"] == pytest.approx(divergence / count, rel=1e-3)
     ratio = record["perplexity_ratio"]
@@ -72,7 +72,7 @@ def test_causal_perplexity_counts_real_next_tokens():
             total -= float(logs.gather(1, row[1:, None]).sum())
             count += len(row) - 1
     record = compare(architecture, model, small, batches)
-    assert record["tokens"] == count
+    assert record["predictions"] == count
     assert record["perplexity_after"]["value"] == pytest.approx(math.exp(total / count), rel=1e-4)
 
 
@@ -96,7 +96,7 @@ def test_hidden_fvu_is_over_residues(kind):
 def test_recovery_lowers_the_loss_and_touches_factors_only(kind):
     architecture, model, _, batches = pair(kind)
     small, _ = compress_model(model, batches, ratio=0.5, loss=None)
-    key = "logits_kl" if architecture.has_logits else "hidden_fvu"
+    key = "logits_kl" if architecture.task != "hidden" else "hidden_fvu"
     before = compare(architecture, model, small, batches)[key]["value"]
     better, losses = recovery.recover(architecture, model, small, batches, steps=40)
     assert len(losses) == 40
@@ -165,7 +165,7 @@ def test_mutation_effects_mask_one_position_at_a_time(kind, tmp_path):
         old = int(tokens[0, place])
         tokens[0, place] = MASK
         with torch.no_grad():
-            logs = architecture.logits(model, architecture.batch(tokens))[0, place].log_softmax(-1)
+            logs = architecture.read(model, architecture.batch(tokens))[1][0, place].log_softmax(-1)
         predicted.append(float(logs[letters[mutant[-1]]] - logs[old]))
     expected = scipy.stats.spearmanr(predicted, [i * i % 7 for i in range(len(mutants))])
     assert found["before"] == pytest.approx(expected.statistic)

@@ -85,7 +85,7 @@ def test_padding_does_not_count_and_start_and_end_do(kind):
     bare = torch.is_tensor(batch)
     tokens = batch if bare else batch["input_ids"]
     mask = tokens != 1 if bare else batch["attention_mask"].bool()
-    wide = nn.functional.pad(tokens, (0, 7), value=0 if architecture.causal else 1)
+    wide = nn.functional.pad(tokens, (0, 7), value=0 if architecture.task == "causal" else 1)
     padded = architecture.batch(wide, nn.functional.pad(mask, (0, 7)))
     assert int(mask.sum()) == int(architecture.residues(batch).sum()) + 2 * len(tokens)
     sites = find_sites(model, exclude=("*contact_head*", "*decoder*", "lm_head"))
@@ -180,7 +180,7 @@ def test_the_metric_of_the_function_loses_less_of_it(kind):
     model = small_model(kind, layers=3)
     architecture = describe(model)
     batches = architecture.calibration(token_batches(model, count=4, rows=8, length=40))
-    key = "logits_kl" if architecture.has_logits else "hidden_fvu"
+    key = "logits_kl" if architecture.task != "hidden" else "hidden_fvu"
     losses = []
     for loss in (None, architecture.loss):
         small, _ = compress_model(model, batches, ratio=0.5, loss=loss)
