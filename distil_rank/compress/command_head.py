@@ -67,7 +67,7 @@ class Config:
     # the whole head as one map
     metric: Literal["own", "next", "output", "whole"] | None = None
     prior: Path | None = None  # moments of other proteins, to blend in where they help
-    int8: bool = False  # eight-bit factors
+    int8: bool = False  # eight-bit weights
     onnx: bool = False  # also write model.onnx
     held_out: float = 0.1  # share of the proteins kept aside
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one

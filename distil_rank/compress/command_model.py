@@ -14,7 +14,7 @@ module. Layers whose factors would not be smaller stay dense.
 
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -61,7 +61,8 @@ class Config:
     include: tuple[str, ...] = ("*",)  # name patterns of the layers to compress
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
     recover: int = 0  # steps of distillation of the factors afterwards
-    int8: bool = False  # eight-bit factors
+    int8: bool = False  # eight-bit weights
+    int4: bool = False  # four-bit weights
     prior: Path | None = None  # moments of other proteins, to blend in where they help
     moments_out: Path | None = None  # also write the model's moments, to be somebody's --prior
     dms: Path | None = None  # folder of mutation assays (NAME.csv with NAME.fasta): Spearman
@@ -102,9 +103,9 @@ def run(config: Config) -> None:
     if checkpoint is not None:
         small = recovered(config, architecture, model, small, raw, tests, record, checkpoint)
     small = rounded(small, weights_dtype(model))
-    if config.int8:
-        small, certificates = quantise_model(small, batches)
-        record["int8"] = {name: asdict(c) for name, c in certificates.items()}
+    if config.int8 or config.int4:
+        small, lost = quantise_model(small, batches, 4 if config.int4 else 8)
+        record["quantisation"] = {"bits": 4 if config.int4 else 8, "loss": lost}
     record["evaluation"] = compare(architecture, model, small, tests, seed=config.seed)
     record["cost"] = cost(model, small, max(tests, key=len))
     if assays:
@@ -143,6 +144,8 @@ def checked(
         raise InputError(f"--ratio must be above 0 and at most 1, got {config.ratio}")
     if not 0 < config.held_out < 1:
         raise InputError(f"--held-out must be between 0 and 1, got {config.held_out}")
+    if config.int8 and config.int4:
+        raise InputError("--int8 or --int4 required, got both; leave one out")
     at_least(0, recover=config.recover)
     at_least(1, max_length=config.max_length)
     dense = load_dense(config.model, device)

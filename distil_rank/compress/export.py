@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from distil_rank.compress.architectures import Architecture, describe
 from distil_rank.compress.dense_models import quiet_transformers
 from distil_rank.compress.hugging_face import as_transformers, tokenizer_files
-from distil_rank.compress.quantise import Int8LowRank
+from distil_rank.compress.quantise import Int8LowRank, QuantLinear
 from distil_rank.core.errors import InputError
 from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.records import atomic
@@ -28,20 +28,22 @@ def merged(module: nn.Module, dense: nn.Module) -> nn.Module:
     result.load_state_dict(
         {k: v for k, v in module.state_dict().items() if k in names}, strict=False
     )
+    factored = {name for name, part in module.named_modules() if isinstance(part, LowRankLinear)}
     for name, part in module.named_modules():
-        if not isinstance(part, LowRankLinear | Int8LowRank):
+        if not isinstance(part, LowRankLinear | Int8LowRank | QuantLinear) or name[:-2] in factored:
             continue
         layer: Any = result.get_submodule(name)
-        low_rank = part.dequantised() if isinstance(part, Int8LowRank) else part
-        weight, bias = low_rank.B.weight.double() @ low_rank.A.weight.double(), low_rank.B.bias
-        if layer.bias is None:
+        part = part.dequantised() if isinstance(part, Int8LowRank) else part
+        weight, bias = part.weight.double(), part.bias
+        if layer.bias is None and bias is not None:
             raise InputError(
                 f"a layer with bias required for a dense export, {name} has none;"
                 " keep the factors instead"
             )
         with torch.no_grad():
             layer.weight.copy_(weight if isinstance(layer, nn.Linear) else weight.T)
-            layer.bias.copy_(bias if bias is not None else torch.zeros_like(layer.bias))
+            if bias is not None:
+                layer.bias.copy_(bias)
     return result
 
 

@@ -104,7 +104,7 @@ def caption(record: Record) -> str:
         f"ratio {found['ratio']:g}",
         *(["sequential"] if found["sequential"] else []),
         *([f"{steps} recovery steps"] if steps else []),
-        *(["int8 factors"] if "int8" in record else []),
+        *([f"{record['quantisation']['bits']} bits"] if "quantisation" in record else []),
     ]
     gap = found["allocation"]["gap"] if found["allocation"] else 0.0
     return (

@@ -8,10 +8,12 @@ into a dense instance of it: `load("small/", model=MyModel())`. Files of a folde
 | file | what |
 |---|---|
 | `compressed.json` | schema; kind ("esm2", "transformers", "head", "module"), class, config; |
-| | factors: name of a layer -> type ("low-rank", "int8"), d_in, d_out, rank, bias; |
+| | factors: name of a layer -> type ("low-rank", "int8"), d_in, d_out, rank, bias, |
+| | or type "linear", d_in, d_out, bits, bias; NAME.A and NAME.B may be such layers; |
 | | tied: name -> name with the same tensor; float32: names stored narrower than computed |
 | `model.safetensors` | the state dict; of a low-rank layer NAME.A.weight (r, d_in), |
-| | NAME.B.weight (d_out, r), NAME.B.bias; int8: NAME.A, .A_scale, .B, .B_scale, .bias |
+| | NAME.B.weight (d_out, r), NAME.B.bias; int8: NAME.A, .A_scale, .B, .B_scale, .bias; |
+| | linear: NAME.packed, int8 or two to a byte (low half first, plus 8), .scale, .bias |
 | `config.json` | of a model: type "distil_rank", for `AutoModel.from_pretrained` |
 | tokenizer files | of a model: as in the source; an ESM-2 always has `vocab.txt` |
 """
@@ -33,7 +35,7 @@ from torch import Tensor, nn
 
 from distil_rank.compress.architectures import Architecture, describe
 from distil_rank.compress.hugging_face import TOKENIZER, tokenizer_files
-from distil_rank.compress.quantise import Int8LowRank
+from distil_rank.compress.quantise import Int8LowRank, QuantLinear
 from distil_rank.core.errors import InputError
 from distil_rank.core.heads import ACTIVATIONS, UnitNorm
 from distil_rank.core.linear import LowRankLinear
@@ -161,11 +163,17 @@ def factors(module: nn.Module) -> dict[str, dict[str, Any]]:
         elif isinstance(part, Int8LowRank):
             sizes = {"d_in": part.A.shape[1], "d_out": part.B.shape[0], "rank": part.rank}
             found[name] = {"type": "int8", **sizes, "bias": part.bias is not None}
+        elif isinstance(part, QuantLinear):
+            sizes = {"d_in": part.in_features, "d_out": part.out_features, "bits": part.bits}
+            found[name] = {"type": "linear", **sizes, "bias": part.bias is not None}
     return found
 
 
 def _empty_factors(shape: Mapping[str, Any]) -> nn.Module:
-    d_in, d_out, rank = shape["d_in"], shape["d_out"], shape["rank"]
+    d_in, d_out = shape["d_in"], shape["d_out"]
+    if shape["type"] == "linear":
+        return QuantLinear.empty(d_in, d_out, shape["bits"], shape["bias"])
+    rank = shape["rank"]
     if shape["type"] == "int8":
         return Int8LowRank.empty(d_in, d_out, rank, shape["bias"])
     bias = torch.zeros(d_out) if shape["bias"] else None

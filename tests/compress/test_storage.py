@@ -28,13 +28,13 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *CLASSIFIERS])
-@pytest.mark.parametrize("int8", [False, True])
-def test_reloaded_models_are_bit_equal(kind, int8, tmp_path):
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_reloaded_models_are_bit_equal(kind, bits, tmp_path):
     model = small_model(kind)
     batches = token_batches(model)
     small, _ = compress_model(model, batches, ratio=0.5)
-    if int8:
-        small, _ = quantise_model(small, batches)
+    if bits:
+        small, _ = quantise_model(small, batches, bits)
     storage.save(small, tmp_path / "small", describe(model), certificate={"any": 1}, readme="text")
     state = torch.random.get_rng_state()
     loaded = distil_rank.load(tmp_path / "small")
@@ -103,13 +103,16 @@ def test_importing_the_package_does_not_import_transformers(tmp_path):
     assert done.stdout.strip() == "EsmModel", done.stderr[-2000:]
 
 
+@pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("kind", [*KINDS, *CLASSIFIERS])
-def test_dense_export_runs_without_this_package(kind, tmp_path):
+def test_dense_export_runs_without_this_package(kind, bits, tmp_path):
     import transformers
 
     model = small_model(kind)
     batches = token_batches(model)
     small, _ = compress_model(model, batches, ratio=0.5)
+    if bits:
+        small, _ = quantise_model(small, batches, bits)
     save_merged(small, describe(model), tmp_path / "merged")
     made = "EsmForMaskedLM" if kind == "esm2" else kind
     options = {"add_pooling_layer": False} if kind == "EsmModel" else {}
