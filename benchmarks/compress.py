@@ -2,6 +2,7 @@
 
     python -m benchmarks.compress                    # everything but `large` and `times`
     python -m benchmarks.compress frontier nano-128  # some parts, of some models
+    python -m benchmarks.compress frontier nano-128 draws=1
     python -m benchmarks.compress times              # milliseconds of the frontier: an idle machine
     python -m benchmarks.compress large              # a random ESM-2 of the 650M shape, 11 GB
 
@@ -463,8 +464,10 @@ UNASKED = ("large", "times")
 
 
 def main(arguments: list[str]) -> None:
+    global DRAWS
+    DRAWS = next((int(a[6:]) for a in arguments if a.startswith("draws=")), DRAWS)
     names = [a for a in arguments if a in MODELS] or list(MODELS)
-    parts = [a for a in arguments if a not in MODELS]
+    parts = [a for a in arguments if a not in MODELS and not a.startswith("draws=")]
     if unknown := set(parts) - {*LAYERS, *WHOLE}:
         known = ", ".join([*LAYERS, *WHOLE, *MODELS])
         raise SystemExit(f"parts and models out of {known} required, got {', '.join(unknown)}")

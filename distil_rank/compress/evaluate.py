@@ -126,8 +126,7 @@ def _divergence(
     architecture: Architecture, before: Tensor, after: Tensor, shown: Batch, batch: Batch
 ) -> Tensor:
     """Per protein (B, 4): predictions, KL(before || after), negative log-likelihoods of tokens."""
-    (p, where), (q, _) = (architecture.scored(y, shown) for y in (before, after))
-    p, q = p.double(), q.double()
+    (p, where), (q, _) = (architecture.scored(y.double(), shown) for y in (before, after))
     divergence = (p.exp() * (p - q)).flatten(2).sum(-1)
     columns = [torch.ones_like(divergence), divergence]
     tokens = tokens_of(batch)

@@ -6,7 +6,9 @@ from torch import Tensor
 
 from distil_rank.compress import quantise as quantise_module
 from distil_rank.compress.quantise import (
+    GROUP,
     Int8LowRank,
+    QuantLinear,
     at_equal_bytes,
     certify_int8,
     imitated,
@@ -110,3 +112,25 @@ def test_equal_bytes_are_what_is_stored():
         assert 3000 - 4 * (40 + 50) <= module_bytes(small) <= 3000 == choice.bytes
     assert found["int8"].fvu < found["bfloat16"].fvu < found["float32"].fvu
     assert at_equal_bytes(best.student, joint, joint, 100) == []
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("d_in", [40, 65, 130])
+def test_layers_in_few_bits_are_small_and_match_their_inputs(bits, d_in):
+    W, c, x = case(d_in)
+    second = x.T @ x / len(x)
+    layer = QuantLinear.of(W, c.float(), second, bits)
+    near = rounded(W, None, bits, None if bits == 8 else GROUP)
+    scale = near[1].double() if bits == 8 else near[1].double().repeat_interleave(GROUP, 1)
+    nearest = near[0] * (scale[:, None] if bits == 8 else scale[:, :d_in])
+    lost, naive = (
+        float(((V - W) @ second * (V - W)).sum()) for V in (layer.weight.double(), nearest)
+    )
+    assert lost < 0.85 * naive
+    assert layer.weight.shape == W.shape
+    torch.testing.assert_close(layer(x), x @ layer.numbers(torch.float64).T + c, atol=1e-5, rtol=0)
+    columns, scales = (d_in, 4) if bits == 8 else ((d_in + 1) // 2, 2 * ((d_in + 63) // 64))
+    assert module_bytes(layer) == 50 * (columns + scales + 4)
+    empty = QuantLinear.empty(d_in, 50, bits, True)
+    empty.load_state_dict(layer.state_dict())
+    assert torch.equal(empty.weight, layer.weight)

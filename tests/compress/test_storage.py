@@ -168,21 +168,13 @@ def test_reloaded_heads_are_bit_equal(module, int8, tmp_path):
     assert same(small, loaded) and torch.equal(small(x), loaded(x))
 
 
-def test_a_user_class_is_loaded_into_an_instance(tmp_path):
-    class Mine(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = nn.Linear(40, 40)
+def test_an_unknown_class_needs_an_instance(tmp_path):
+    class Mine(nn.Linear):
+        pass
 
-        def forward(self, x):
-            return self.body(x).relu()
-
-    model, x = Mine(), torch.randn(50, 40)
-    small, _ = compress_model(model, [(x,)], ratio=0.5)
-    storage.save(small, tmp_path / "mine")
+    storage.save(nn.ModuleDict({"a": Mine(4, 4)}), tmp_path)
     with pytest.raises(InputError, match="model="):
-        distil_rank.load(tmp_path / "mine")
-    assert torch.equal(distil_rank.load(tmp_path / "mine", model=Mine())(x), small(x))
+        distil_rank.load(tmp_path)
 
 
 def test_damaged_folders_are_refused(tmp_path):
@@ -236,16 +228,6 @@ def test_nothing_of_an_earlier_module_stays(tmp_path):
     assert (tmp_path / "mine" / "README.md").is_file()
 
 
-@pytest.mark.parametrize("int8", [False, True])
-def test_traced_graphs_agree(int8):
-    """torch.compile without a C++ compiler: the traced graph gives the same numbers."""
-    x = torch.randn(20, 40, generator=torch.Generator().manual_seed(0))
-    small, _ = compress_head(HEAD.eval(), x, rank=8, int8=int8)
-    traced = torch.compile(small, backend="aot_eager", fullgraph=True)
-    with torch.no_grad():
-        torch.testing.assert_close(traced(x), small(x), rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_models_agree(kind):
@@ -255,22 +237,3 @@ def test_compiled_models_agree(kind):
     expected = output(small, batches[0])
     small.compile()
     torch.testing.assert_close(output(small, batches[0]), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("int8", [False, True])
-def test_onnx_agrees(int8, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    from distil_rank.compress.head_files import export_onnx
-
-    x = torch.randn(20, 40, generator=torch.Generator().manual_seed(0))
-    small, _ = compress_head(HEAD.eval(), x, rank=8, int8=int8)
-    export_onnx(small, x[:2], tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(
-        str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"]
-    )
-    for rows in (x, x[:1]):
-        (found,) = session.run(None, {"x": rows.numpy()})
-        with torch.no_grad():
-            torch.testing.assert_close(torch.from_numpy(found), small(rows), rtol=1e-5, atol=1e-5)
-    assert [f.name for f in tmp_path.iterdir()] == ["model.onnx"]
