@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baselines import BASELINES, fvu
-from distil_rank.compress.architectures import Architecture
+from distil_rank.compress.architectures import PHASES, Architecture
 from distil_rank.compress.calibration import collect, measure
 from distil_rank.compress.dense_models import load_dense
-from distil_rank.compress.evaluate import compare, cost
+from distil_rank.compress.evaluate import compare, cost, masked_divergence
 from distil_rank.compress.models import compress_model, quantise_model, replaced
 from distil_rank.compress.quantise import GROUP, rounded
 from distil_rank.compress.sites import Batch, Read, Site, find_sites, observe, trace
@@ -354,11 +354,23 @@ def frontier(names: list[str]) -> Record:
         for draw, chosen in enumerate(draws):
             batches = architecture.calibration(architecture.batches(chosen))
             for form, small, size in forms(name, dense, architecture, batches):
-                whole = compare(architecture, dense, small, held_out)
+                narrower = SMALLER[name] in form  # its hidden states have no counterpart
+                measured = predictions if narrower else compare
+                whole = measured(architecture, dense, small, held_out)
                 record = {"draw": draw, "form": form, "bytes": size or bytes_of(small)}
                 found[name].append(record | {key: whole[key] for key in METRICS})
                 print(name, record, whole["logits_kl"]["value"], flush=True)
     return {"proteins": sizes(), "models": found}
+
+
+def predictions(
+    architecture: Architecture, dense: nn.Module, small: nn.Module, batches: list[Batch]
+) -> Record:
+    """KL and perplexity, as `compare`, of a model of another width; no hidden FVU."""
+    rows = [masked_divergence(architecture, dense, small, batch, PHASES) for batch in batches]
+    count, kl, _, nll = torch.cat(rows).sum(0).tolist()
+    values = {"logits_kl": kl / count, "perplexity_after": float(np.exp(nll / count))}
+    return {"hidden_fvu": None} | {key: {"value": value} for key, value in values.items()}
 
 
 def times(names: list[str]) -> Record:

@@ -99,6 +99,8 @@ def models(record: Record) -> str:
 
 def frontier(record: Record) -> str:
     """Bytes, KL and hidden FVU of every form, and time at batch 1 and 8 where it was measured."""
+    if "frontier" not in record:
+        return "Not measured yet."
     parts = []
     timed = record.get("times", {"models": {}})["models"]
     for name, records in record["frontier"]["models"].items():
@@ -111,7 +113,7 @@ def frontier(record: Record) -> str:
         for form, draws in sorted(groups.items(), key=lambda item: -item[1][0]["bytes"]):
             row = [form, f"{round(np.mean([r['bytes'] for r in draws])):,}"]
             for key in ("logits_kl", "hidden_fvu"):
-                values = [r[key]["value"] for r in draws]
+                values = [r[key]["value"] if r[key] else float("nan") for r in draws]
                 few = f" [{min(values):.2g}, {max(values):.2g}]" if len(values) > 1 else ""
                 row.append(f"{np.mean(values):.2g}{few}")
             row.append(f"{np.mean([r['perplexity_after']['value'] for r in draws]):.3f}")

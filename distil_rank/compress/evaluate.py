@@ -55,7 +55,7 @@ def compare(
                     before, after, mask = before[:, None], after[:, None], mask[:, :1] | True
                 numbers.add(before, after, mask)
             elif architecture.task == "masked":
-                rows.append(_masked(architecture, dense, small, batch, passes))
+                rows.append(masked_divergence(architecture, dense, small, batch, passes))
             else:
                 rows.append(_divergence(architecture, before, after, batch, batch))
     sums = torch.cat(hidden.rows)
@@ -107,7 +107,7 @@ class _Squared:
         return sums[..., 1] / sums[..., 0] / variance if variance > 0 else 0 * sums[..., 0]
 
 
-def _masked(
+def masked_divergence(
     architecture: Architecture, dense: nn.Module, small: nn.Module, batch: Batch, passes: int
 ) -> Tensor:
     """`_divergence` (B, 4) with every residue masked once."""
