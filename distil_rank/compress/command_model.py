@@ -103,9 +103,9 @@ def run(config: Config) -> None:
     if checkpoint is not None:
         small = recovered(config, architecture, model, small, raw, tests, record, checkpoint)
     small = rounded(small, weights_dtype(model))
-    if config.int8 or config.int4:
-        small, lost = quantise_model(small, batches, 4 if config.int4 else 8)
-        record["quantisation"] = {"bits": 4 if config.int4 else 8, "loss": lost}
+    if bits := 8 * config.int8 or 4 * config.int4:
+        small, lost = quantise_model(small, batches, bits)
+        record["quantisation"] = {"bits": bits, "loss": lost}
     record["evaluation"] = compare(architecture, model, small, tests, seed=config.seed)
     record["cost"] = cost(model, small, max(tests, key=len))
     if assays:
@@ -124,8 +124,7 @@ def run(config: Config) -> None:
     }
     text = readme(Path(config.model).name, architecture.class_name, record, out)
     save(small, out, architecture, certificate=record["compression"], readme=text)
-    written = (out / WEIGHTS).stat().st_size
-    record["cost"] |= {"bytes_before": dense.bytes, "bytes_after": written}
+    record["cost"] |= sizes_of(dense, out)
     write_json(out / "report.json", record)
     draw(out)
     if config.merge:
@@ -134,6 +133,11 @@ def run(config: Config) -> None:
         shown = (min(held_out, key=len), max(held_out, key=len))
         save_onnx(small.cpu(), architecture, shown, out / "model.onnx")
     print(summary(record, out))
+
+
+def sizes_of(dense: Dense, out: Path) -> dict[str, int]:
+    """Bytes of the weight files, before and after."""
+    return {"bytes_before": dense.bytes, "bytes_after": (out / WEIGHTS).stat().st_size}
 
 
 def checked(
