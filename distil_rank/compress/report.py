@@ -53,7 +53,7 @@ model = distil_rank.load("{out.name}")  # {class_name}, same inputs and outputs 
 
 
 LOSSES = {
-    "logits_kl": "KL to the dense model (nats)",
+    "logits_kl": "logits KL (nats)",
     "output_fvu": "output FVU",
     "hidden_fvu": "hidden-state FVU",
 }
