@@ -1,19 +1,23 @@
-"""The bars of compression, measured on real ESM-2 embeddings and on this repository's small models.
+"""The bars of compression: one layer on real embeddings, whole models beside every alternative.
 
-    python -m benchmarks.compress                  # everything but `large`
-    python -m benchmarks.compress cells int8       # some parts
-    python -m benchmarks.compress large            # a random ESM-2 of the 650M shape, 11 GB
+    python -m benchmarks.compress                    # everything but `large` and `times`
+    python -m benchmarks.compress frontier nano-128  # some parts, of some models
+    python -m benchmarks.compress frontier nano-128 draws=1
+    python -m benchmarks.compress times              # milliseconds of the frontier: an idle machine
+    python -m benchmarks.compress large              # a random ESM-2 of the 650M shape, 11 GB
 
-Each part replaces its own entry of benchmarks/results/compress.json. Real data: $DISTIL_RANK_DATA
-or ../shared/data beside the checkout.
+Each part replaces its own entry of benchmarks/results/compress.json. Models are fitted on proteins
+of human, yeast and E. coli and measured on DeepLoc's test set (Almagro Armenteros et al.,
+Bioinformatics 33, 2017). Data: $DISTIL_RANK_DATA or ../shared/data beside the checkout.
 """
 
+import copy
 import os
 import resource
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +26,43 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baselines import BASELINES, fvu
-from distil_rank.compress.head_layers import FEW
-from distil_rank.compress.heads import compress_head
-from distil_rank.compress.quantise import at_equal_bytes, certify_int8, imitated, quantise
-from distil_rank.compress.tasks import task_change
+from distil_rank.compress.architectures import PHASES, Architecture
+from distil_rank.compress.calibration import collect, measure
+from distil_rank.compress.dense_models import load_dense
+from distil_rank.compress.evaluate import compare, cost, masked_divergence
+from distil_rank.compress.models import compress_model, quantise_model, replaced
+from distil_rank.compress.quantise import GROUP, rounded
+from distil_rank.compress.sites import Batch, Read, Site, find_sites, observe, trace
+from distil_rank.compress.storage import WEIGHTS, save
 from distil_rank.core.intervals import t_interval
-from distil_rank.core.lowrank import Joint, optimum
+from distil_rank.core.linear import LowRankLinear, linear
+from distil_rank.core.lowrank import optimum
 from distil_rank.core.moments import Moments
 from distil_rank.core.prior import blended_moments, folds_of
 from distil_rank.core.randomness import generator
-from distil_rank.core.records import ROOT, environment, read_json, sha256, write_json
+from distil_rank.core.records import ROOT, Record, environment, read_json, sha256, write_json
 from distil_rank.experiment.teachers import random_teacher, spectral_teacher, task_trained_teachers
 from distil_rank.proteins.embedding_files import load_matrix
+from distil_rank.proteins.fasta import AMINO_ACIDS, read_fasta
 
-SCHEMA = "distil-rank/benchmark-compress/1"
+SCHEMA = "distil-rank/benchmark-compress/2"
 RESULT = ROOT / "benchmarks" / "results" / "compress.json"
 DATA = Path(os.environ.get("DISTIL_RANK_DATA", ROOT.parent / "shared" / "data"))
+FILES = {
+    "peptides": DATA / "esm2_8m_peptides/embeddings_train.pt",
+    "gb1": DATA / "esm2_8m_gb1/train.npz",
+    "fitted": DATA / "proteins/human_yeast_ecoli.fasta.gz",
+    "held_out": DATA / "proteins/deeploc_test_set.fasta",
+}
+FEW = 4  # rows a feature, below which a layer is drawn to the weight's own prior
+RATIOS, DRAWS = (0.3, 0.5), 3
+PROTEINS, RESIDUES, TESTS = 40, 110, 24
+MODELS = {
+    "nano-128": ("uniform", "budget", "plain SVD", "Fisher", "Fisher, sequential"),
+    "nano-256": ("budget", "Fisher"),
+}
+SMALLER = {"nano-128": "nano-64", "nano-256": "nano-128"}
+METRICS = ("logits_kl", "hidden_fvu", "perplexity_after")
 
 
 def peptides() -> tuple[Tensor, Tensor]:
@@ -47,10 +72,10 @@ def peptides() -> tuple[Tensor, Tensor]:
     ).double()
 
 
-def gb1() -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
+def gb1() -> tuple[Tensor, Tensor]:
     parts = [np.load(DATA / "esm2_8m_gb1" / f"{name}.npz") for name in ("train", "valid")]
     x = [torch.from_numpy(part["X"]).double() for part in parts]
-    return x[0], x[1], parts[0]["y"].astype(np.float64), parts[1]["y"].astype(np.float64)
+    return x[0], x[1]
 
 
 def teachers(x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -83,7 +108,7 @@ def cells() -> dict[str, Any]:
     """
     records = []
     train, val = peptides()
-    variants, variants_val, _, _ = gb1()
+    variants, variants_val = gb1()
     for data, (x, held) in {
         "peptides": (train, val),
         "GB1 variants": (variants, variants_val),
@@ -140,7 +165,7 @@ def verdict(records: list[dict[str, Any]], ours: str, name: str) -> dict[str, An
 def prior() -> dict[str, Any]:
     """Fifty proteins with and without a prior, in domain (other peptides) and out of it (GB1)."""
     train, val = peptides()
-    variants, _, _, _ = gb1()
+    variants, _ = gb1()
     records = []
     for teacher, (W, c) in teachers(train).items():
         for rank in (16, 64):
@@ -172,109 +197,9 @@ def prior() -> dict[str, Any]:
     }
 
 
-def int8() -> dict[str, Any]:
-    """Extra held-out FVU of eight-bit factors at the same rank; every precision at equal bytes."""
-    train, val = peptides()
-    same, curves = [], {}
-    for teacher, (W, c) in teachers(train).items():
-        moments = Moments.of(train)
-        best = optimum(W, c, moments)
-        fitted, held = Joint.of_layer(W, c, moments), Joint.of_layer(W, c, Moments.of(val))
-        for rank in (8, 16, 32, 64, 128):
-            student = best.student(rank)
-            found = certify_int8(student, quantise(student, imitated(student, fitted)), held)
-            same.append(
-                {
-                    "teacher": teacher,
-                    "rank": rank,
-                    "low_rank": found.low_rank,
-                    "quantisation": found.quantisation,
-                }
-            )
-            same[-1] |= {
-                "fvu": found.fvu,
-                "extra": found.fvu / found.low_rank - 1,
-                "bytes": found.bytes,
-            }
-        budgets = [4 * (2 * 320 * r + 320) for r in (8, 16, 32, 64)]
-        curves[teacher] = [
-            asdict(choice)
-            for size in budgets
-            for choice in at_equal_bytes(best.student, fitted, held, size)
-        ]
-    factors_won = []
-    for curve in curves.values():
-        for size in {point["bytes"] for point in curve}:
-            at = {point["precision"]: point["fvu"] for point in curve if point["bytes"] == size}
-            factors_won.append(at["float32"] / at["int8"])
-    return {
-        "worst_extra_fvu_at_same_rank": max(s["extra"] for s in same),
-        "float32_over_int8_fvu_at_equal_bytes": {
-            "median": float(np.median(factors_won)),
-            "smallest": min(factors_won),
-            "largest": max(factors_won),
-        },
-        "same_rank": same,
-        "equal_bytes": curves,
-    }
-
-
-def head() -> dict[str, Any]:
-    """An MLP head on ESM-2 embeddings of GB1 variants, compressed 10 x: Spearman with fitness."""
-    x, held, y, y_held = (t.float() if isinstance(t, Tensor) else t for t in gb1())
-    mean, scale = x.mean(0), x.std(0)
-    x, held = (x - mean) / scale, (held - mean) / scale
-    target = torch.from_numpy((y - y.mean()) / y.std()).float()
-    records = []
-    for seed in range(3):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            mlp = nn.Sequential(
-                nn.Linear(320, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 1)
-            )
-        optimiser = torch.optim.AdamW(mlp.parameters(), lr=1e-3, weight_decay=0.1)
-        batches = generator(seed, "GB1 batches")
-        for _ in range(600):
-            rows = torch.randint(len(x), (128,), generator=batches)
-            loss = (mlp(x[rows])[:, 0] - target[rows]).square().mean()
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-        mlp.eval().requires_grad_(False)
-        bytes = 4 * sum(p.numel() for p in mlp.parameters()) // 10
-        for metric, eight in (
-            ("output", False),
-            ("own", False),
-            ("output", True),
-            ("own", True),
-        ):
-            small, certificate = compress_head(
-                mlp, x, held, bytes=bytes, metric=metric, int8=eight, seed=seed
-            )
-            change = asdict(task_change(mlp(held), small(held), y_held, seed))
-            record = {
-                "seed": seed,
-                "metric": metric,
-                "int8": eight,
-                "flops_ratio": certificate.flops_ratio,
-            }
-            record |= {
-                "bytes_ratio": certificate.bytes_before / certificate.bytes_after,
-                "task": change,
-            }
-            record |= {
-                "output_fvu": certificate.output_fvu["held_out"],
-                "ranks": [layer.rank for layer in certificate.layers],
-            }
-            records.append(record)
-    return {"n_train": len(x), "n_val": len(held), "records": records}
-
-
 def large() -> dict[str, Any]:
     """Seconds and peak memory of compressing a random ESM-2 of the 650M shape."""
     import esm
-
-    from distil_rank.compress.models import compress_model
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -304,46 +229,273 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kilobytes on Linux
 
 
-PARTS: dict[str, Callable[[], dict[str, Any]]] = {
-    "cells": cells,
-    "prior": prior,
-    "int8": int8,
-    "head": head,
-    "large": large,
-}
+def proteins() -> tuple[list[list[str]], list[str]]:
+    """Draws of sequences to fit on, and those to measure on."""
+    fitted, held_out = sequences(FILES["fitted"]), sequences(FILES["held_out"])
+    known = set(fitted)
+    order = torch.randperm(len(held_out), generator=generator(0, "held-out proteins")).tolist()
+    tests = [held_out[i] for i in order if held_out[i] not in known][:TESTS]
+    order = torch.randperm(len(fitted), generator=generator(0, "fitted proteins")).tolist()
+    draws = [order[i * PROTEINS : (i + 1) * PROTEINS] for i in range(DRAWS)]
+    return [[fitted[i] for i in draw] for draw in draws], tests
 
 
-def main(names: list[str]) -> None:
-    unknown = set(names) - set(PARTS)
-    if unknown:
-        raise SystemExit(
-            f"parts out of {', '.join(PARTS)} required, got {', '.join(sorted(unknown))}"
+def models(names: list[str]) -> Record:
+    """KL to the dense model at equal parameters, by metric and method."""
+    draws, tests = proteins()
+    found = {}
+    for name in names:
+        methods = MODELS[name]
+        dense, architecture, _, digest, _ = load_dense(name)
+        held_out = architecture.batches(tests)
+        shown = architecture.calibration(held_out)
+        sites = trace(dense, shown, find_sites(dense))
+        records: list[Record] = []
+        for draw, chosen in enumerate(draws):
+            batches = architecture.calibration(architecture.batches(chosen))
+            for ratio in RATIOS:
+                for method in methods:
+                    small = student(method, dense, architecture, batches, sites, ratio)
+                    parts = {s.name: small.get_submodule(s.name) for s in sites}
+                    low_rank = {k: m for k, m in parts.items() if isinstance(m, LowRankLinear)}
+                    losses = measure(dense, low_rank, shown, sites)
+                    whole = compare(architecture, dense, small, held_out)
+                    record = {"draw": draw, "ratio": ratio, "method": method}
+                    record["parameters"] = sum(p.numel() for p in small.parameters())
+                    record["layer_fvu"] = sum(x.fvu for x in losses.values()) / len(sites)
+                    records.append(record | {key: whole[key] for key in METRICS})
+                    print(record, whole["logits_kl"], whole["hidden_fvu"], flush=True)
+        pairs = [(ratio, m) for ratio in RATIOS for m in methods if m != "budget"]
+        found[name] = {
+            "sha256": digest,
+            "perplexity": whole["perplexity_before"],
+            "against_budget": [against(records, ratio, m) for ratio, m in pairs],
+            "records": records,
+        }
+    return {"proteins": sizes(), "models": found}
+
+
+def sizes() -> dict[str, int]:
+    return dict(fitted=PROTEINS, held_out=TESTS, residues_at_most=RESIDUES, draws=DRAWS)
+
+
+def sequences(path: Path) -> list[str]:
+    """The starts of proteins of at least 60 residues, without unusual ones."""
+    found = [p.sequence for p in read_fasta(path) if len(p.sequence) >= 60]
+    return [s[:RESIDUES] for s in found if not set(s) - set(AMINO_ACIDS)]
+
+
+def student(
+    method: str,
+    dense: nn.Module,
+    architecture: Architecture,
+    batches: list[Batch],
+    sites: list[Site],
+    ratio: float,
+) -> nn.Module:
+    options: dict[str, Any] = {"loss": architecture.loss, "sequential": "sequential" in method}
+    if not method.startswith("Fisher"):
+        options = {"loss": None, "method": "budget" if method == "budget" else "uniform"}
+    small, report = compress_model(dense, batches, ratio, **options)
+    if method not in BASELINES:
+        return small
+    return baseline_model(method, dense, batches, sites, {x.name: x.rank for x in report.layers})
+
+
+def baseline_model(
+    method: str,
+    model: nn.Module,
+    batches: list[Batch],
+    sites: list[Site],
+    ranks: Mapping[str, int | None],
+) -> nn.Module:
+    """The model compressed by a reference method, its bias refitted, at these ranks."""
+    rows: dict[str, list[Tensor]] = {s.name: [] for s in sites}
+    for batch in batches:
+
+        def see(site: Site, read: Read) -> None:
+            rows[site.name].append(read("input").clone())
+
+        observe(model, batch, sites, see)
+    students = {}
+    for site in sites:
+        rank = ranks[site.name]
+        if rank is not None:
+            x = torch.cat(rows.pop(site.name)).double()
+            bias = torch.zeros(site.d_out) if site.bias is None else site.bias
+            weight = site.weight.double()
+            factors = BASELINES[method](weight, bias.double(), x, rank, refit=True)
+            students[site.name] = LowRankLinear(*(f.float() for f in factors)).eval()
+    return replaced(model, students)
+
+
+def against(records: list[Record], ratio: float, method: str) -> Record:
+    """Geometric mean over draws of each loss over that of `budget`, paired, with its interval."""
+    found: Record = {"ratio": ratio, "method": method}
+    for key in ("logits_kl", "hidden_fvu"):
+        a, b = (
+            np.array([r[key]["value"] for r in records if (r["ratio"], r["method"]) == (ratio, m)])
+            for m in (method, "budget")
         )
-    for name in names or [n for n in PARTS if n != "large"]:
+        logs = np.log(a / b)
+        low, high = np.exp(t_interval(logs))
+        found[key] = {"value": float(np.exp(logs.mean())), "low": float(low), "high": float(high)}
+    return found
+
+
+def frontier(names: list[str]) -> Record:
+    """Bytes on disk, KL and hidden FVU of every way to make a model smaller."""
+    draws, tests = proteins()
+    found: dict[str, list[Record]] = {}
+    for name in names:
+        dense, architecture, *_ = load_dense(name)
+        held_out = architecture.batches(tests)
+        found[name] = []
+        for draw, chosen in enumerate(draws):
+            batches = architecture.calibration(architecture.batches(chosen))
+            for form, small, size in forms(name, dense, architecture, batches):
+                narrower = SMALLER[name] in form  # its hidden states have no counterpart
+                measured = predictions if narrower else compare
+                whole = measured(architecture, dense, small, held_out)
+                record = {"draw": draw, "form": form, "bytes": size or bytes_of(small)}
+                found[name].append(record | {key: whole[key] for key in METRICS})
+                print(name, record, whole["logits_kl"]["value"], flush=True)
+    return {"proteins": sizes(), "models": found}
+
+
+def predictions(
+    architecture: Architecture, dense: nn.Module, small: nn.Module, batches: list[Batch]
+) -> Record:
+    """KL and perplexity, as `compare`, of a model of another width; no hidden FVU."""
+    rows = [masked_divergence(architecture, dense, small, batch, PHASES) for batch in batches]
+    count, kl, _, nll = torch.cat(rows).sum(0).tolist()
+    values = {"logits_kl": kl / count, "perplexity_after": float(np.exp(nll / count))}
+    return {"hidden_fvu": None} | {key: {"value": value} for key, value in values.items()}
+
+
+def times(names: list[str]) -> Record:
+    """Milliseconds a forward pass of every form, beside the dense model, at batch 1 and 8."""
+    draws, tests = proteins()
+    found: dict[str, list[Record]] = {}
+    for name in names:
+        dense, architecture, *_ = load_dense(name)
+        batches = architecture.calibration(architecture.batches(draws[0]))
+        longest = max(tests, key=len)
+        found[name] = []
+        for form, small, _ in forms(name, dense, architecture, batches):
+            for count in (1, 8):
+                record = cost(dense, small, architecture.tokenise([longest] * count), rounds=30)
+                found[name].append({"form": form, **record})
+                print(name, form, count, record["before_ms"], record["after_ms"], flush=True)
+    return {"models": found, "machine_dependent": ["models"]}
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Of the weights as they are saved."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, folder)
+        return (Path(folder) / WEIGHTS).stat().st_size
+
+
+def forms(
+    name: str, dense: nn.Module, architecture: Architecture, batches: list[Batch]
+) -> Iterator[tuple[str, nn.Module, int | None]]:
+    """Name, model and, of one that is simulated, bytes."""
+    yield "dense, float16", copy.deepcopy(dense), None
+    for bits in (8, 4):
+        yield f"dense, int{bits}", quantise_model(dense, batches, bits)[0], None
+    yield "dense, int3", *three_bits(dense, batches)
+    for ratio in (0.5, 0.3, 0.1):
+        small, _ = compress_model(dense, batches, ratio, loss=architecture.loss)
+        yield f"low rank {ratio:g}, float16", halved(small), None
+        for bits in (8, 4):
+            yield f"low rank {ratio:g}, int{bits}", quantise_model(small, batches, bits)[0], None
+    yield f"{SMALLER[name]}, float16", load_dense(SMALLER[name]).model, None
+    yield "best block dropped, float16", block_dropped(dense, architecture, batches), None
+    yield "half of the neurons, float16", neurons_kept(dense, batches, 0.5), None
+
+
+def halved(model: nn.Module) -> nn.Module:
+    """The model in float32 with weights that float16 holds."""
+    return copy.deepcopy(model).half().float()
+
+
+def three_bits(dense: nn.Module, batches: list[Batch]) -> tuple[nn.Module, int]:
+    """As `quantise_model`; there is no three-bit file, the bytes are 3 bits a weight and scales."""
+    sites = trace(dense, batches, find_sites(dense))
+    made, saved = {}, 0.0
+    for statistics in collect(dense, batches, sites, inputs_only=True):
+        m = statistics.moments
+        second = m.covariance + m.mean.outer(m.mean)
+        for site in statistics.sites:
+            integers, scale = rounded(site.weight.double(), second, 3, GROUP)
+            scale = scale.half().float().repeat_interleave(GROUP, 1)[:, : site.d_in]
+            made[site.name] = linear(integers * scale, site.bias)
+            saved += site.parameters * (2 - 3 / 8 - 2 / GROUP)
+    return replaced(dense, made), round(bytes_of(dense) - saved)
+
+
+def block_dropped(dense: nn.Module, architecture: Architecture, batches: list[Batch]) -> nn.Module:
+    """Without the one block whose absence raises the KL on the fitted proteins least."""
+    found = []
+    for i in range(len(dense.layers)):
+        small = copy.deepcopy(dense)
+        del small.layers[i]
+        small.depth -= 1
+        kl = compare(architecture, dense, small, batches[:1], passes=1)["logits_kl"]["value"]
+        found.append((kl, i, small))
+    return min(found)[2]
+
+
+def neurons_kept(dense: nn.Module, batches: list[Batch], share: float) -> nn.Module:
+    """MLPs of fewer neurons: those of most variance in the output, the others regressed on them."""
+    small = copy.deepcopy(dense)
+    names = [n for n, part in dense.named_modules() if n.endswith(".fc2")]
+    sites = trace(dense, batches, [Site(n, dense.get_submodule(n)) for n in names])
+    for statistics in collect(dense, batches, sites, inputs_only=True):
+        (site,) = statistics.sites
+        C, mean = statistics.moments.covariance, statistics.moments.mean
+        W = site.weight.double()
+        kept = (C.diagonal() * W.square().sum(0)).topk(round(share * len(C))).indices.sort().values
+        ridge = 1e-4 * C.diagonal().mean() * torch.eye(len(kept))
+        onto = torch.linalg.solve(C[kept][:, kept] + ridge, C[kept]).T  # (d_ff, k)
+        bias = site.bias + W @ (mean - onto @ mean[kept])
+        block = small.get_submodule(site.name.removesuffix(".fc2"))
+        block.fc1 = linear(block.fc1.weight[kept].clone(), block.fc1.bias[kept].clone())
+        block.fc2 = linear((W @ onto).float(), bias.float())
+    return small
+
+
+LAYERS: dict[str, Callable[[], Record]] = {"cells": cells, "prior": prior, "large": large}
+WHOLE: dict[str, Callable[[list[str]], Record]] = {
+    "models": models,
+    "frontier": frontier,
+    "times": times,
+}
+UNASKED = ("large", "times")
+
+
+def main(arguments: list[str]) -> None:
+    global DRAWS
+    DRAWS = next((int(a[6:]) for a in arguments if a.startswith("draws=")), DRAWS)
+    names = [a for a in arguments if a in MODELS] or list(MODELS)
+    parts = [a for a in arguments if a not in MODELS and not a.startswith("draws=")]
+    if unknown := set(parts) - {*LAYERS, *WHOLE}:
+        known = ", ".join([*LAYERS, *WHOLE, *MODELS])
+        raise SystemExit(f"parts and models out of {known} required, got {', '.join(unknown)}")
+    for part in parts or [p for p in (*LAYERS, *WHOLE) if p not in UNASKED]:
         start = time.perf_counter()
-        found = PARTS[name]()
+        found = LAYERS[part]() if part in LAYERS else WHOLE[part](names)
+        seconds = time.perf_counter() - start
         record = read_json(RESULT, SCHEMA) if RESULT.is_file() else {"schema": SCHEMA}
-        record[name] = {
-            **found,
-            "environment": environment(),
-            "part_seconds": time.perf_counter() - start,
-        }
-        record["data"] = {
-            "peptides": {
-                "source": "UniDL4BioPep, ESM-2 8M",
-                "sha256": sha256(DATA / "esm2_8m_peptides/embeddings_train.pt"),
-            },
-            "gb1": {
-                "source": "GB1 of plm-finetune-eval, ESM-2 8M",
-                "sha256": sha256(DATA / "esm2_8m_gb1/train.npz"),
-            },
-        }
-        RESULT.parent.mkdir(parents=True, exist_ok=True)
+        machine = [*found.get("machine_dependent", []), "environment", "part_seconds"]
+        found |= {"environment": environment("cpu"), "part_seconds": seconds}
+        if part in WHOLE:
+            found["models"] = record.get(part, {}).get("models", {}) | found["models"]
+        record[part] = found | {"machine_dependent": machine}
+        record["data"] = {key: {"sha256": sha256(path)} for key, path in FILES.items()}
         write_json(RESULT, record)
-        print(f"{name}: {record[name]['part_seconds']:.0f} s")
-        for key, value in found.items():
-            if key not in ("records", "same_rank", "equal_bytes", "models"):
-                print(f"  {key}: {value}")
+        print(f"{part}: {seconds:.0f} s")
 
 
 if __name__ == "__main__":

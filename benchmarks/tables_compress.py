@@ -3,10 +3,9 @@
 import numpy as np
 
 from distil_rank.core.records import Record
-from distil_rank.core.tables import markdown, number, with_interval
+from distil_rank.core.tables import markdown, with_interval
 
-SCHEMA = "distil-rank/benchmark-compress/1"
-MODELS = "distil-rank/benchmark-compress-models/1"
+SCHEMA = "distil-rank/benchmark-compress/2"
 
 
 def bars(record: Record) -> str:
@@ -30,27 +29,6 @@ def bars(record: Record) -> str:
                 "at most 1.01",
             ],
         ]
-    if found := record.get("int8"):
-        for least in (1e-2, 1e-3, 0.0):
-            worst = max(s["extra"] for s in found["same_rank"] if s["low_rank"] >= least)
-            label = (
-                f"int8 at the same rank, worst extra FVU where FVU >= {least:g}"
-                if least
-                else "the same, any FVU"
-            )
-            rows.append([label, f"{worst:.2%}", "2 %"])
-        factor = found["float32_over_int8_fvu_at_equal_bytes"]
-        text = f"{factor['median']:.1f} ({factor['smallest']:.1f} to {factor['largest']:.1f})"
-        rows.append(["float32 FVU / int8 FVU at equal bytes, median (range)", text, "above 1"])
-    if found := record.get("head"):
-        for r in found["records"]:
-            metric = {"own": ", own metric", "next": ", next layer's metric", "output": ""}[
-                r["metric"]
-            ]
-            metric += ", int8" if r["int8"] else ""
-            text = with_interval(r["task"]["change"], "+.4f")
-            smaller = f"{r['bytes_ratio']:.1f} x fewer bytes, seed {r['seed']}{metric}"
-            rows.append([f"GB1 head, {smaller}: Spearman", text, "-0.01"])
     if found := record.get("large"):
         minutes = found["processor_seconds"] / 60
         rows.append(
@@ -97,7 +75,7 @@ def cells(record: Record) -> str:
 def models(record: Record) -> str:
     """Whole models: means over calibration draws, and each method against `budget`, paired."""
     parts = []
-    for name, found in record["models"].items():
+    for name, found in record["models"]["models"].items():
         rows = [["ratio", "method", "KL, nats", "hidden FVU", "layer FVU", "perplexity"]]
         rows[0] += ["KL / budget's", "hidden FVU / budget's"]
         paired = {(p["ratio"], p["method"]): p for p in found["against_budget"]}
@@ -119,17 +97,28 @@ def models(record: Record) -> str:
     return "\n\n".join(parts)
 
 
-def precision(record: Record) -> str:
-    """FVU at equal bytes by precision."""
-    if "int8" not in record:
+def frontier(record: Record) -> str:
+    """Bytes, KL and hidden FVU of every form, and time at batch 1 and 8 where it was measured."""
+    if "frontier" not in record:
         return "Not measured yet."
-    rows = [["teacher", "bytes", "float32", "bfloat16", "int8"]]
-    for teacher, curve in record["int8"]["equal_bytes"].items():
-        for size in dict.fromkeys(point["bytes"] for point in curve):
-            at = {p["precision"]: p for p in curve if p["bytes"] == size}
-            cells = [
-                f"{number(at[k]['fvu'])} (rank {at[k]['rank']})"
-                for k in ("float32", "bfloat16", "int8")
-            ]
-            rows.append([teacher, f"{size:,}", *cells])
-    return markdown(rows)
+    parts = []
+    timed = record.get("times", {"models": {}})["models"]
+    for name, records in record["frontier"]["models"].items():
+        rows = [
+            ["form", "bytes", "KL, nats", "hidden FVU", "perplexity", "ms, batch 1", "ms, batch 8"]
+        ]
+        groups: dict[str, list[Record]] = {}
+        for r in records:
+            groups.setdefault(r["form"], []).append(r)
+        for form, draws in sorted(groups.items(), key=lambda item: -item[1][0]["bytes"]):
+            row = [form, f"{round(np.mean([r['bytes'] for r in draws])):,}"]
+            for key in ("logits_kl", "hidden_fvu"):
+                values = [r[key]["value"] if r[key] else float("nan") for r in draws]
+                few = f" [{min(values):.2g}, {max(values):.2g}]" if len(values) > 1 else ""
+                row.append(f"{np.mean(values):.2g}{few}")
+            row.append(f"{np.mean([r['perplexity_after']['value'] for r in draws]):.3f}")
+            at = [t for t in timed.get(name, ()) if t["form"] == form]
+            row += [f"{t['after_ms']:.2f} ({t['speedup']['median']:.2f} x)" for t in at] or ["", ""]
+            rows.append(row)
+        parts.append(f"**{name}**\n\n{markdown(rows)}")
+    return "\n\n".join(parts)

@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING
 
+from distil_rank.core.imports import AfterImport
+
 if TYPE_CHECKING:
     from distil_rank.compress.heads import compress_head
     from distil_rank.compress.models import compress_model
@@ -56,3 +58,9 @@ def __getattr__(name: str) -> object:
     if name in _HOMES:
         return getattr(importlib.import_module(f"distil_rank.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'distil_rank' has no attribute {name!r}")
+
+
+_AUTO = "transformers.models.auto."
+AfterImport(
+    (f"{_AUTO}configuration_auto", f"{_AUTO}modeling_auto"), f"{__name__}.compress.auto", "register"
+)

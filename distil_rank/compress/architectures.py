@@ -1,9 +1,11 @@
-"""The architectures that the command knows by name: how they are built, fed and read.
+"""How a model that the command knows is built, fed and read, and what it predicts.
 
 | kind | class | batch |
 |---|---|---|
 | `esm2` | `proteins.esm2.ESM2`, from fair-esm checkpoints and this repository's names | tokens |
-| `transformers` | one of `CLASSES`, from a Hugging Face folder | {input_ids, attention_mask} |
+| `transformers` | any class of transformers | {input_ids, attention_mask} |
+
+What a model predicts, its task, is the end of its class's name (`TASKS`).
 """
 
 from __future__ import annotations
@@ -17,13 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distil_rank.compress.hugging_face import load_tokenizer
 from distil_rank.compress.sites import Batch, tokens_of
 from distil_rank.core.errors import InputError
 from distil_rank.proteins.esm2 import CLS, EOS, ESM2, MASK, PAD, tokenise
 
-CLASSES = ("EsmModel", "EsmForMaskedLM", "GPT2Model", "GPT2LMHeadModel")
+TASKS = {
+    "ForMaskedLM": "masked",
+    "LMHeadModel": "causal",
+    "ForSequenceClassification": "protein",
+    "ForTokenClassification": "residue",
+    "Model": "hidden",
+}
 PHASES = 7  # every seventh residue is masked at a time: near the 15 % of training
 LINE = 60  # residues a line in ProtGPT2's format
+POOLER = "distil_rank_pooler"  # in a configuration: whether the model has one
 
 
 @dataclass(frozen=True)
@@ -33,17 +43,27 @@ class Architecture:
     kind: str  # "esm2" or "transformers"
     class_name: str
     config: dict[str, Any]
-    tokenizer: Any = None  # of a GPT-2
     source: Path | None = None  # folder with the tokenizer's files
+    tokenizer: Any = None  # of a model that does not read ESM-2's alphabet
 
     @property
-    def causal(self) -> bool:
-        return self.class_name.startswith("GPT2")
+    def task(self) -> str:
+        """Predicted: "masked" or next ("causal") tokens, classes or numbers of a "protein" or a
+        "residue", nothing ("hidden") or what is not known here ("")."""
+        if self.kind == "esm2":
+            return "masked" if self.config["head"] else "hidden"
+        return next((t for end, t in TASKS.items() if self.class_name.endswith(end)), "")
 
     @property
-    def has_logits(self) -> bool:
-        named = self.class_name in ("EsmForMaskedLM", "GPT2LMHeadModel")
-        return named or bool(self.kind == "esm2" and self.config["head"])
+    def predicts_numbers(self) -> bool:
+        """Whether a classifier is a regression: numbers, not probabilities of classes."""
+        labels, problem = self.config.get("id2label"), self.config.get("problem_type")
+        one = problem is None and labels is not None and len(labels) == 1
+        return self.task in ("protein", "residue") and (one or problem == "regression")
+
+    @property
+    def is_esm(self) -> bool:
+        return self.kind == "esm2" or self.config.get("model_type") == "esm"
 
     def build(self) -> nn.Module:
         """The dense model with meaningless weights, in evaluation mode."""
@@ -54,8 +74,7 @@ class Architecture:
 
             cls = getattr(transformers, self.class_name)
             config = cls.config_class.from_dict(self.config)
-            pooler = self.config.get("distil_rank_pooler", True)
-            options = {"add_pooling_layer": pooler} if self.class_name == "EsmModel" else {}
+            options = {} if self.config.get(POOLER, True) else {"add_pooling_layer": False}
             return cls(config, **options).eval()
 
     def batch(self, tokens: Tensor, mask: Tensor | None = None) -> Batch:
@@ -69,65 +88,82 @@ class Architecture:
         self, sequences: Sequence[str], device: torch.device | str = "cpu", tokens: int = 4096
     ) -> list[Batch]:
         """Proteins in batches of similar length of at most about `tokens`, shortest first."""
-        order = sorted(range(len(sequences)), key=lambda i: (len(sequences[i]), i))
         groups: list[list[str]] = []
-        for i in order:
-            if not groups or (len(groups[-1]) + 1) * (len(sequences[i]) + 2) > tokens:
+        for sequence in sorted(sequences, key=len):
+            if not groups or (len(groups[-1]) + 1) * (len(sequence) + 2) > tokens:
                 groups.append([])
-            groups[-1].append(sequences[i])
+            groups[-1].append(sequence)
         return [self.tokenise(group, device) for group in groups]
 
     def tokenise(self, sequences: Sequence[str], device: torch.device | str = "cpu") -> Batch:
-        """One batch; GPT-2 reads proteins as ProtGPT2 does: end, lines of residues, end."""
-        if not self.causal:
+        """One batch. GPT-2 reads proteins as ProtGPT2 does: end, lines of residues, end; other
+        models with a tokenizer of their own as ProtTrans does: residues with spaces between."""
+        if self.is_esm:
             return self.batch(tokenise(sequences).to(device))
         if self.tokenizer is None:
             raise InputError(
-                "a tokenizer of the GPT-2 required, got none; put tokenizer.json into its folder"
+                f"a tokenizer of the {self.class_name} required, got none; put its files into the"
+                " folder"
             )
-        end = self.tokenizer.eos_token
-        lines = [[s[i : i + LINE] for i in range(0, len(s), LINE)] for s in sequences]
-        texts = ["\n".join([end, *parts, end]) for parts in lines]
-        found = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        texts = [" ".join(s) for s in sequences]
+        if self.task == "causal":
+            end = self.tokenizer.eos_token
+            lines = [[s[i : i + LINE] for i in range(0, len(s), LINE)] for s in sequences]
+            texts = ["\n".join([end, *parts, end]) for parts in lines]
+        found = self.tokenizer(texts, add_special_tokens=self.task != "causal")["input_ids"]
         ids = [torch.tensor(row, device=device) for row in found]
-        limit, longest = self.config["n_positions"], max(map(len, ids))
-        if longest > limit:
+        unknown = self.tokenizer.unk_token_id
+        if self.task != "causal" and any(bool((row == unknown).any()) for row in ids):
             raise InputError(
-                f"proteins of at most {limit} tokens required, got {longest}; leave longer ones out"
+                f"letters that the tokenizer of {self.class_name} knows required, got others;"
+                " leave those proteins out"
+            )
+        known = (self.config.get(key) for key in ("n_positions", "max_position_embeddings"))
+        limits, longest = [n for n in known if n], max(map(len, ids))
+        if limits and longest > limits[0] and self.config.get("model_type") != "t5":
+            raise InputError(
+                f"proteins of at most {limits[0]} tokens required, got {longest}; leave longer"
+                " ones out"
             )
         pad = nn.utils.rnn.pad_sequence
         mask = pad([torch.ones_like(row) for row in ids], batch_first=True)
-        end_id = self.tokenizer.eos_token_id
-        return self.batch(pad(ids, batch_first=True, padding_value=end_id), mask)
+        fill = self.tokenizer.pad_token_id
+        fill = self.tokenizer.eos_token_id if fill is None else fill
+        return self.batch(pad(ids, batch_first=True, padding_value=fill), mask)
 
     def read(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Last hidden states (B, T, d), after the final layer norm, and logits (B, T, V)."""
+        """Last hidden states (B, T, d), after the final layer norm, and what the head makes of
+        them: logits (B, T, V) of tokens, (B, C) of a protein or (B, T, C) of residues."""
         if self.kind == "esm2":
             output = model(batch)
             return output.hidden[-1], output.logits
-        if not self.has_logits:
+        base: Any = model.base_model
+        if base is model:
             return model(**batch).last_hidden_state, None
-        base: Any = getattr(model, str(model.base_model_prefix))
-        hidden = base(**batch).last_hidden_state
-        return hidden, model.lm_head(hidden)  # type: ignore[operator]
-
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Logits (B, T, V)."""
-        found = self.read(model, batch)[1]
-        assert found is not None
-        return found
+        kept: list[Tensor] = []
+        handle = base.register_forward_hook(lambda *a: kept.append(a[-1].last_hidden_state))
+        try:
+            logits = model(**batch).logits
+            return kept[0], logits
+        finally:
+            handle.remove()
 
     def residues(self, batch: Batch) -> Tensor:
         """Mask (B, T) of residues: not padding, start or end."""
         tokens = _tokens(batch)
-        ends = [self.config.get(f"{name}_token_id") for name in ("pad", "bos", "eos")]
-        special = [i for i in ends if isinstance(i, int)] if self.causal else [CLS, PAD, EOS]
+        names = [f"{name}_token_id" for name in ("pad", "bos", "eos", "cls", "sep")]
+        ids = [getattr(self.tokenizer, n, None) or self.config.get(n) for n in names]
+        special = [CLS, PAD, EOS] if self.is_esm else [i for i in ids if isinstance(i, int)]
         mask = ~torch.isin(tokens, torch.tensor(special, device=tokens.device))
         return mask if self.kind == "esm2" else mask & batch["attention_mask"].bool()
 
+    @property
+    def mask_id(self) -> int:
+        return MASK if self.is_esm else int(self.tokenizer.mask_token_id)
+
     def masked(self, batch: Batch, where: Tensor) -> Batch:
         """The batch with the mask token at `where` (B, T)."""
-        tokens = _tokens(batch).masked_fill(where, MASK)
+        tokens = _tokens(batch).masked_fill(where, self.mask_id)
         return self.batch(tokens, None if self.kind == "esm2" else batch["attention_mask"])
 
     def phase(self, batch: Batch, phase: int) -> Tensor:
@@ -140,28 +176,41 @@ class Architecture:
 
         Moments of unmasked proteins know nothing of masks, where all predictions are made.
         """
-        if self.causal or not self.has_logits:
+        if self.task != "masked":
             return list(batches)
         return [self.masked(batch, self.phase(batch, i)) for i, batch in enumerate(batches)]
 
-    def loss(self, model: nn.Module, batch: Batch, draws: torch.Generator) -> Tensor:
-        """Whose gradients make the metric of a layer (`fisher`): - log p of drawn tokens, summed.
+    def scored(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Log probabilities (B, P, ..., k), and the mask (B, P) of the predictions that count.
 
-        Next tokens of a causal model, or those at masks, drawn from the model itself; a batch
-        without masks gets some. Without logits, the last hidden states of residues count.
+        Next tokens, tokens at masks, classes; of independent labels each is or is not.
         """
-        if not self.has_logits:
-            hidden = self.read(model, batch)[0] * self.residues(batch)[..., None]
-            return (torch.randn(hidden.shape, generator=draws).to(hidden) * hidden).sum()
-        if self.causal:
-            logits = self.logits(model, batch)[:, :-1][batch["attention_mask"][:, 1:].bool()]
-        else:
-            hidden = _tokens(batch) == MASK
-            if not bool(hidden.any()):
-                hidden = self.phase(batch, 3)
-                batch = self.masked(batch, hidden)
-            logits = self.logits(model, batch)[hidden]
-        logs = logits.log_softmax(-1)
+        if self.config.get("problem_type") == "multi_label_classification":
+            logits = torch.stack([torch.zeros_like(logits), logits], -1)
+        if self.task == "protein":
+            every = torch.ones(len(logits), 1, dtype=torch.bool, device=logits.device)
+            return logits.log_softmax(-1)[:, None], every
+        if self.task == "causal":
+            return logits[:, :-1].log_softmax(-1), batch["attention_mask"][:, 1:].bool()
+        where = self.residues(batch) if self.task == "residue" else _tokens(batch) == self.mask_id
+        return logits.log_softmax(-1), where
+
+    def loss(self, model: nn.Module, batch: Batch, draws: torch.Generator) -> Tensor:
+        """Whose gradients make the metric of a layer (`fisher`): - log p of drawn labels, summed.
+
+        Labels are drawn from the model itself; a batch without masks gets some. Without
+        probabilities, the last hidden states of residues count, or the numbers predicted.
+        """
+        if self.task == "masked" and not bool((_tokens(batch) == self.mask_id).any()):
+            batch = self.masked(batch, self.phase(batch, 3))
+        hidden, logits = self.read(model, batch)
+        if logits is None or self.predicts_numbers:
+            y = hidden if logits is None else logits
+            if y.ndim == 3:
+                y = y * self.residues(batch)[..., None]
+            return (torch.randn(y.shape, generator=draws).to(y) * y).sum()
+        logs, where = self.scored(logits, batch)
+        logs = logs[where].flatten(0, -2)
         chances = logs.detach().float().exp().cpu()
         targets = torch.multinomial(chances, 1, generator=draws).to(logs.device)
         return -logs.gather(-1, targets).sum()
@@ -174,37 +223,24 @@ def _tokens(batch: Batch) -> Tensor:
 
 
 def describe(model: Any, source: Path | None = None) -> Architecture | None:
-    """Architecture of a dense model, None where it is not a known one."""
+    """Architecture of a model, dense or compressed; None where its class is not a known one."""
     name = type(model).__name__
     if isinstance(model, ESM2):
         names = ("width", "heads", "token_dropout", "eps")
         config = {"layers": model.depth} | {n: getattr(model, n) for n in names}
         return Architecture("esm2", name, {**config, "head": model.lm_head is not None})
-    if name in CLASSES:
-        config = json.loads(model.config.to_json_string(use_diff=False))
-        if name == "EsmModel":
-            config["distil_rank_pooler"] = model.pooler is not None
-        return Architecture("transformers", name, config, _tokenizer(source), source)
-    return None
-
-
-def _tokenizer(folder: Path | None) -> Any:
-    if folder is None or not (folder / "tokenizer.json").is_file():
+    if not hasattr(model, "base_model_prefix"):
         return None
-    from transformers import PreTrainedTokenizerFast
+    import transformers
 
-    settings = folder / "tokenizer_config.json"
-    known = json.loads(settings.read_text()) if settings.is_file() else {}
-    end = known.get("eos_token") or "<|endoftext|>"
-    end = end["content"] if isinstance(end, dict) else end
-    file = str(folder / "tokenizer.json")
-    return PreTrainedTokenizerFast(tokenizer_file=file, eos_token=end, bos_token=end)
-
-
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-
-
-def tokenizer_files(source: Path | None) -> dict[str, str]:
-    """Names and texts of a tokenizer's files, to put beside a compressed model."""
-    found = [] if source is None else [source / name for name in TOKENIZER]
-    return {path.name: path.read_text() for path in found if path.is_file()}
+    known = getattr(transformers, name, None)
+    if known is None or not isinstance(model, known):
+        return None
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    folder = Path(config.pop("_name_or_path", None) or model.config._name_or_path or "-")
+    if hasattr(model, "pooler") and model.pooler is None:
+        config[POOLER] = False
+    source = source or (folder if folder.is_dir() else None)
+    return Architecture(
+        "transformers", name, config, source, load_tokenizer(source, config.get("model_type"))
+    )

@@ -64,7 +64,7 @@ class Config:
     # or as one narrow layer
     metric: Literal["own", "output", "whole", "narrow"] | None = None
     prior: Path | None = None  # moments of other proteins, to blend in where they help
-    int8: bool = False  # eight-bit factors
+    int8: bool = False  # eight-bit weights
     held_out: float = 0.1  # share of the proteins kept aside
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
     seed: int = 0  # of everything random

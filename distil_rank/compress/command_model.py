@@ -14,7 +14,7 @@ module. Layers whose factors would not be smaller stay dense.
 
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,11 +25,12 @@ from distil_rank.compress.architectures import Architecture
 from distil_rank.compress.calibration import collect, load_prior, save_prior
 from distil_rank.compress.dense_models import Dense, load_dense, weights_dtype
 from distil_rank.compress.evaluate import compare, cost, mutation_effects
+from distil_rank.compress.export import save_merged, save_onnx
 from distil_rank.compress.models import compress_model, quantise_model, rounded
 from distil_rank.compress.recover import recover
 from distil_rank.compress.report import SCHEMA, draw, readme, summary
 from distil_rank.compress.sites import Batch, find_sites, trace
-from distil_rank.compress.storage import WEIGHTS, save, save_merged
+from distil_rank.compress.storage import WEIGHTS, save
 from distil_rank.core.devices import pick_device
 from distil_rank.core.errors import InputError, at_least
 from distil_rank.core.randomness import generator
@@ -60,10 +61,12 @@ class Config:
     include: tuple[str, ...] = ("*",)  # name patterns of the layers to compress
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
     recover: int = 0  # steps of distillation of the factors afterwards
-    int8: bool = False  # eight-bit factors
+    int8: bool = False  # eight-bit weights
+    int4: bool = False  # four-bit weights
     prior: Path | None = None  # moments of other proteins, to blend in where they help
     moments_out: Path | None = None  # also write the model's moments, to be somebody's --prior
     dms: Path | None = None  # folder of mutation assays (NAME.csv with NAME.fasta): Spearman
+    onnx: bool = False  # also write model.onnx
     merge: bool = False  # also write merged/, a dense Hugging Face checkpoint
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
     seed: int = 0  # of everything random
@@ -100,9 +103,9 @@ def run(config: Config) -> None:
     if checkpoint is not None:
         small = recovered(config, architecture, model, small, raw, tests, record, checkpoint)
     small = rounded(small, weights_dtype(model))
-    if config.int8:
-        small, certificates = quantise_model(small, batches)
-        record["int8"] = {name: asdict(c) for name, c in certificates.items()}
+    if bits := 8 * config.int8 or 4 * config.int4:
+        small, lost = quantise_model(small, batches, bits)
+        record["quantisation"] = {"bits": bits, "loss": lost}
     record["evaluation"] = compare(architecture, model, small, tests, seed=config.seed)
     record["cost"] = cost(model, small, max(tests, key=len))
     if assays:
@@ -121,13 +124,20 @@ def run(config: Config) -> None:
     }
     text = readme(Path(config.model).name, architecture.class_name, record, out)
     save(small, out, architecture, certificate=record["compression"], readme=text)
-    written = (out / WEIGHTS).stat().st_size
-    record["cost"] |= {"bytes_before": dense.bytes, "bytes_after": written}
+    record["cost"] |= sizes_of(dense, out)
     write_json(out / "report.json", record)
     draw(out)
     if config.merge:
         save_merged(small, architecture, out / "merged")
+    if config.onnx:
+        shown = (min(held_out, key=len), max(held_out, key=len))
+        save_onnx(small.cpu(), architecture, shown, out / "model.onnx")
     print(summary(record, out))
+
+
+def sizes_of(dense: Dense, out: Path) -> dict[str, int]:
+    """Bytes of the weight files, before and after."""
+    return {"bytes_before": dense.bytes, "bytes_after": (out / WEIGHTS).stat().st_size}
 
 
 def checked(
@@ -138,17 +148,18 @@ def checked(
         raise InputError(f"--ratio must be above 0 and at most 1, got {config.ratio}")
     if not 0 < config.held_out < 1:
         raise InputError(f"--held-out must be between 0 and 1, got {config.held_out}")
+    if config.int8 and config.int4:
+        raise InputError("--int8 or --int4 required, got both; leave one out")
     at_least(0, recover=config.recover)
     at_least(1, max_length=config.max_length)
     dense = load_dense(config.model, device)
     architecture = dense.architecture
-    if config.merge and architecture.kind != "transformers":
-        raise InputError("--merge needs a Hugging Face model, got a fair-esm one; leave it out")
     assays = []
     if config.dms is not None:
-        if architecture.causal or not architecture.has_logits:
+        if architecture.task != "masked" or not architecture.is_esm:
             raise InputError(
-                f"--dms needs a masked language model, got {architecture.class_name}; leave it out"
+                "--dms needs an ESM-2 with its language-model head,"
+                f" got {architecture.class_name}; leave it out"
             )
         assays = read_assays(config.dms, least=3)
     return dense, assays, *proteins(config)

@@ -12,17 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from distil_rank.compress.architectures import CLASSES, Architecture, describe
+from distil_rank.compress.architectures import TASKS, Architecture, describe
 from distil_rank.core.errors import InputError
 from distil_rank.core.records import sha256
 from distil_rank.core.resume import fingerprint
 from distil_rank.proteins.checkpoints import load_model, locate
 from distil_rank.proteins.hugging_face import weight_files
 
-# never run, or computed anew: contact prediction, learned positions, buffers of positions and masks
-HARMLESS = re.compile(
-    r"contact_head\.|position_embeddings\.|(position_ids|inv_freq|\.attn\.(masked_)?bias)$"
-)
+USUAL = {"esm": "EsmForMaskedLM", "gpt2": "GPT2LMHeadModel", "t5": "T5EncoderModel"}
+# computed anew by the class, or of ESM-2's contact prediction, which is not run
+HARMLESS = re.compile(r"contact_head\.|(position_ids|inv_freq|\.attn\.(masked_)?bias)$")
 
 
 class Dense(NamedTuple):
@@ -74,25 +73,19 @@ def _from_folder(folder: Path) -> nn.Module:
         raise InputError(
             f"a folder with config.json and model.safetensors required, got {folder} ({error})"
         ) from None
-    kind = config.get("model_type")
-    if kind not in ("esm", "gpt2"):
+    found = config.get("architectures") or [USUAL.get(config.get("model_type"), "none named")]
+    cls = getattr(transformers, found[0], None)
+    if cls is None or not any(found[0].endswith(end) for end in TASKS):
         raise InputError(
-            f"an ESM-2 or GPT-2 required, got model_type {kind!r} in {folder};"
-            " use compress_model in Python"
+            f"a class of transformers whose name ends with one of {', '.join(TASKS)} required,"
+            f" got {found[0]} in {folder}; use compress_model in Python, which takes any module"
         )
-    usual = {"esm": "EsmForMaskedLM", "gpt2": "GPT2LMHeadModel"}[kind]
-    name = (config.get("architectures") or [usual])[0]
-    if name not in CLASSES:
-        raise InputError(
-            f"a class out of {', '.join(CLASSES)} required, got {name} in {folder};"
-            " use compress_model in Python, which takes any module"
-        )
-    model, unlike = _read(getattr(transformers, name), folder)
-    if name == "EsmModel" and unlike and all(key.startswith("pooler.") for key in unlike):
-        model, unlike = _read(transformers.EsmModel, folder, add_pooling_layer=False)
+    model, unlike = _read(cls, folder)
+    if unlike and all(key.startswith("pooler.") for key in unlike):
+        model, unlike = _read(cls, folder, add_pooling_layer=False)
     if unlike:
         raise InputError(
-            f"the weights of {name}, all and no others, required in {folder};"
+            f"the weights of {found[0]}, all and no others, required in {folder};"
             f" missing, unexpected or of another shape: {', '.join(unlike[:5])}"
         )
     return model

@@ -8,8 +8,8 @@ proteins.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from distil_rank.compress.architectures import PHASES, Architecture
 from distil_rank.compress.sites import Batch, call, evaluating, tokens_of
 from distil_rank.core.intervals import DRAWS, bootstrap_counts, percentile_interval
+from distil_rank.core.latency import interleaved, quartiles
 from distil_rank.core.moments import Moments
 from distil_rank.core.randomness import generator
 from distil_rank.core.records import Metric, Record, interval
@@ -35,78 +36,105 @@ def compare(
     passes: int = PHASES,
     seed: int = 0,
 ) -> Record:
-    """FVU of the last hidden state; perplexity before and after, their ratio, KL (nats per token).
+    """FVU of the last hidden state and KL of what the head predicts, in nats a prediction.
 
-    All with intervals.
+    Of a language model also the perplexity before and after and their ratio; of a regression the
+    FVU of its outputs. All with intervals.
     """
-    rows: list[Tensor] = []  # per protein: tokens, nll before, nll after, KL
-    hidden: list[Tensor] = []  # per protein: residues, squared error
-    before: Moments | None = None
+    rows: list[Tensor] = []  # per protein: predictions, KL, nll before, nll after
+    hidden, numbers = _Squared(), _Squared()
     with evaluating(dense), evaluating(small), torch.no_grad():
         for batch in batches:
-            if architecture.has_logits:
-                rows.append(_likelihoods(architecture, dense, small, batch, passes))
+            (x, before), (y, after) = (architecture.read(m, batch) for m in (dense, small))
             mask = architecture.residues(batch)
-            x, y = (architecture.read(m, batch)[0] for m in (dense, small))
-            error = (y.double() - x.double()).square().sum(-1) * mask
-            hidden.append(torch.stack([mask.sum(1).double(), error.sum(1)], 1).cpu())
-            before = before or Moments(x.shape[-1], x.device)
-            before.update(x[mask])
-    assert before is not None
-    variance = float(before.covariance.trace())
-    sums = torch.cat(hidden)
+            hidden.add(x, y, mask)
+            if before is None or after is None:
+                continue
+            if architecture.predicts_numbers:
+                if before.ndim == 2:  # of a protein
+                    before, after, mask = before[:, None], after[:, None], mask[:, :1] | True
+                numbers.add(before, after, mask)
+            elif architecture.task == "masked":
+                rows.append(masked_divergence(architecture, dense, small, batch, passes))
+            else:
+                rows.append(_divergence(architecture, before, after, batch, batch))
+    sums = torch.cat(hidden.rows)
     counts = bootstrap_counts(len(sums), DRAWS, generator(seed, "bootstrap over proteins"))
 
     def metric(table: Tensor, value: Callable[[Tensor], Tensor]) -> Metric:
         found = float(value(table.sum(0)))
         return interval(found, *percentile_interval(value(counts @ table)), False)
 
-    def fvu(t: Tensor) -> Tensor:
-        return t[..., 1] / t[..., 0] / variance if variance > 0 else 0 * t[..., 0]
-
-    record = {"proteins": len(sums), "residues": int(before.count), "hidden_fvu": metric(sums, fvu)}
+    record: Record = {"proteins": len(sums), "residues": int(sums[:, 0].sum())}
+    record["hidden_fvu"] = metric(sums, hidden.fvu)
+    if numbers.rows:
+        record["output_fvu"] = metric(torch.cat(numbers.rows), numbers.fvu)
     if rows:
         table = torch.cat(rows)
+        record["predictions"] = int(table[:, 0].sum())
+        record["logits_kl"] = metric(table, lambda t: t[..., 1] / t[..., 0])
+    if rows and architecture.task in ("masked", "causal"):
         record |= {
-            "tokens": int(table[:, 0].sum()),
-            "perplexity_before": metric(table, lambda t: (t[..., 1] / t[..., 0]).exp()),
-            "perplexity_after": metric(table, lambda t: (t[..., 2] / t[..., 0]).exp()),
+            "perplexity_before": metric(table, lambda t: (t[..., 2] / t[..., 0]).exp()),
+            "perplexity_after": metric(table, lambda t: (t[..., 3] / t[..., 0]).exp()),
             "perplexity_ratio": metric(
-                table, lambda t: ((t[..., 2] - t[..., 1]) / t[..., 0]).exp()
+                table, lambda t: ((t[..., 3] - t[..., 2]) / t[..., 0]).exp()
             ),
-            "logits_kl": metric(table, lambda t: t[..., 3] / t[..., 0]),
             "kind": "perplexity"
-            if architecture.causal
+            if architecture.task == "causal"
             else f"masked pseudo-perplexity, {passes} passes",
         }
     return record
 
 
-def _likelihoods(
+class _Squared:
+    """Squared error of vectors by protein, over the variance of the dense model's."""
+
+    def __init__(self) -> None:
+        self.rows: list[Tensor] = []  # per protein: vectors, squared error
+        self.before: Moments | None = None
+
+    def add(self, x: Tensor, y: Tensor, mask: Tensor) -> None:
+        """x before and y after (B, T, d), mask (B, T) of those that count."""
+        error = (y.double() - x.double()).square().sum(-1) * mask
+        self.rows.append(torch.stack([mask.sum(1).double(), error.sum(1)], 1).cpu())
+        self.before = self.before or Moments(x.shape[-1], x.device)
+        self.before.update(x[mask])
+
+    def fvu(self, sums: Tensor) -> Tensor:
+        assert self.before is not None
+        variance = float(self.before.covariance.trace())
+        return sums[..., 1] / sums[..., 0] / variance if variance > 0 else 0 * sums[..., 0]
+
+
+def masked_divergence(
     architecture: Architecture, dense: nn.Module, small: nn.Module, batch: Batch, passes: int
 ) -> Tensor:
-    """Per protein (B, 4): predicted tokens, negative log-likelihoods, KL(before || after)."""
-    tokens = tokens_of(batch)
-    assert tokens is not None
-
-    def scores(shown: Batch, targets: Tensor, where: Tensor) -> Tensor:
-        length = targets.shape[1]
-        logs = [architecture.logits(m, shown)[:, :length] for m in (dense, small)]
-        before, after = (x.log_softmax(-1).double() for x in logs)
-        picked = [-x.gather(-1, targets[..., None])[..., 0] for x in (before, after)]
-        divergence = (before.exp() * (before - after)).sum(-1)
-        columns = [torch.ones_like(divergence), *picked, divergence]
-        return torch.stack([(c * where).sum(1) for c in columns], 1).cpu()
-
-    if architecture.causal:
-        return scores(batch, tokens[:, 1:], batch["attention_mask"][:, 1:].bool())
+    """`_divergence` (B, 4) with every residue masked once."""
     residues = architecture.residues(batch)
     position = residues.cumsum(1) - 1
-    result = torch.zeros(len(tokens), 4, dtype=torch.float64)
+    result = torch.zeros(len(residues), 4, dtype=torch.float64)
     for turn in range(passes):
-        where = residues & (position % passes == turn)
-        result += scores(architecture.masked(batch, where), tokens, where)
+        shown = architecture.masked(batch, residues & (position % passes == turn))
+        before, after = (architecture.read(m, shown)[1] for m in (dense, small))
+        assert before is not None and after is not None
+        result += _divergence(architecture, before, after, shown, batch)
     return result
+
+
+def _divergence(
+    architecture: Architecture, before: Tensor, after: Tensor, shown: Batch, batch: Batch
+) -> Tensor:
+    """Per protein (B, 4): predictions, KL(before || after), negative log-likelihoods of tokens."""
+    (p, where), (q, _) = (architecture.scored(y.double(), shown) for y in (before, after))
+    divergence = (p.exp() * (p - q)).flatten(2).sum(-1)
+    columns = [torch.ones_like(divergence), divergence]
+    tokens = tokens_of(batch)
+    if architecture.task in ("masked", "causal") and tokens is not None:
+        targets = tokens[:, 1:] if architecture.task == "causal" else tokens
+        columns += [-x.gather(-1, targets[..., None])[..., 0] for x in (p, q)]
+    columns += [torch.zeros_like(divergence)] * (4 - len(columns))
+    return torch.stack([(c * where).sum(1) for c in columns], 1).cpu()
 
 
 class _AsESM2:
@@ -118,7 +146,9 @@ class _AsESM2:
 
     def __call__(self, tokens: Tensor, layers: Sequence[int], places: Tensor) -> Output:
         shown = self.architecture.batch(tokens)
-        return Output([], self.architecture.logits(self.model, shown)[places])
+        logits = self.architecture.read(self.model, shown)[1]
+        assert logits is not None
+        return Output([], logits[places])
 
 
 def mutation_effects(
@@ -140,26 +170,16 @@ def mutation_effects(
 def cost(dense: nn.Module, small: nn.Module, batch: Batch, rounds: int = 10) -> dict[str, Any]:
     """Milliseconds per forward pass, timed in turn."""
     tokens = tokens_of(batch)
-    cuda = tokens.device if tokens is not None and tokens.is_cuda else None
-    samples = []
+    assert tokens is not None
+    calls: list[Callable[[], object]] = [partial(call, m, batch) for m in (dense, small)]
     with evaluating(dense), evaluating(small), torch.inference_mode():
-        for _ in range(rounds + 1):
-            pair = []
-            for model in (dense, small):
-                start = time.perf_counter_ns()
-                call(model, batch)
-                if cuda:
-                    torch.cuda.synchronize(cuda)
-                pair.append((time.perf_counter_ns() - start) / 1e6)
-            samples.append(pair)
-    times = np.array(samples[1:])  # the first round warms up
-    low, median, high = (float(q) for q in np.percentile(times[:, 0] / times[:, 1], [25, 50, 75]))
+        times = interleaved(calls, tokens, rounds)
     before, after = (float(t) for t in np.median(times, 0))
     return {
-        "batch": None if tokens is None else list(tokens.shape),
+        "batch": list(tokens.shape),
         "threads": torch.get_num_threads(),
         "rounds": rounds,
         "before_ms": before,
         "after_ms": after,
-        "speedup": {"median": median, "q25": low, "q75": high, "higher_is_better": True},
+        "speedup": quartiles(times[:, 0] / times[:, 1], True),
     }

@@ -25,13 +25,14 @@ from distil_rank.compress.calibration import (
     measure,
 )
 from distil_rank.compress.fisher import Loss, probed
-from distil_rank.compress.quantise import Int8Certificate, Int8LowRank, certify_int8, quantise
+from distil_rank.compress.quantise import QuantLinear
 from distil_rank.compress.ranks import METHODS, Asked, allocated, given, largest_rank
 from distil_rank.compress.sequential import sequential_students
 from distil_rank.compress.sites import Batch, Site, find_sites, trace
+from distil_rank.compress.storage import savable
 from distil_rank.core.errors import InputError
 from distil_rank.core.linear import LowRankLinear
-from distil_rank.core.lowrank import Joint, Optimum, require_finite
+from distil_rank.core.lowrank import Optimum, require_finite
 from distil_rank.core.prior import FOLDS, Blend, blended_moments
 
 UNREAD = 1e-30  # trace of the metric of a layer that nothing depends on
@@ -138,6 +139,7 @@ def compress_model(
         held = measure(model, low_rank, list(held_out), run, memory, loss)
     layers = [_layer_report(s, chosen, solved, held, blends) for s in sites]
     how = method if ranks is None else "given"
+    small = savable(small)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
     return small, ModelReport(ratio, how, sequential, layers, before, after, allocation)
 
@@ -251,28 +253,25 @@ def _layer_report(
 
 
 def quantise_model(
-    small: nn.Module, batches: Sequence[Batch], memory: int = MEMORY
-) -> tuple[nn.Module, dict[str, Int8Certificate]]:
-    """Copy of a compressed model with int8 factors, fitted on its own activations.
+    model: nn.Module, batches: Sequence[Batch], bits: int, memory: int = MEMORY
+) -> tuple[nn.Module, dict[str, float]]:
+    """Copy of a model, dense or compressed, with all its linear layers in 8 or 4 bits.
 
-    Certificates are relative to its float factors.
+    Layers are fitted to the model's own activations. Returns by layer the squared error of its
+    output over the output's second moment.
     """
-    low_rank = {n: m for n, m in small.named_modules() if isinstance(m, LowRankLinear)}
-    if not low_rank:
-        raise InputError(
-            "a model with low-rank layers required for int8, all of them stayed dense;"
-            " lower the ratio"
-        )
-    sites = trace(small, batches, [Site(f"{name}.A", x.A) for name, x in low_rank.items()])
-    quantised: dict[str, Int8LowRank] = {}
-    certificates = {}
-    for statistics in collect(small, batches, sites, memory=memory, inputs_only=True):
+    if bits not in (4, 8):
+        raise InputError(f"8 or 4 bits required, got {bits}")
+    made: dict[str, QuantLinear] = {}
+    errors = {}
+    sites = trace(model, batches, find_sites(model))
+    for statistics in collect(model, batches, sites, memory=memory, inputs_only=True):
+        moments = statistics.moments
+        second = moments.covariance + moments.mean.outer(moments.mean)
         for site in statistics.sites:
-            name = site.name.removesuffix(".A")
-            student = low_rank[name]
-            weight = student.B.weight.double() @ student.A.weight.double()
-            joint = Joint.of_layer(weight, student.B.bias, statistics.moments)
-            quantised[name] = quantise(student, joint)
-            certificates[name] = certify_int8(student, quantised[name], joint)
-            quantised[name].train(student.training)
-    return replaced(small, quantised), certificates
+            new = QuantLinear.of(site.weight, site.bias, second, bits)
+            W = site.weight.to(second)
+            lost, whole = ((x * (x @ second)).sum() for x in (new.weight.to(second) - W, W))
+            errors[site.name] = float(lost / whole.clamp_min(1e-300))
+            made[site.name] = new.train(site.module.training)
+    return replaced(model, made), errors

@@ -14,7 +14,6 @@ quantization), on any device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +23,7 @@ from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.lowrank import Joint
 from distil_rank.core.randomness import generator
 
-LEVELS = 127
+GROUP = 64  # columns with one scale, in four bits
 BALANCE = 0.1  # power of an inner feature's variance moved from A to B (measured: 0 to 0.25)
 DAMPING = 1e-6  # of the mean second moment, added to all: keeps the Cholesky factor finite
 
@@ -73,26 +72,36 @@ def _numbers(integers: Tensor, scale: Tensor) -> Tensor:
     return integers.double() * scale.double()[:, None]
 
 
-def rounded(matrix: Tensor, moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Int8 rows and their scales: matrix (m, n) ~ rows * scale[:, None].
+def rounded(
+    matrix: Tensor, moments: Tensor | None = None, bits: int = 8, group: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Whole rows (int8) and their scales: matrix (m, n) ~ rows * scale, one scale a row (m,).
 
     Without moments every entry goes to the nearest step. With the second moments (n, n) of what the
     matrix is multiplied with, E|(matrix - rounded) z|^2 is made small: columns are rounded in order
-    of falling variance, errors passed on.
+    of falling variance, errors passed on. group: one scale (m, n / group) for so many columns of a
+    row; of several shrunken ones the best, because few bits gain more from finer steps.
     """
-    tiny = torch.finfo(torch.float32).tiny
-    scale = (matrix.abs().amax(1).clamp_min(tiny) / LEVELS).float()
-    steps = scale.to(matrix)[:, None]
+    n, tiny = matrix.shape[1], torch.finfo(torch.float32).tiny
+    levels = 2 ** (bits - 1) - 1
+    weight = torch.ones(n).to(matrix) if moments is None else moments.diagonal()
+    parts = [(matrix, weight)]
+    if group is not None:
+        parts = list(zip(matrix.split(group, 1), weight.split(group)))
+    scale = torch.stack([_scale(x, w, levels, group is not None) for x, w in parts], 1)
+    scale = scale.clamp_min(tiny).float()
+    steps = scale.repeat_interleave(group or n, 1)[:, :n].to(matrix)
+    scale = scale[:, 0] if group is None else scale
     if moments is None:
-        return _nearest(matrix / steps).to(torch.int8), scale
+        return _nearest(matrix / steps, levels).to(torch.int8), scale
     order = moments.diagonal().argsort(descending=True, stable=True)
     H = moments[order][:, order]
     H = H + DAMPING * H.diagonal().mean().clamp_min(1e-300) * torch.eye(len(H)).to(H)
     passed = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
-    work = (matrix / steps)[:, order]
+    work, steps = matrix[:, order], steps[:, order]
     for j in range(len(order)):
-        column = _nearest(work[:, j])
-        error = (work[:, j] - column) / passed[j, j]
+        column = _nearest(work[:, j] / steps[:, j], levels)
+        error = (work[:, j] - column * steps[:, j]) / passed[j, j]
         work[:, j:] -= torch.outer(error, passed[j, j:])
         work[:, j] = column
     integers = torch.empty_like(work)
@@ -100,8 +109,78 @@ def rounded(matrix: Tensor, moments: Tensor | None = None) -> tuple[Tensor, Tens
     return integers.to(torch.int8), scale
 
 
-def _nearest(x: Tensor) -> Tensor:
-    return x.round().clamp(-LEVELS, LEVELS)
+def _scale(x: Tensor, weight: Tensor, levels: int, search: bool) -> Tensor:
+    """Step (m,) for the rows of x (m, k), columns weighted: to the largest entry, or the best."""
+    largest = x.abs().amax(1) / levels
+    if not search:
+        return largest
+    steps = largest.clamp_min(1e-30) * torch.linspace(0.5, 1, 26).to(x)[:, None]
+    found = _nearest(x / steps[..., None], levels) * steps[..., None]
+    errors = ((found - x).square() * weight).sum(-1)
+    return steps.gather(0, errors.argmin(0)[None])[0]
+
+
+def _nearest(x: Tensor, levels: int) -> Tensor:
+    return x.round().clamp(-levels, levels)
+
+
+class QuantLinear(nn.Module):
+    """y = W x + bias with W (d_out, d_in) in 8 bits, or in 4 (two to a byte); inference only.
+
+    A scale a row, or a row and GROUP columns. Weights are small in memory and on disk; products
+    run in the input's dtype.
+    """
+
+    packed: Tensor
+    scale: Tensor
+
+    def __init__(self, packed: Tensor, scale: Tensor, bias: Tensor | None, d_in: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = d_in, len(packed)
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale", scale)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @classmethod
+    def of(cls, W: Tensor, bias: Tensor | None, moments: Tensor, bits: int) -> QuantLinear:
+        """The layer fitted to inputs with these second moments (d_in, d_in)."""
+        integers, scale = rounded(W.to(moments), moments, bits, None if bits == 8 else GROUP)
+        if bits == 4:
+            integers = nn.functional.pad(integers + 8, (0, W.shape[1] % 2)).to(torch.uint8)
+            integers = integers[:, ::2] + 16 * integers[:, 1::2]
+        return cls(integers, scale if bits == 8 else scale.half(), bias, W.shape[1])
+
+    @classmethod
+    def empty(cls, d_in: int, d_out: int, bits: int, bias: bool) -> QuantLinear:
+        """Zeros, to load a state dict into."""
+        packed, scale = torch.zeros(d_out, d_in, dtype=torch.int8), torch.zeros(d_out)
+        if bits == 4:
+            packed = torch.zeros(d_out, -(-d_in // 2), dtype=torch.uint8)
+            scale = torch.zeros(d_out, -(-d_in // GROUP), dtype=torch.float16)
+        return cls(packed, scale, torch.zeros(d_out) if bias else None, d_in)
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.packed.dtype == torch.int8 else 4
+
+    @property
+    def weight(self) -> Tensor:
+        """W (d_out, d_in) as numbers, float32."""
+        return self.numbers(torch.float32)
+
+    def numbers(self, dtype: torch.dtype) -> Tensor:
+        integers, scale = self.packed.to(dtype), self.scale.to(dtype)
+        if self.bits == 8:
+            return integers * scale[:, None]
+        high = (integers / 16).floor()
+        integers = torch.stack([integers - 16 * high, high], -1).flatten(1) - 8
+        return (integers * scale.repeat_interleave(GROUP, 1)[:, : integers.shape[1]])[
+            :, : self.in_features
+        ]
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return nn.functional.linear(input, self.numbers(input.dtype), bias)
 
 
 def imitated(student: LowRankLinear, joint: Joint) -> Joint:
@@ -172,38 +251,3 @@ def module_bytes(module: nn.Module) -> int:
     """Bytes of all parameters and buffers, shared ones counted once."""
     tensors = {t.data_ptr(): t for t in [*module.parameters(), *module.buffers()]}
     return sum(t.numel() * t.element_size() for t in tensors.values())
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A precision, the rank it can afford and its loss."""
-
-    bytes: int
-    precision: str
-    rank: int
-    fvu: float
-
-
-def at_equal_bytes(
-    student_at: Callable[[int], LowRankLinear], fitted: Joint, measured: Joint, size: int
-) -> list[Choice]:
-    """The best students in float32, bfloat16 and int8 that take `size` bytes, the bias in float32.
-
-    student_at(rank) gives a float64 student; int8 is fitted on `fitted`, all are measured.
-    """
-    d_out, d_in = fitted.cross.shape
-    choices = []
-    for precision, width, fixed in (("float32", 4, 0), ("bfloat16", 2, 0), ("int8", 1, 4)):
-        per_rank = width * (d_in + d_out) + fixed  # int8 has a scale for each row of A, and of B
-        rank = min(d_in, d_out, (size - (4 + fixed) * d_out) // per_rank)
-        if rank < 1:
-            continue
-        student = student_at(rank)
-        if precision == "int8":
-            stored = quantise(student, imitated(student, fitted)).dequantised()
-        else:
-            dtype = getattr(torch, precision)
-            A, B = (p.weight.detach().to(dtype).double() for p in (student.A, student.B))
-            stored = LowRankLinear(A, B, student.B.bias.detach().float().double())
-        choices.append(Choice(size, precision, rank, measured.fvu(stored)))
-    return choices

@@ -1,9 +1,9 @@
 """Ranks for many layers under one budget, with a Lagrange certificate of how good the choice is.
 
 Layer l at rank r loses importance_l * sum_{i>r} lambda_{l,i} and costs r (d_in + d_out) parameters;
-left dense it loses nothing and costs d_in d_out. `budget` minimizes the total loss: it walks the
-lower convex hulls of all layers' (cost, loss) points by falling gain per parameter, takes uniform
-ranks where those are better, and then searches what could still be better. For every mu >= 0
+left dense it loses nothing and costs d_in d_out. `budget` minimizes the total loss: every layer
+takes its best option at one price of a parameter, or uniform ranks where those are better, and then
+what could still be better is searched. For every mu >= 0
 
     min_ranks loss(ranks)  >=  sum_l min_r [ loss_l(r) + mu cost_l(r) ] - mu budget   (weak duality)
 
@@ -16,7 +16,7 @@ would cost as much as the dense layer stays dense, whatever the method.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -146,10 +146,10 @@ def allocate(layers: Sequence[Layer], budget: float, method: str = "budget") -> 
             f"a budget of at least {floor:.0f} (rank 1 everywhere) required, got {budget:.0f};"
             " ask for less"
         )
-    bound, multiplier = dual_bound(layers, budget)
+    found, bound, multiplier = relaxed(layers, budget)
     chosen = _uniform(layers, budget)
     if method == "budget":
-        chosen = min(_budget(layers, budget), chosen, key=lambda ranks: _loss(layers, ranks))
+        chosen = min(found, chosen, key=lambda ranks: _loss(layers, ranks))
         chosen = _exact(layers, budget, chosen, multiplier, bound)
     cost = sum(layer.cost(r) for layer, r in zip(layers, chosen))
     loss = _loss(layers, chosen)
@@ -166,18 +166,9 @@ def _uniform(layers: Sequence[Layer], budget: float) -> Ranks:
     if budget >= sum(layer.dense_cost for layer in layers):
         return [None] * len(layers)
 
-    def rank(layer: Layer, fraction: float) -> int:
-        return int(fraction * layer.d_in * layer.d_out / (layer.d_in + layer.d_out))
-
-    return _largest(rank, layers, budget)
-
-
-def _largest(rank: Callable[[Layer, float], int], layers: Sequence[Layer], budget: float) -> Ranks:
-    """Bisect the argument of `rank` in [0, 1] for the largest cost within the budget."""
-
     def ranks(share: float) -> Ranks:
-        found = [max(1, rank(layer, share)) for layer in layers]
-        return [r if r <= layer.limit else None for r, layer in zip(found, layers)]
+        found = [max(1, int(share * x.d_in * x.d_out / (x.d_in + x.d_out))) for x in layers]
+        return [r if r <= x.limit else None for r, x in zip(found, layers)]
 
     low, high = 0.0, 1.0
     for _ in range(60):
@@ -187,52 +178,45 @@ def _largest(rank: Callable[[Layer, float], int], layers: Sequence[Layer], budge
     return ranks(low)
 
 
-def hull(layer: Layer) -> tuple[Array, Array, Ranks]:
-    """Lower convex hull of the layer's choices, by rising cost: costs, losses, ranks."""
-    dense = layer.dense_cost
-    if layer.limit < 1:
-        return np.array([dense]), np.array([0.0]), [None]
-    ranks = list(range(1, layer.limit + 1))
-    costs: Array = np.array(ranks) * layer.rank_cost
-    losses = layer.losses[1 : layer.limit + 1]
-    # the curve is convex, so the hull leaves it where the slope of the step to dense is least
-    last = int(np.argmin(losses / (dense - costs)))
-    end = last + 1
-    return np.append(costs[:end], dense), np.append(losses[:end], 0.0), [*ranks[:end], None]
+def relaxed(layers: Sequence[Layer], budget: float) -> tuple[Ranks, float, float]:
+    """Ranks within the budget, the best Lagrange bound on any, and its multiplier.
 
+    The multiplier is bisected: where every layer takes its best option at that price of a
+    parameter, the cost falls as the price rises. The dual is concave with its maximum where the
+    cost passes the budget. What the choice leaves of the budget buys single ranks.
+    """
+    options = [_options(layer) for layer in layers]
 
-def _gains(costs: Array, losses: Array) -> Array:
-    """Loss saved per unit of cost by each step along a hull."""
-    return -np.diff(losses) / np.diff(costs)
+    def at(mu: float) -> tuple[list[int], float, float]:
+        """The cheapest best option of each layer, their cost, and the dual."""
+        best = [int((losses + mu * costs).argmin()) for costs, losses, _ in options]
+        spent = sum(float(costs[i]) for i, (costs, _, _) in zip(best, options))
+        lost = sum(float(losses[i]) for i, (_, losses, _) in zip(best, options))
+        return best, spent, lost + mu * (spent - budget)
 
-
-def _budget(layers: Sequence[Layer], budget: float) -> Ranks:
-    hulls = [hull(layer) for layer in layers]
-    steps = []  # (-gain, layer, step): within a layer gains fall, so sorting keeps its order
-    for index, (costs, losses, _) in enumerate(hulls):
-        # rounding must not reorder the steps of one layer
-        gains = np.minimum.accumulate(_gains(costs, losses))
-        steps += [(-gain, index, step) for step, gain in enumerate(gains)]
-    position = [0] * len(layers)
-    left = budget - sum(float(costs[0]) for costs, _, _ in hulls)
-    blocked: set[int] = set()
-    for _, index, step in sorted(steps):
-        costs = hulls[index][0]
-        price = float(costs[step + 1] - costs[step])
-        if index in blocked or price > left:
-            blocked.add(index)
-            continue
-        position[index] = step + 1
-        left -= price
-    chosen = [ranks[p] for (_, _, ranks), p in zip(hulls, position)]
-    # what is left buys single ranks below a dense step that could not be paid
-    for index in sorted(blocked, key=lambda i: -layers[i].loss(chosen[i])):
-        rank = chosen[index]
-        if rank is not None:
-            extra = min(int(left // layers[index].rank_cost), layers[index].limit - rank)
+    steps = [(losses[0] - losses[1:]) / (costs[1:] - costs[0]) for costs, losses, _ in options]
+    low, high = 0.0, 2 * max((float(step.max()) for step in steps if len(step)), default=0.0)
+    if at(low)[1] <= budget:
+        high = low
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (low, middle) if at(middle)[1] <= budget else (middle, high)
+    (best, spent, bound), (upper, _, other) = at(high), at(low)
+    chosen = [ranks[i] for i, (_, _, ranks) in zip(best, options)]
+    left = budget - spent
+    for index in sorted(range(len(layers)), key=lambda i: best[i] - upper[i]):
+        layer, rank = layers[index], chosen[index]
+        extra = 0 if rank is None else min(int(left // layer.rank_cost), layer.limit - rank)
+        if rank is not None and extra > 0:
             chosen[index] = rank + extra
-            left -= extra * layers[index].rank_cost
-    return chosen
+            left -= extra * layer.rank_cost
+    return chosen, max(bound, other), high
+
+
+def _options(layer: Layer) -> tuple[Array, Array, Ranks]:
+    """Costs, rising, losses and ranks that a layer can have."""
+    ranks: Ranks = [*range(1, layer.limit + 1), None]
+    costs, losses = ([f(r) for r in ranks] for f in (layer.cost, layer.loss))
+    return np.array(costs), np.array(losses), ranks
 
 
 def _exact(layers: Sequence[Layer], budget: float, known: Ranks, mu: float, bound: float) -> Ranks:
@@ -241,9 +225,7 @@ def _exact(layers: Sequence[Layer], budget: float, known: Ranks, mu: float, boun
     costs, losses, excess = np.zeros(1), np.zeros(1), np.zeros(1)
     taken: list[tuple[NDArray[np.int64], Ranks]] = []  # of each layer: parent and option, and ranks
     for layer in layers:
-        ranks: Ranks = [*range(1, layer.limit + 1), None]
-        cost = np.array([layer.cost(r) for r in ranks])
-        loss = np.array([layer.loss(r) for r in ranks])
+        cost, loss, ranks = _options(layer)
         extra = loss + mu * cost
         extra = extra - extra.min()
         sums = (excess[:, None] + extra).ravel()
@@ -267,26 +249,3 @@ def _exact(layers: Sequence[Layer], budget: float, known: Ranks, mu: float, boun
         best, option = divmod(int(chosen[best]), len(ranks))
         found.insert(0, ranks[option])
     return found
-
-
-def dual_bound(layers: Sequence[Layer], budget: float) -> tuple[float, float]:
-    """The best Lagrange lower bound on the loss under the budget, and its multiplier."""
-    hulls = [hull(layer)[:2] for layer in layers]
-    breaks = np.unique(np.concatenate([*(_gains(*h) for h in hulls), np.zeros(1)]))
-
-    def value(mu: float) -> tuple[float, float]:
-        best = [int((losses + mu * costs).argmin()) for costs, losses in hulls]
-        spent = sum(costs[i] for i, (costs, _) in zip(best, hulls))
-        least = sum(losses[i] + mu * costs[i] for i, (costs, losses) in zip(best, hulls))
-        return least - mu * budget, spent
-
-    # concave in mu, with slope (spent - budget): bisect for the change of sign
-    low, high = 0, len(breaks) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if value(breaks[middle])[1] > budget:
-            low = middle + 1
-        else:
-            high = middle
-    candidates = [breaks[i] for i in (low - 1, low) if i >= 0]
-    return max((float(value(mu)[0]), float(mu)) for mu in candidates)

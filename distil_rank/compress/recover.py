@@ -35,9 +35,10 @@ def recover(
 ) -> tuple[nn.Module, list[float]]:
     """A copy of `small` with trained factors, and the loss of every step.
 
-    AdamW, short warm-up, linear decay, on KL(dense || small) per token + MSE of the last hidden
-    state / its variance, over residues; of masked models a seventh of the residues is masked, in a
-    new random phase every step. Unless that lowers the loss of the first batches, nothing changes.
+    AdamW, short warm-up, linear decay, on KL(dense || small) per prediction + MSE of the last
+    hidden state / its variance, over residues; of masked models a seventh of the residues is
+    masked, in a new random phase every step. Unless that lowers the loss of the first batches,
+    nothing changes.
     """
     student = copy.deepcopy(small).requires_grad_(False)
     layers = [m for m in student.modules() if isinstance(m, LowRankLinear)]
@@ -93,15 +94,22 @@ def _loss(
     architecture: Architecture, dense: nn.Module, student: nn.Module, batch: Batch, phase: int
 ) -> Tensor:
     residues = architecture.residues(batch)
-    if not architecture.causal:
+    if architecture.task == "masked":
         batch = architecture.masked(batch, architecture.phase(batch, phase))
     with torch.no_grad():
-        target, logits = architecture.read(dense, batch)
+        target, before = architecture.read(dense, batch)
     x, after = architecture.read(student, batch)
-    x, target = x[residues], target[residues]
-    spread = (target - target.mean(0)).square().sum(-1).mean().clamp_min(1e-12)
-    loss = (x - target).square().sum(-1).mean() / spread
-    if logits is None or after is None:
+    loss = _fvu(x[residues], target[residues])
+    if before is None or after is None:
         return loss
-    p, q = (y[residues].log_softmax(-1) for y in (logits, after))
-    return (p.exp() * (p - q)).sum(-1).mean() + loss
+    if architecture.predicts_numbers:
+        return loss + _fvu(*(y[residues] if y.ndim == 3 else y for y in (after, before)))
+    (p, where), (q, _) = (architecture.scored(y, batch) for y in (before, after))
+    where = residues if architecture.task == "masked" else where
+    return (p.exp() * (p - q))[where].flatten(1).sum(-1).mean() + loss
+
+
+def _fvu(x: Tensor, target: Tensor) -> Tensor:
+    """Squared error of rows (n, d) over the variance of the target."""
+    spread = (target - target.mean(0)).square().sum(-1).mean().clamp_min(1e-12)
+    return (x - target).square().sum(-1).mean() / spread

@@ -25,12 +25,11 @@ def summary(record: Record, out: Path) -> str:
         f" bytes {money['bytes_before']} -> {money['bytes_after']},"
         f" forward pass {money['speedup']['median']:.2f} x as fast",
     ]
-    hidden = f"hidden-state FVU {evaluation['hidden_fvu']['value']:.4g}"
-    if "perplexity_ratio" not in evaluation:
-        lines.append(hidden)
-    else:
+    lines.append(
+        ", ".join(f"{text} {evaluation[key]['value']:.4g}" for key, text in lost(evaluation))
+    )
+    if "perplexity_ratio" in evaluation:
         before, after, ratio = (evaluation[f"perplexity_{k}"] for k in ("before", "after", "ratio"))
-        lines.append(f"KL to the dense model {evaluation['logits_kl']['value']:.4g} nats, {hidden}")
         lines.append(
             f"{evaluation['kind']} {before['value']:.4g} -> {after['value']:.4g},"
             f" ratio {ratio['value']:.4g} [{ratio['low']:.4g}, {ratio['high']:.4g}]"
@@ -53,11 +52,22 @@ model = distil_rank.load("{out.name}")  # {class_name}, same inputs and outputs 
 """
 
 
+LOSSES = {
+    "logits_kl": "logits KL (nats)",
+    "output_fvu": "output FVU",
+    "hidden_fvu": "hidden-state FVU",
+}
+
+
+def lost(evaluation: Record) -> list[tuple[str, str]]:
+    """Key and name of each loss that was measured, the one that says most first."""
+    return [(key, text) for key, text in LOSSES.items() if key in evaluation]
+
+
 def lead(evaluation: Record) -> str:
-    """The one figure: KL to the dense model, or what its hidden states lost without a head."""
-    if "logits_kl" in evaluation:
-        return f"KL {evaluation['logits_kl']['value']:.3g} nats"
-    return f"hidden-state FVU {evaluation['hidden_fvu']['value']:.3g}"
+    """The one figure: KL to the dense model, or what its outputs or hidden states lost."""
+    key, text = lost(evaluation)[0]
+    return f"{text} {evaluation[key]['value']:.3g}"
 
 
 def draw(folder: str | Path) -> Path:
@@ -71,8 +81,7 @@ def draw(folder: str | Path) -> Path:
         fidelity(figure.add_subplot(grid[0, :4]), record, colors)
         quality(figure.add_subplot(grid[0, 4:]), record)
         ranks(figure.add_subplot(grid[1, :4]), record, colors)
-        last = recovery if record.get("recovery_loss") else costs
-        last(figure.add_subplot(grid[1, 4:]), record)
+        costs(figure.add_subplot(grid[1, 4:]), record)
         figure.text(0.012, 0.955, title(record), size=19, weight="bold")
         figure.text(0.012, 0.922, caption(record), size=11.5)
         x = 0.012
@@ -95,7 +104,7 @@ def caption(record: Record) -> str:
         f"ratio {found['ratio']:g}",
         *(["sequential"] if found["sequential"] else []),
         *([f"{steps} recovery steps"] if steps else []),
-        *(["int8 factors"] if "int8" in record else []),
+        *([f"{record['quantisation']['bits']} bits"] if "quantisation" in record else []),
     ]
     gap = found["allocation"]["gap"] if found["allocation"] else 0.0
     return (
@@ -160,9 +169,7 @@ def ranks(axes: Any, record: Record, colors: dict[str, str]) -> None:
 def quality(axes: Any, record: Record) -> None:
     """Losses of the whole model with their intervals, on one log axis."""
     rows: list[tuple[str, list[float], str]] = []
-    names = {"logits_kl": "logits KL (nats)", "hidden_fvu": "hidden-state FVU"}
-    names |= {"perplexity_ratio": "perplexity ratio - 1"}
-    for key, name in names.items():
+    for key, name in {**LOSSES, "perplexity_ratio": "perplexity ratio - 1"}.items():
         old = record.get("before_recovery")
         for found, label in ((old, f"{name}\nbefore recovery"), (record["evaluation"], name)):
             if found and key in found:
@@ -203,16 +210,3 @@ def costs(axes: Any, record: Record) -> None:
     (rows_, tokens), threads = cost["batch"], cost["threads"]
     axes.set_title("Cost, after / before")
     axes.set_xlabel(f"batch {rows_} × {tokens} tokens, {threads} thread(s), median and quartiles")
-
-
-def recovery(axes: Any, record: Record) -> None:
-    """Loss of the recovery, and its mean over ten steps."""
-    losses = record["recovery_loss"]
-    means = [losses[max(0, i - 9) : i + 1] for i in range(len(losses))]
-    steps = range(1, len(losses) + 1)
-    axes.plot(steps, losses, color=QUIET, lw=0.6)
-    axes.plot(steps, [sum(x) / len(x) for x in means], color=PALETTE[2], lw=1.8)
-    axes.set_yscale("log")
-    axes.set_title("Recovery: distillation of the factors")
-    axes.set_xlabel("step")
-    axes.set_ylabel("logits KL + hidden MSE / variance")

@@ -3,7 +3,19 @@
     model = distil_rank.load("small/")
 
 Bit-equal to what was saved; nothing is unpickled. A module whose class is not known here is loaded
-into a dense instance of it: `load("small/", model=MyModel())`.
+into a dense instance of it: `load("small/", model=MyModel())`. Files of a folder:
+
+| file | what |
+|---|---|
+| `compressed.json` | schema; kind ("esm2", "transformers", "head", "module"), class, config; |
+| | factors: name of a layer -> type ("low-rank", "int8"), d_in, d_out, rank, bias, |
+| | or type "linear", d_in, d_out, bits, bias; NAME.A and NAME.B may be such layers; |
+| | tied: name -> name with the same tensor; float32: names stored narrower than computed |
+| `model.safetensors` | the state dict; of a low-rank layer NAME.A.weight (r, d_in), |
+| | NAME.B.weight (d_out, r), NAME.B.bias; int8: NAME.A, .A_scale, .B, .B_scale, .bias; |
+| | linear: NAME.packed, int8 or two to a byte (low half first, plus 8), .scale, .bias |
+| `config.json` | of a model: type "distil_rank", for `AutoModel.from_pretrained` |
+| tokenizer files | of a model: as in the source; an ESM-2 always has `vocab.txt` |
 """
 
 from __future__ import annotations
@@ -21,18 +33,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distil_rank.compress.architectures import TOKENIZER, Architecture, tokenizer_files
-from distil_rank.compress.quantise import Int8LowRank
+from distil_rank.compress.architectures import Architecture, describe
+from distil_rank.compress.hugging_face import TOKENIZER, tokenizer_files
+from distil_rank.compress.quantise import Int8LowRank, QuantLinear
 from distil_rank.core.errors import InputError
 from distil_rank.core.heads import ACTIVATIONS, UnitNorm
 from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.narrow import PartGELU
 from distil_rank.core.records import atomic, read_json, require_writable
 
+MODEL_TYPE = "distil_rank"
 SCHEMA = "distil-rank/compressed/1"
 # what may lie beside an earlier module, and would pass for that of the next one
-STALE = ("certificate.json", "README.md", "report.json", "report.png", "merged", *TOKENIZER)
-EXPORTS = ("model.onnx", "model.onnx.data")
+STALE = ("certificate.json", "README.md", "report.json", "report.png", "merged", "config.json")
+EXPORTS = ("model.onnx", "model.onnx.data", *TOKENIZER)
 WEIGHTS, DESCRIPTION = "model.safetensors", "compressed.json"
 PARTS: dict[str, type[nn.Module]] = {
     **ACTIVATIONS,
@@ -60,10 +74,13 @@ def save(
 ) -> None:
     """Write a compressed layer, head or model; an earlier one in the folder is replaced whole.
 
+    architecture: of a model, with its tokenizer; without one it is recognized by its class.
+
     Files are put in place when all are written, the description last. What was put beside the
     earlier module (reports, exports) goes with it; files of other names stay.
     """
     folder = Path(folder)
+    architecture = architecture or describe(module)
     tensors, tied = untied(module.state_dict())
     description = {"schema": SCHEMA, **describe_module(module, architecture)}
     description |= {"factors": factors(module), "tied": tied}
@@ -74,16 +91,26 @@ def save(
         texts["certificate.json"] = json.dumps(certificate, indent=1, allow_nan=False) + "\n"
     if readme:
         texts["README.md"] = readme
+    files = {name: text.encode() for name, text in texts.items()}
     if architecture is not None:
-        texts |= tokenizer_files(architecture.source)
+        files |= {
+            "config.json": config_json(architecture),
+            **tokenizer_files(architecture.source, architecture.is_esm),
+        }
     require_writable(folder)
     with ExitStack() as last_in_first_out:
-        for name, text in texts.items():
-            last_in_first_out.enter_context(atomic(folder / name)).write_text(text)
+        for name, content in files.items():
+            last_in_first_out.enter_context(atomic(folder / name)).write_bytes(content)
         save_file(tensors, last_in_first_out.enter_context(atomic(folder / WEIGHTS)))
         if (folder / DESCRIPTION).is_file():
-            for stale in [folder / name for name in (*STALE, *EXPORTS) if name not in texts]:
+            for stale in [folder / name for name in (*STALE, *EXPORTS) if name not in files]:
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
+
+
+def config_json(architecture: Architecture) -> bytes:
+    """What transformers reads first: a type that only this package registers (`auto`)."""
+    known = {"model_type": MODEL_TYPE, "architectures": [architecture.class_name]}
+    return json.dumps(known, indent=1).encode()
 
 
 def describe_module(module: nn.Module, architecture: Architecture | None) -> dict[str, Any]:
@@ -139,11 +166,17 @@ def factors(module: nn.Module) -> dict[str, dict[str, Any]]:
         elif isinstance(part, Int8LowRank):
             sizes = {"d_in": part.A.shape[1], "d_out": part.B.shape[0], "rank": part.rank}
             found[name] = {"type": "int8", **sizes, "bias": part.bias is not None}
+        elif isinstance(part, QuantLinear):
+            sizes = {"d_in": part.in_features, "d_out": part.out_features, "bits": part.bits}
+            found[name] = {"type": "linear", **sizes, "bias": part.bias is not None}
     return found
 
 
 def _empty_factors(shape: Mapping[str, Any]) -> nn.Module:
-    d_in, d_out, rank = shape["d_in"], shape["d_out"], shape["rank"]
+    d_in, d_out = shape["d_in"], shape["d_out"]
+    if shape["type"] == "linear":
+        return QuantLinear.empty(d_in, d_out, shape["bits"], shape["bias"])
+    rank = shape["rank"]
     if shape["type"] == "int8":
         return Int8LowRank.empty(d_in, d_out, rank, shape["bias"])
     bias = torch.zeros(d_out) if shape["bias"] else None
@@ -222,7 +255,9 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         cast(Any, module).tie_weights()
     for alias, name in description["tied"].items():
         _tie(module, alias, name)
-    return module.eval().requires_grad_(False)
+    if kind == "transformers":
+        cast(Any, module).config._name_or_path = str(folder)  # whose tokenizer it is
+    return savable(module).eval().requires_grad_(False)
 
 
 def _tie(module: nn.Module, alias: str, name: str) -> None:
@@ -233,38 +268,19 @@ def _tie(module: nn.Module, alias: str, name: str) -> None:
     setattr(module.get_submodule(owner), attribute, shared)
 
 
-def merged(module: nn.Module, dense: nn.Module) -> nn.Module:
-    """A copy of the dense model with W = B A and the students' biases: the compressed function."""
-    result = copy.deepcopy(dense)
-    names = result.state_dict()
-    result.load_state_dict(
-        {k: v for k, v in module.state_dict().items() if k in names}, strict=False
-    )
-    for name, part in module.named_modules():
-        if not isinstance(part, LowRankLinear | Int8LowRank):
-            continue
-        layer: Any = result.get_submodule(name)
-        low_rank = part.dequantised() if isinstance(part, Int8LowRank) else part
-        weight, bias = low_rank.B.weight.double() @ low_rank.A.weight.double(), low_rank.B.bias
-        if layer.bias is None:
-            raise InputError(
-                f"a layer with bias required for a dense export, {name} has none;"
-                " keep the factors instead"
-            )
-        with torch.no_grad():
-            layer.weight.copy_(weight if isinstance(layer, nn.Linear) else weight.T)
-            layer.bias.copy_(bias if bias is not None else torch.zeros_like(layer.bias))
-    return result
+def savable(model: nn.Module) -> nn.Module:
+    """The model itself; one of transformers now writes this format in `save_pretrained`."""
+    cls: Any = type(model)
+    if hasattr(cls, "save_pretrained") and cls.save_pretrained is not _save_pretrained:
+        members = {"save_pretrained": _save_pretrained, "__module__": cls.__module__}
+        model.__class__ = type(cls.__name__, (cls,), members)
+    return model
 
 
-def save_merged(module: nn.Module, architecture: Architecture, folder: str | Path) -> None:
-    """Write a dense Hugging Face checkpoint of a compressed transformers model: runs anywhere."""
-    if architecture.kind != "transformers":
-        raise InputError(
-            "a Hugging Face model required for a dense export, got fair-esm's ESM2;"
-            " load the folder instead"
-        )
-    with atomic(folder) as temporary:
-        cast(Any, merged(module, architecture.build())).save_pretrained(temporary)
-        for name, text in tokenizer_files(architecture.source).items():
-            (temporary / name).write_text(text)
+def _save_pretrained(
+    self: nn.Module, save_directory: str | Path, safe_serialization: bool = True
+) -> None:
+    """Write the model so that `AutoModel.from_pretrained` and `distil_rank.load` read it."""
+    if not safe_serialization:
+        raise InputError("safetensors required, got safe_serialization=False; leave it out")
+    save(self, save_directory)

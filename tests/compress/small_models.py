@@ -7,6 +7,7 @@ from distil_rank.compress.architectures import describe
 from distil_rank.proteins.esm2 import ESM2
 
 KINDS = ("esm2", "EsmModel", "EsmForMaskedLM", "GPT2LMHeadModel")
+CLASSIFIERS = ("EsmForSequenceClassification", "EsmForTokenClassification")
 
 
 def small_model(kind: str, width: int = 32, layers: int = 2, seed: int = 0) -> nn.Module:
@@ -47,10 +48,11 @@ def _build(kind: str, width: int, layers: int) -> nn.Module:
         pad_token_id=1,
         max_position_embeddings=128,
         emb_layer_norm_before=False,
+        num_labels=3,
     )
     if kind == "EsmModel":
         return transformers.EsmModel(config, add_pooling_layer=False)
-    return transformers.EsmForMaskedLM(config)
+    return getattr(transformers, kind)(config)
 
 
 def token_batches(
@@ -59,7 +61,7 @@ def token_batches(
     """Batches of random proteins: <cls> residues <eos> padding, or for GPT-2 end residues end."""
     architecture = describe(model)
     source = torch.Generator().manual_seed(seed)
-    causal = architecture is not None and architecture.causal
+    causal = architecture is not None and architecture.task == "causal"
     start, end, pad = (0, 0, 0) if causal else (0, 2, 1)
     batches = []
     for _ in range(count):
@@ -80,4 +82,5 @@ def output(model: nn.Module, batch) -> Tensor:
     assert architecture is not None
     with torch.no_grad():
         hidden, logits = architecture.read(model, batch)
-        return (hidden if logits is None else logits)[architecture.residues(batch)]
+        found = hidden if logits is None else logits
+        return found[architecture.residues(batch)] if found.ndim == 3 else found

@@ -116,7 +116,8 @@ def test_compressed_run_saved_and_loaded(kind, tmp_path):
     expected, found = answers(model, batches[0]), answers(small, batches[0])
     assert [y.shape for y in found] == [y.shape for y in expected]
     storage.save(small, tmp_path)
-    loaded = distil_rank.load(tmp_path, model=dense)
+    known = kind in TRANSFORMERS  # which are rebuilt from their configuration
+    loaded = distil_rank.load(tmp_path) if known else distil_rank.load(tmp_path, model=dense)
     assert all(map(torch.equal, found, answers(loaded, batches[0])))
     full, _ = compress_model(model, batches, ranks=1000, never_slower=False)
     for a, b in zip(expected, answers(full, batches[0])):

@@ -52,13 +52,13 @@ def test_a_model_with_everything(folder, capsys):
     dms.mkdir()
     (dms / "a.fasta").write_text(">w\nMKTAYIAKQR\n")
     (dms / "a.csv").write_text("mutant,score\nM1A,1\nK2A,2\nT3A,0\nA4C,3\n")
-    flags = ("--sequential", "--recover", "4", "--int8", "--dms", str(dms))
+    flags = ("--sequential", "--recover", "4", "--int4", "--dms", str(dms))
     out = compress(folder, *flags, "--moments-out", moments)
     assert "pseudo-perplexity" in capsys.readouterr().out
     model = distil_rank.load(out)
     assert model(torch.tensor([[0, 5, 6, 2]])).logits.shape == (1, 4, 33)
     report = record(out)
-    assert len(report["recovery_loss"]) == 4 and report["int8"]
+    assert len(report["recovery_loss"]) == 4 and report["quantisation"]["bits"] == 4
     assert report["mutations"]["assays"]["a"]["mutants"] == 4
     assert report["data"]["n_train"] == 10 and report["evaluation"]["proteins"] == 2
     assert (out / "report.png").read_bytes()[:4] == b"\x89PNG"
@@ -88,16 +88,22 @@ def test_two_runs_are_equal(folder):
     assert len({json.dumps(record(out)["evaluation"]) for out in runs}) == 1
 
 
-def test_a_hugging_face_model_is_exported_dense(folder):
+@pytest.mark.parametrize("name", ["EsmForSequenceClassification", "EsmForTokenClassification"])
+def test_a_classifier_keeps_its_head_and_runs_anywhere(folder, name):
     import transformers
 
-    small_model("EsmForMaskedLM").save_pretrained(folder / "hf")
-    out = compress(folder, "--merge", model="hf")
-    plain = transformers.EsmForMaskedLM.from_pretrained(out / "merged").eval()
+    small_model(name).save_pretrained(folder / "hf")
+    out = compress(folder, "--merge", "--onnx", "--int8", model="hf")
+    plain = getattr(transformers, name).from_pretrained(out / "merged").eval()
     tokens = torch.tensor([[0, 5, 6, 7, 2]])
     with torch.no_grad():
         expected = distil_rank.load(out)(tokens).logits
-        torch.testing.assert_close(plain(tokens).logits, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(plain(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+    assert transformers.AutoTokenizer.from_pretrained(out)("LA")["input_ids"] == [0, 4, 5, 2]
+    assert (out / "model.onnx").is_file()
+    report = record(out)
+    assert any(x["rank"] and "classifier" not in x["name"] for x in report["compression"]["layers"])
+    assert report["evaluation"]["logits_kl"]["value"] >= 0
 
 
 def test_held_out_proteins_are_not_among_the_fitted_ones(folder, capsys):
@@ -124,8 +130,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(folder, capsys):
         (("--max-length", "0"), "--max-length"),
         (("--recover", "-1"), "--recover"),
         (("--device", "tpu"), "--device"),
-        (("--merge",), "--merge"),
         (("--include", "x"), "pattern"),
+        (("--int8", "--int4"), "leave one out"),
         (("--dms", str(folder / "none")), "assay"),
         (("--prior", str(folder / "proteins.fasta")), "moments"),
     ]

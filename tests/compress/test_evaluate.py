@@ -8,12 +8,12 @@ import torch
 
 from distil_rank.compress import recover as recovery
 from distil_rank.compress.architectures import describe
-from distil_rank.compress.evaluate import compare, cost, mutation_effects
+from distil_rank.compress.evaluate import compare, mutation_effects
 from distil_rank.compress.models import compress_model
 from distil_rank.core.resume import Checkpoint
 from distil_rank.proteins.esm2 import MASK, tokenise
 from distil_rank.proteins.variants import read_assays
-from tests.compress.small_models import KINDS, small_model, token_batches
+from tests.compress.small_models import CLASSIFIERS, KINDS, small_model, token_batches
 
 
 def pair(kind: str):
@@ -22,13 +22,14 @@ def pair(kind: str):
     return describe(model), model, compress_model(model, batches, ratio=0.5)[0], batches
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *CLASSIFIERS])
 def test_a_model_compared_with_itself_has_no_loss(kind):
     architecture, model, _, batches = pair(kind)
     record = compare(architecture, model, model, batches)
     assert record["hidden_fvu"]["value"] == 0
-    if architecture.has_logits:
-        assert record["logits_kl"]["value"] == 0 and record["perplexity_ratio"]["value"] == 1
+    if architecture.task != "hidden":
+        assert record["logits_kl"]["value"] == 0
+        assert record.get("perplexity_ratio", {"value": 1})["value"] == 1
 
 
 def test_pseudo_perplexity_masks_every_residue_once():
@@ -51,7 +52,7 @@ def test_pseudo_perplexity_masks_every_residue_once():
                     divergence += float((a[p].exp() * (a[p] - b[p])).sum())
                     count += 1
     record = compare(architecture, model, small, batches, passes=passes)
-    assert record["tokens"] == record["residues"] == count
+    assert record["predictions"] == record["residues"] == count
     assert record["perplexity_after"]["value"] == pytest.approx(math.exp(total / count), rel=1e-4)
     assert record["logits_kl"]["value"] == pytest.approx(divergence / count, rel=1e-3)
     ratio = record["perplexity_ratio"]
@@ -72,8 +73,41 @@ def test_causal_perplexity_counts_real_next_tokens():
             total -= float(logs.gather(1, row[1:, None]).sum())
             count += len(row) - 1
     record = compare(architecture, model, small, batches)
-    assert record["tokens"] == count
+    assert record["predictions"] == count
     assert record["perplexity_after"]["value"] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+@pytest.mark.parametrize("problem", [None, "multi_label_classification", "regression"])
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_a_classifier_is_judged_by_its_own_likelihood(kind, problem):
+    """KL of its class probabilities; of independent labels the sum of theirs; of numbers FVU."""
+    model, other = (small_model(kind, seed=seed) for seed in (0, 1))
+    for m in (model, other):
+        m.config.problem_type = problem
+    architecture, batches = describe(model), token_batches(model)
+    pairs = []
+    for batch in batches:
+        with torch.no_grad():
+            logits = [m(**batch).logits for m in (model, other)]
+        if kind == "EsmForTokenClassification":
+            logits = [y[architecture.residues(batch)] for y in logits]
+        pairs.append(torch.stack(logits).double())
+    p, q = torch.cat(pairs, 1)
+    record = compare(architecture, model, other, batches)
+    assert "perplexity_after" not in record
+    if problem == "regression":
+        expected = (p - q).square().sum() / (p - p.mean(0)).square().sum()
+        assert record["output_fvu"]["value"] == pytest.approx(float(expected), rel=1e-5)
+        return
+    if problem is None:
+        divergence = torch.nn.functional.kl_div(
+            q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="none"
+        )
+    else:
+        pairs = ([x.sigmoid(), (-x).sigmoid()] for x in (p, q))
+        divergence = sum(a * (a / b).log() for a, b in zip(*pairs))
+    assert record["predictions"] == len(p)
+    assert record["logits_kl"]["value"] == pytest.approx(float(divergence.sum(-1).mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["EsmModel", "esm2"])
@@ -92,11 +126,11 @@ def test_hidden_fvu_is_over_residues(kind):
     )
 
 
-@pytest.mark.parametrize("kind", ["esm2", "EsmModel", "GPT2LMHeadModel"])
+@pytest.mark.parametrize("kind", ["esm2", "EsmModel", "GPT2LMHeadModel", *CLASSIFIERS])
 def test_recovery_lowers_the_loss_and_touches_factors_only(kind):
     architecture, model, _, batches = pair(kind)
     small, _ = compress_model(model, batches, ratio=0.5, loss=None)
-    key = "logits_kl" if architecture.has_logits else "hidden_fvu"
+    key = "logits_kl" if architecture.task != "hidden" else "hidden_fvu"
     before = compare(architecture, model, small, batches)[key]["value"]
     better, losses = recovery.recover(architecture, model, small, batches, steps=40)
     assert len(losses) == 40
@@ -165,14 +199,8 @@ def test_mutation_effects_mask_one_position_at_a_time(kind, tmp_path):
         old = int(tokens[0, place])
         tokens[0, place] = MASK
         with torch.no_grad():
-            logs = architecture.logits(model, architecture.batch(tokens))[0, place].log_softmax(-1)
+            logs = architecture.read(model, architecture.batch(tokens))[1][0, place].log_softmax(-1)
         predicted.append(float(logs[letters[mutant[-1]]] - logs[old]))
     expected = scipy.stats.spearmanr(predicted, [i * i % 7 for i in range(len(mutants))])
     assert found["before"] == pytest.approx(expected.statistic)
     assert found["mutants"] == len(mutants)
-
-
-def test_cost_is_timed():
-    _, model, small, batches = pair("GPT2LMHeadModel")
-    found = cost(model, small, batches[0], rounds=2)
-    assert found["before_ms"] > 0 and found["speedup"]["q25"] <= found["speedup"]["q75"]

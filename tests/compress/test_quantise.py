@@ -6,15 +6,15 @@ from torch import Tensor
 
 from distil_rank.compress import quantise as quantise_module
 from distil_rank.compress.quantise import (
+    GROUP,
     Int8LowRank,
-    at_equal_bytes,
+    QuantLinear,
     certify_int8,
     imitated,
     module_bytes,
     quantise,
     rounded,
 )
-from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.lowrank import Joint, optimum
 from distil_rank.core.moments import Moments
 
@@ -95,18 +95,21 @@ def test_forward_is_the_dequantised_layer():
     assert small(x.float()).dtype == torch.float32
 
 
-def test_equal_bytes_are_what_is_stored():
-    W, c, x = case()
-    joint, best = Joint.of_layer(W, c, Moments.of(x)), optimum(W, c, Moments.of(x))
-    found = {
-        choice.precision: choice for choice in at_equal_bytes(best.student, joint, joint, 3000)
-    }
-    for precision, choice in found.items():
-        stored = best.student(choice.rank)
-        small = quantise(stored, imitated(stored, joint))
-        if precision != "int8":
-            A, B = (p.weight.to(getattr(torch, precision)) for p in (stored.A, stored.B))
-            small = LowRankLinear(A, B, stored.B.bias.float())
-        assert 3000 - 4 * (40 + 50) <= module_bytes(small) <= 3000 == choice.bytes
-    assert found["int8"].fvu < found["bfloat16"].fvu < found["float32"].fvu
-    assert at_equal_bytes(best.student, joint, joint, 100) == []
+def test_layers_in_few_bits_are_small_and_match_their_inputs(bits, d_in):
+    W, c, x = case(d_in)
+    second = x.T @ x / len(x)
+    layer = QuantLinear.of(W, c.float(), second, bits)
+    near = rounded(W, None, bits, None if bits == 8 else GROUP)
+    scale = near[1].double() if bits == 8 else near[1].double().repeat_interleave(GROUP, 1)
+    nearest = near[0] * (scale[:, None] if bits == 8 else scale[:, :d_in])
+    lost, naive = (
+        float(((V - W) @ second * (V - W)).sum()) for V in (layer.weight.double(), nearest)
+    )
+    assert lost < 0.85 * naive
+    assert layer.weight.shape == W.shape
+    torch.testing.assert_close(layer(x), x @ layer.numbers(torch.float64).T + c, atol=1e-5, rtol=0)
+    columns, scales = (d_in, 4) if bits == 8 else ((d_in + 1) // 2, 2 * ((d_in + 63) // 64))
+    assert module_bytes(layer) == 50 * (columns + scales + 4)
+    empty = QuantLinear.empty(d_in, 50, bits, True)
+    empty.load_state_dict(layer.state_dict())
+    assert torch.equal(empty.weight, layer.weight)

@@ -1,6 +1,8 @@
 """Saved and loaded again: bit-equal, without pickle; dense exports; compiled and exported."""
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 
 import pytest
@@ -11,10 +13,13 @@ import distil_rank
 from distil_rank.compress import storage
 from distil_rank.compress.architectures import describe
 from distil_rank.compress.dense_models import load_dense
+from distil_rank.compress.export import save_merged, save_onnx
 from distil_rank.compress.heads import compress_head
 from distil_rank.compress.models import compress_model, quantise_model
 from distil_rank.core.errors import InputError
-from tests.compress.small_models import KINDS, output, small_model, token_batches
+from distil_rank.core.records import ROOT
+from distil_rank.proteins.esm2 import tokenise
+from tests.compress.small_models import CLASSIFIERS, KINDS, output, small_model, token_batches
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -22,55 +27,124 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("int8", [False, True])
-def test_reloaded_models_are_bit_equal(kind, int8, tmp_path):
+@pytest.mark.parametrize("kind", [*KINDS, *CLASSIFIERS])
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_reloaded_models_are_bit_equal(kind, bits, tmp_path):
     model = small_model(kind)
     batches = token_batches(model)
     small, _ = compress_model(model, batches, ratio=0.5)
-    if int8:
-        small, _ = quantise_model(small, batches)
+    if bits:
+        small, _ = quantise_model(small, batches, bits)
     storage.save(small, tmp_path / "small", describe(model), certificate={"any": 1}, readme="text")
     state = torch.random.get_rng_state()
     loaded = distil_rank.load(tmp_path / "small")
     assert torch.equal(state, torch.random.get_rng_state())
     assert same(small, loaded)
     assert torch.equal(output(small, batches[0]), output(loaded, batches[0]))
+    tokenizer = () if kind.startswith("GPT2") else ("vocab.txt", "tokenizer_config.json")
     assert {f.name for f in (tmp_path / "small").iterdir()} == {
-        *("model.safetensors", "compressed.json", "certificate.json", "README.md")
+        *("model.safetensors", "compressed.json", "config.json", "certificate.json", "README.md"),
+        *tokenizer,
     }
+    if kind == "GPT2LMHeadModel":
+        assert loaded.lm_head.weight is loaded.transformer.wte.weight  # tied as before
 
 
-def test_tied_weights_stay_tied(tmp_path):
-    model = small_model("GPT2LMHeadModel")
-    small, _ = compress_model(model, token_batches(model), ratio=0.5)
-    storage.save(small, tmp_path / "small", describe(model))
-    loaded = distil_rank.load(tmp_path / "small")
-    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+def read(model, batch):
+    """Outputs of a model of transformers, also for the batches of an ESM2."""
+    if torch.is_tensor(batch):
+        batch = describe(model).batch(batch)
+    return output(model, batch)
 
 
-@pytest.mark.parametrize("kind", ["EsmForMaskedLM", "EsmModel", "GPT2LMHeadModel"])
-def test_dense_export_runs_without_this_package(kind, tmp_path):
+@pytest.mark.parametrize("kind", [*KINDS, *CLASSIFIERS])
+def test_transformers_reads_and_writes_the_folder(kind, tmp_path):
+    """AutoModel gives the model without its head, the AutoModel of its class all of it."""
     import transformers
 
     model = small_model(kind)
     batches = token_batches(model)
     small, _ = compress_model(model, batches, ratio=0.5)
-    storage.save_merged(small, describe(model), tmp_path / "merged")
-    options = {"add_pooling_layer": False} if kind == "EsmModel" else {}
-    plain = getattr(transformers, kind).from_pretrained(tmp_path / "merged", **options).eval()
-    torch.testing.assert_close(
-        output(plain, batches[0]), output(small, batches[0]), rtol=1e-5, atol=2e-5
+    storage.save(small, tmp_path / "small")
+    made = "EsmForMaskedLM" if kind == "esm2" else kind
+    end = "ForCausalLM" if "GPT2" in kind else made.removeprefix("Esm").removeprefix("Model")
+    whole = getattr(transformers, f"AutoModel{end}")
+    loaded = whole.from_pretrained(tmp_path / "small", trust_remote_code=False)
+    assert isinstance(loaded, getattr(transformers, made))
+    expected = read(small, batches[0]) if kind != "esm2" else output(small, batches[0])
+    torch.testing.assert_close(read(loaded, batches[0]), expected, rtol=1e-5, atol=1e-5)
+    base = transformers.AutoModel.from_pretrained(tmp_path / "small", dtype="float64")
+    hidden = describe(small).read(small, batches[0])[0]
+    keep = describe(small).residues(batches[0])
+    found = describe(base).read(
+        base, describe(base).batch(batches[0]) if kind == "esm2" else batches[0]
+    )[0]
+    torch.testing.assert_close(found[keep].float(), hidden[keep], rtol=1e-4, atol=1e-5)
+    for i, part in enumerate((loaded, base.float())):
+        part.save_pretrained(tmp_path / f"again{i}")
+        again = distil_rank.load(tmp_path / f"again{i}")
+        assert type(again).__name__ == type(part).__name__ and same(again, part)
+    if "GPT2" not in kind:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "again0")
+        assert torch.equal(tokenizer(["MKT"], return_tensors="pt")["input_ids"], tokenise(["MKT"]))
+        with pytest.raises(InputError, match="LMHeadModel"):
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+
+
+@pytest.mark.slow  # transformers from a cold start
+def test_importing_the_package_does_not_import_transformers(tmp_path):
+    storage.save(small_model("esm2"), tmp_path / "small")
+    code = (
+        "import sys, distil_rank; assert not {'transformers', 'torch'} & set(sys.modules)\n"
+        "from transformers import AutoModel\n"
+        f"print(type(AutoModel.from_pretrained({str(tmp_path / 'small')!r})).__name__)"
     )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "EsmModel", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("kind", [*KINDS, *CLASSIFIERS])
+def test_dense_export_runs_without_this_package(kind, bits, tmp_path):
+    import transformers
+
+    model = small_model(kind)
+    batches = token_batches(model)
+    small, _ = compress_model(model, batches, ratio=0.5)
+    if bits:
+        small, _ = quantise_model(small, batches, bits)
+    save_merged(small, describe(model), tmp_path / "merged")
+    made = "EsmForMaskedLM" if kind == "esm2" else kind
+    options = {"add_pooling_layer": False} if kind == "EsmModel" else {}
+    plain = getattr(transformers, made).from_pretrained(tmp_path / "merged", **options).eval()
+    expected = output(small, batches[0])
+    torch.testing.assert_close(read(plain, batches[0]), expected, rtol=1e-5, atol=2e-5)
     again, architecture, *_ = load_dense(str(tmp_path / "merged"))
-    assert (architecture.class_name == kind and same(plain, again)) or kind == "EsmModel"
+    assert (architecture.class_name == made and same(plain, again)) or kind == "EsmModel"
+    if "GPT2" not in kind:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+        assert tokenizer("MKT")["input_ids"] == tokenise(["MKT"])[0].tolist()
 
 
-def test_esm2_has_no_dense_export(tmp_path):
-    model = small_model("esm2")
-    small, _ = compress_model(model, token_batches(model), ratio=0.5)
-    with pytest.raises(InputError, match="Hugging Face"):
-        storage.save_merged(small, describe(model), tmp_path / "merged")
+@pytest.mark.parametrize("kind", ["esm2", *CLASSIFIERS])
+def test_models_as_onnx(kind, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = small_model(kind)
+    architecture, batches = describe(model), token_batches(model)
+    small, _ = compress_model(model, batches, ratio=0.5)
+    save_onnx(small, architecture, ["MKT", "MKTAYIAKQR"], tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(
+        str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
+    for sequences in (["GAVLMKT", "MA", "W"], ["GAVLMKTAYIAKQRGAVL"]):
+        tokens = tokenise(sequences)
+        named = {"input_ids": tokens.numpy(), "attention_mask": (tokens != 1).long().numpy()}
+        with torch.no_grad():
+            expected = architecture.read(small, architecture.batch(tokens))
+        keep = tokens != 1
+        for found, y in zip(session.run(["hidden", "logits"], named), expected):
+            pair = [t[keep] if t.ndim == 3 else t for t in (torch.from_numpy(found), y)]
+            torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5)
 
 
 HEAD = nn.Sequential(
@@ -94,21 +168,13 @@ def test_reloaded_heads_are_bit_equal(module, int8, tmp_path):
     assert same(small, loaded) and torch.equal(small(x), loaded(x))
 
 
-def test_a_user_class_is_loaded_into_an_instance(tmp_path):
-    class Mine(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = nn.Linear(40, 40)
+def test_an_unknown_class_needs_an_instance(tmp_path):
+    class Mine(nn.Linear):
+        pass
 
-        def forward(self, x):
-            return self.body(x).relu()
-
-    model, x = Mine(), torch.randn(50, 40)
-    small, _ = compress_model(model, [(x,)], ratio=0.5)
-    storage.save(small, tmp_path / "mine")
+    storage.save(nn.ModuleDict({"a": Mine(4, 4)}), tmp_path)
     with pytest.raises(InputError, match="model="):
-        distil_rank.load(tmp_path / "mine")
-    assert torch.equal(distil_rank.load(tmp_path / "mine", model=Mine())(x), small(x))
+        distil_rank.load(tmp_path)
 
 
 def test_damaged_folders_are_refused(tmp_path):
@@ -150,7 +216,7 @@ def test_nothing_of_an_earlier_module_stays(tmp_path):
     model = small_model("EsmForMaskedLM")
     small, _ = compress_model(model, token_batches(model), ratio=0.5)
     storage.save(small, tmp_path, describe(model), certificate={"any": 1}, readme="text")
-    storage.save_merged(small, describe(model), tmp_path / "merged")
+    save_merged(small, describe(model), tmp_path / "merged")
     for name in ("model.onnx", "report.json", "report.png", "notes.txt"):
         (tmp_path / name).write_text("of the earlier module")
     storage.save(nn.Linear(4, 4), tmp_path)
@@ -160,16 +226,6 @@ def test_nothing_of_an_earlier_module_stays(tmp_path):
     (tmp_path / "mine" / "README.md").write_text("of a folder that holds no module")
     storage.save(nn.Linear(4, 4), tmp_path / "mine")
     assert (tmp_path / "mine" / "README.md").is_file()
-
-
-@pytest.mark.parametrize("int8", [False, True])
-def test_traced_graphs_agree(int8):
-    """torch.compile without a C++ compiler: the traced graph gives the same numbers."""
-    x = torch.randn(20, 40, generator=torch.Generator().manual_seed(0))
-    small, _ = compress_head(HEAD.eval(), x, rank=8, int8=int8)
-    traced = torch.compile(small, backend="aot_eager", fullgraph=True)
-    with torch.no_grad():
-        torch.testing.assert_close(traced(x), small(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
