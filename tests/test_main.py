@@ -358,6 +358,6 @@ def test_help_shows_every_flag_with_its_meaning_and_examples(capsys):
         "python main.py --quick",
         "--train",
         "rank of every student",
-        "interleaved timings",
+        "your own layer or head",
     ):
         assert text in shown

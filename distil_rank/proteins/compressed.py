@@ -4,7 +4,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, stack
 
 from distil_rank.core.errors import InputError
 from distil_rank.core.records import Record, read_json
@@ -12,13 +12,14 @@ from distil_rank.proteins import hugging_face
 
 # of `compress.storage`
 DESCRIPTION, WEIGHTS, SCHEMA = "compressed.json", "model.safetensors", "distil-rank/compressed/1"
+GROUP = 64  # columns with one scale, in four bits
 _SETTINGS = {"layers", "width", "heads", "token_dropout", "eps", "head"}
 
 
 def read(folder: Path) -> tuple[Record, list[tuple[str, Tensor]], dict[str, Record]]:
     """Settings of the ESM2, its tensors and its low-rank layers (shapes) by fair-esm's names.
 
-    Eight-bit factors become floating-point ones: the same function up to rounding.
+    Weights in eight or four bits become floating-point ones: the same function up to rounding.
     """
     path = folder / DESCRIPTION
     description = read_json(path, SCHEMA)
@@ -41,26 +42,42 @@ def read(folder: Path) -> tuple[Record, list[tuple[str, Tensor]], dict[str, Reco
         raise InputError(f"a readable {WEIGHTS} required in {folder}, got: {error}") from None
     tensors |= {alias: tensors[name] for alias, name in description["tied"].items()}
     for name, shape in description["factors"].items():
-        if shape["type"] not in ("low-rank", "int8"):
-            got = f"{name} of type {shape['type']} in {folder}; use distil_rank.load"
-            raise InputError(f"low-rank layers, float or int8, required, got {got}")
         tensors.pop(f"{name}.inner_mean", None)  # of use to whoever truncates
         if shape["type"] == "int8":
             _dequantise(tensors, name)
+        elif shape["type"] == "linear":
+            _unpack(tensors, name, shape)
     named = [(_named(key, kind), tensor) for key, tensor in tensors.items()]
-    factors = {_named(f"{name}.", kind)[:-1]: x for name, x in description["factors"].items()}
-    return config, named, factors
+    low_rank = {name: x for name, x in description["factors"].items() if x["type"] != "linear"}
+    return config, named, {_named(f"{name}.", kind)[:-1]: x for name, x in low_rank.items()}
 
 
 def _named(key: str, kind: str) -> str:
     return key if kind == "esm2" else hugging_face.fair_esm_key(key)
 
 
+def _taken(tensors: dict[str, Tensor], name: str) -> Tensor:
+    if name not in tensors:
+        raise InputError(f"the tensor {name} required in {WEIGHTS}, got none; compress it again")
+    return tensors.pop(name)
+
+
 def _dequantise(tensors: dict[str, Tensor], name: str) -> None:
     """int8 A (r, d_in) and B (d_out, r) times the scales of their rows."""
     for factor in ("A", "B"):
-        integers = tensors.pop(f"{name}.{factor}")
-        scale = tensors.pop(f"{name}.{factor}_scale")
+        integers = _taken(tensors, f"{name}.{factor}")
+        scale = _taken(tensors, f"{name}.{factor}_scale")
         tensors[f"{name}.{factor}.weight"] = integers.float() * scale.float()[:, None]
     if f"{name}.bias" in tensors:
         tensors[f"{name}.B.bias"] = tensors.pop(f"{name}.bias")
+
+
+def _unpack(tensors: dict[str, Tensor], name: str, shape: Record) -> None:
+    """Weight (d_out, d_in): bytes times a scale a row, or half bytes a row and GROUP columns."""
+    integers, scale = _taken(tensors, f"{name}.packed"), _taken(tensors, f"{name}.scale").float()
+    if shape["bits"] == 8:
+        tensors[f"{name}.weight"] = integers.float() * scale[:, None]
+        return
+    halves = stack([integers % 16, integers // 16], -1).flatten(1)[:, : shape["d_in"]]
+    scales = scale.repeat_interleave(GROUP, 1)[:, : shape["d_in"]]
+    tensors[f"{name}.weight"] = (halves.float() - 8) * scales

@@ -95,6 +95,8 @@ def test_forward_is_the_dequantised_layer():
     assert small(x.float()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("d_in", [40, 65, 130])
 def test_layers_in_few_bits_are_small_and_match_their_inputs(bits, d_in):
     W, c, x = case(d_in)
     second = x.T @ x / len(x)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import distil_rank
-from distil_rank.compress import storage
+from distil_rank.compress import quantise, storage
 from distil_rank.compress.architectures import describe
 from distil_rank.compress.models import compress_model, quantise_model
 from distil_rank.core.errors import InputError
@@ -19,13 +19,13 @@ from tests.compress.small_models import small_model, token_batches
 PROTEINS = ["MKTAYIAKQRQISFVKSHFSRQ", "GAVLKK", "XBUZO"]
 
 
-def made(kind, int8, folder):
+def made(kind, bits, folder):
     """A compressed model and its hidden states (n, l, d) and logits of PROTEINS."""
     dense = load_model(kind, head=True).model if kind == "nano-64" else small_model(kind)
     architecture, batches = describe(dense), token_batches(dense, rows=2)
     small, _ = compress_model(dense, batches, ranks=8, include=("*.0.*",), loss=None)
-    if int8:
-        small, _ = quantise_model(small, batches)
+    if bits:
+        small, _ = quantise_model(small, batches, bits)
     storage.save(small, folder, architecture)
     with torch.no_grad():
         return architecture.read(small, architecture.tokenise(PROTEINS))
@@ -34,19 +34,20 @@ def made(kind, int8, folder):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compressed") / "small"
-    return folder, made("nano-64", False, folder)
+    return folder, made("nano-64", None, folder)
 
 
 def test_the_files_are_those_that_compression_writes():
-    theirs = (storage.DESCRIPTION, storage.WEIGHTS, storage.SCHEMA)
-    assert theirs == (compressed.DESCRIPTION, compressed.WEIGHTS, compressed.SCHEMA)
+    theirs = (storage.DESCRIPTION, storage.WEIGHTS, storage.SCHEMA, quantise.GROUP)
+    ours = (compressed.DESCRIPTION, compressed.WEIGHTS, compressed.SCHEMA, compressed.GROUP)
+    assert theirs == ours
 
 
 @pytest.mark.parametrize(
-    ("kind", "int8"), [("esm2", True), ("EsmForMaskedLM", False), ("EsmModel", True)]
+    ("kind", "bits"), [("esm2", 8), ("esm2", 4), ("EsmForMaskedLM", None), ("EsmModel", 8)]
 )
-def test_hidden_states_and_logits_are_those_of_the_compressed_model(kind, int8, tmp_path):
-    hidden, logits = made(kind, int8, tmp_path / "small")
+def test_hidden_states_and_logits_are_those_of_the_compressed_model(kind, bits, tmp_path):
+    hidden, logits = made(kind, bits, tmp_path / "small")
     tokens = tokenise(PROTEINS)
     model = load_model(str(tmp_path / "small"), head=logits is not None).model
     (ours,), scores = model(tokens)
@@ -89,7 +90,7 @@ def first_factor(description):
         (lambda d, t: d["config"].pop("eps"), "wrong are: eps"),
         (lambda d, t: d["factors"][first_factor(d)].update(d_in=9), "of 9 to 64 required"),
         (lambda d, t: d["factors"][first_factor(d)].update(rank=1), "of shape"),
-        (lambda d, t: d["factors"][first_factor(d)].update(type="linear"), "of type linear"),
+        (lambda d, t: d["factors"][first_factor(d)].update(type="linear"), r"\.packed required"),
         (lambda d, t: d.update(kind="head"), r"compressed ESM-2 required.*distil_rank\.load"),
     ],
 )
