@@ -25,7 +25,7 @@ class Preset:
 SIZES = {"tiny": (4, 4, 512), "small": (6, 8, 768), "medium": (12, 16, 1024)}
 PRESETS = {
     "family": Preset(
-        sizes={"tiny": (1, 2, 32), "small": (2, 2, 48), "medium": (2, 4, 96)},
+        sizes={"tiny": (1, 2, 32), "small": (2, 2, 48), "medium": (2, 3, 96)},
         steps=150,
         batch_size=8,
         rates=(3e-3, 1e-2),

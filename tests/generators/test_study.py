@@ -11,9 +11,11 @@ from benchmarks.generator_study import design, figures, runs
 from benchmarks.generator_study.paper import paper
 from distil_rank.core.devices import threads
 from distil_rank.core.errors import InputError
+from distil_rank.core.records import ROOT
 from distil_rank.generators.data import amino_acid_tokenizer
 from distil_rank.generators.loss import Objective
-from distil_rank.generators.models import fresh, save
+from distil_rank.generators.inherit import initial_student
+from distil_rank.generators.models import fresh, load, save
 from distil_rank.generators.prepared import SPLIT, Prepared, digest
 from distil_rank.generators.train import Schedule
 from tests.generators.conftest import prepare, write_toy_fasta
@@ -155,3 +157,9 @@ def test_bad_flags_are_refused_before_anything_is_read(tmp_path, bad, message):
     with pytest.raises(InputError, match=message):
         study.run(study.Config(tmp_path / "none", out=tmp_path / "out", **bad))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_committed_teacher_has_a_slice_of_every_size():
+    teacher, _ = load(str(ROOT / "models" / "family-teacher"))
+    for shape in design.PRESETS["family"].sizes.values():
+        initial_student(teacher, *shape, "slice", seed=0)
