@@ -13,8 +13,8 @@ from distil_rank.core.devices import threads
 from distil_rank.core.errors import InputError
 from distil_rank.core.records import ROOT
 from distil_rank.generators.data import amino_acid_tokenizer
-from distil_rank.generators.loss import Objective
 from distil_rank.generators.inherit import initial_student
+from distil_rank.generators.loss import Objective
 from distil_rank.generators.models import fresh, load, save
 from distil_rank.generators.prepared import SPLIT, Prepared, digest
 from distil_rank.generators.train import Schedule
