@@ -213,6 +213,8 @@ def embed(folder: Path) -> None:
         rows = torch.load(store / name, weights_only=True).clone()
         with atomic(ROOT / name) as temporary:
             torch.save(rows, temporary)
+    for name in ("embeddings_train.txt", "embeddings_val.txt"):  # which protein a row is
+        shutil.copy(store / name, ROOT / name)
     card = json.loads((store / "embeddings.json").read_text())
     card["source"] = (
         "mean-pooled embeddings of held-out proteins (Pfam domains, Swiss-Prot, DeepLoc)"
