@@ -49,7 +49,8 @@ def load_matrix(path: str | Path) -> Tensor:
 def rows_in(x: Tensor, others: Tensor) -> Tensor:
     """Which rows of `others` (n, d) are also rows of `x`: a mask (n,)."""
     known = {hash(row.tobytes()) for row in x.numpy()}
-    return torch.tensor([hash(row.tobytes()) in known for row in others.numpy()])
+    found = [hash(row.tobytes()) in known for row in others.numpy()]
+    return torch.tensor(found, dtype=torch.bool)
 
 
 def provenance(path: str | Path) -> Record:
