@@ -245,8 +245,8 @@ def check(config: Config) -> Config:
         raise InputError("--train and --val required, got one of them; give the other, or neither")
     if config.synthetic and config.train:
         raise InputError("--synthetic or --train and --val required, got both; choose one")
-    if (config.key or config.labels) and config.teacher is None:
-        raise InputError("--teacher FILE required beside --key and --labels; give it")
+    if (config.key or config.activation or config.labels) and config.teacher is None:
+        raise InputError("--teacher FILE required beside --key, --activation, --labels; give it")
     seeds, steps = (2, 100) if config.quick else (config.seeds, config.steps)
     out = config.out or Path("results", "quick" if config.quick else "")
     return replace(config, out=out, seeds=min(seeds, config.seeds), steps=min(steps, config.steps))

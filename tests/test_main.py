@@ -202,7 +202,8 @@ def test_a_whole_head_of_the_user_beside_the_three_teachers(data, tmp_path, caps
     layer = torch.nn.Linear
     head = torch.nn.Sequential(layer(24, 30), torch.nn.Tanh(), layer(30, 20), torch.nn.Tanh())
     head.append(layer(20, 1))
-    torch.save(head.state_dict(), tmp_path / "own.pt")
+    double = {name: tensor.double() for name, tensor in head.state_dict().items()}
+    torch.save(double, tmp_path / "own.pt")
     x = torch.load(data[3]).float()
     np.save(tmp_path / "y.npy", (head(x)[:, 0] > head(x).median()).numpy().astype(float))
     given = ["--teacher", str(tmp_path / "own.pt"), "--activation", "tanh"]
@@ -266,6 +267,7 @@ def test_quick_writes_into_the_folder_asked_for(given, folder):
         (["--device", "meta"], "--device must name a device"),
         (["--key", "a"], "--teacher FILE required"),
         (["--labels", "a.npy"], "--teacher FILE required"),
+        (["--activation", "relu"], "--teacher FILE required"),
         (["--synthetic"], "got both; choose one"),
         (["--teacher", "none.pt"], "existing file required"),
     ],

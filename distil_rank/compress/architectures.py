@@ -106,14 +106,15 @@ class Architecture:
                 " folder"
             )
         texts = [" ".join(s) for s in sequences]
-        if self.task == "causal":
+        as_protgpt2 = self.config.get("model_type") == "gpt2"
+        if as_protgpt2:
             end = self.tokenizer.eos_token
             lines = [[s[i : i + LINE] for i in range(0, len(s), LINE)] for s in sequences]
             texts = ["\n".join([end, *parts, end]) for parts in lines]
-        found = self.tokenizer(texts, add_special_tokens=self.task != "causal")["input_ids"]
+        found = self.tokenizer(texts, add_special_tokens=not as_protgpt2)["input_ids"]
         ids = [torch.tensor(row, device=device) for row in found]
         unknown = self.tokenizer.unk_token_id
-        if self.task != "causal" and any(bool((row == unknown).any()) for row in ids):
+        if not as_protgpt2 and any(bool((row == unknown).any()) for row in ids):
             raise InputError(
                 f"letters that the tokenizer of {self.class_name} knows required, got others;"
                 " leave those proteins out"

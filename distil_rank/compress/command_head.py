@@ -13,6 +13,7 @@ stay dense. `--metric whole` makes the head one low-rank map, which often keeps 
 `--metric narrow` bends a few of that map's inner features, which keeps the most.
 """
 
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from distil_rank.compress.head_certificate import HeadCertificate, LayerCertificate
 from distil_rank.compress.head_layers import Request
 from distil_rank.compress.heads import compress_head, parts_of
-from distil_rank.compress.storage import save
+from distil_rank.compress.storage import require_other_folder, save
 from distil_rank.compress.tasks import Array, TaskChange, choose_metric, load_labels, task_change
 from distil_rank.core.agreement import NAMES
 from distil_rank.core.devices import pick_device
@@ -41,7 +42,7 @@ from distil_rank.core.records import (
     shown_path,
 )
 from distil_rank.core.tables import with_interval
-from distil_rank.proteins.embedding_files import load_matrix
+from distil_rank.proteins.embedding_files import load_matrix, rows_in
 
 BATCHES = (1, 32, 512)  # timed, teacher and student in turn on one thread
 
@@ -74,6 +75,7 @@ def run(config: Config) -> None:
     """Validate the request, compress, measure, write."""
     size = None if config.bytes is None else parse_bytes(config.bytes)
     Request(config.rank, config.fvu, config.speedup, size).check()
+    require_other_folder(config.out, config.head)
     device = pick_device(config.device)
     loaded = load_head(config.head, config.key, config.activation)
     head: nn.Module = loaded.whole  # the small head scales its inputs too
@@ -81,6 +83,9 @@ def run(config: Config) -> None:
     layers = [part for part in parts_of(head) if isinstance(part, nn.Linear)]
     train, held_out, labels = read_rows(config)
     assert config.train is not None
+    if shared := int(rows_in(train, held_out).sum()):
+        note = f"{shared} of {len(held_out)} held-out rows are also fitted on"
+        print(f"note: {note}; figures on them say less", file=sys.stderr)
     if labels is not None:
         choose_metric(layers[-1].out_features, labels)
     prior = None
@@ -114,6 +119,7 @@ def run(config: Config) -> None:
             "sha256": sha256(config.train),
             "n_train": len(train),
             "n_val": len(held_out),
+            "shared_rows": shared,
         },
         "teacher": {"source": shown_path(config.head), "sha256": sha256(config.head)},
         "seeds": [config.seed],
@@ -145,7 +151,9 @@ def read_rows(config: Config) -> tuple[Tensor, Tensor, Array | None]:
         )
     order = torch.randperm(len(data), generator=generator(config.seed, "held-out rows"))
     labels = None if labels is None else labels[order[:count].numpy()]
-    return data[order[count:]], data[order[:count]], labels
+    held_out, fitted = data[order[:count]], data[order[count:]]
+    copies = rows_in(held_out, fitted)  # of one protein, which may not be on both sides
+    return fitted[~copies], held_out, labels
 
 
 def parse_bytes(text: str) -> int:

@@ -6,10 +6,10 @@
 
 Every layer is fitted in the metric of what the model makes of its output: the likelihood's Fisher
 matrix, or the squared error of the hidden states of an encoder without a head. MODEL is a name
-(nano-64, esm2_t6_8M_UR50D), a fair-esm .pt file or a Hugging Face folder of an ESM-2 or GPT-2. The
-output folder has the weights (model.safetensors, as narrow as the source's), certificate.json,
-report.json, report.png and a README that loads them: `distil_rank.load("small/")` gives a torch
-module. Layers whose factors would not be smaller stay dense.
+(nano-64, esm2_t6_8M_UR50D), a fair-esm .pt file or a Hugging Face folder. The output folder has the
+weights (model.safetensors, as narrow as the source's), certificate.json, report.json, report.png
+and a README that loads them: `distil_rank.load("small/")` gives a torch module. Layers whose
+factors would not be smaller stay dense.
 """
 
 import sys
@@ -30,7 +30,7 @@ from distil_rank.compress.models import compress_model, quantise_model, rounded
 from distil_rank.compress.recover import recover
 from distil_rank.compress.report import SCHEMA, draw, readme, summary
 from distil_rank.compress.sites import Batch, find_sites, trace
-from distil_rank.compress.storage import WEIGHTS, save
+from distil_rank.compress.storage import WEIGHTS, require_other_folder, save
 from distil_rank.core.devices import pick_device
 from distil_rank.core.errors import InputError, at_least
 from distil_rank.core.randomness import generator
@@ -153,6 +153,7 @@ def checked(
     at_least(0, recover=config.recover)
     at_least(1, max_length=config.max_length)
     dense = load_dense(config.model, device)
+    require_other_folder(config.out, dense.source)
     architecture = dense.architecture
     assays = []
     if config.dms is not None:

@@ -130,16 +130,17 @@ def affordable(
 ) -> int:
     """Rank of a map d_in -> d_out within the request; InputError below 1. bias: of inner features.
 
-    A student in eight bits has a scale a row.
+    A student in eight bits has a scale a row; its bias is never wider than float32.
     """
+    size = next(part for part in parts if isinstance(part, nn.Linear)).weight.element_size()
     if request.rank is not None:
         return request.rank
     if request.speedup is not None:
         rank = int(flops(parts) / request.speedup) // (d_in + d_out)
     else:
         assert request.bytes is not None
-        each = (d_in + d_out + 4) if int8 else 4 * (d_in + d_out + bias)
-        rank = (request.bytes - (8 if int8 else 4) * d_out) // each
+        each = (d_in + d_out + 4) if int8 else size * (d_in + d_out + bias)
+        rank = (request.bytes - (8 if int8 else size) * d_out) // each
     if rank < 1:
         raise InputError(f"room for rank 1 required, got {request.given}; ask for more")
     return rank

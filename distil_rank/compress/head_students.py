@@ -2,7 +2,7 @@
 
 Sizes are weights (or bytes, of students in eight bits) before over after. The floor is what the
 outputs themselves keep when cut to the rank that the size allows: a bound on the error of every
-student with a bottleneck that narrow.
+student with a bottleneck that narrow, before a last scaling to unit length.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from distil_rank.compress.quantise import module_bytes, rounded
 from distil_rank.compress.sites import evaluating
 from distil_rank.compress.tasks import choose_metric, load_labels, task_change
 from distil_rank.core.agreement import function_kept, measure_for
+from distil_rank.core.errors import InputError
 from distil_rank.core.heads import UnitNorm
 from distil_rank.core.linear import linear
 from distil_rank.core.lowrank import leading_eigenpairs
@@ -70,6 +71,7 @@ def compare(
     parts = parts_of(head)
     labels = None if labels_of_val is None else load_labels(labels_of_val, len(val))
     with evaluating(head), torch.no_grad():
+        x, val = (rows.to(next(head.parameters())) for rows in (x, val))
         y = head(val)
         measure = measure_for(y.shape[1], isinstance(parts[-1], UnitNorm))
         found: Comparison = {"measure": measure, "n_train": len(x), "n_val": len(val)}
@@ -99,7 +101,7 @@ def _students(
             size = {"bytes": int(before / ratio)} if eight else {"speedup": ratio}
             try:
                 small, found = compress_head(head, x, metric=METRICS[form], int8=eight, **size)  # type: ignore[arg-type]
-            except ValueError:  # no such student is that small
+            except InputError:  # no such student is that small
                 continue
             ranks = [layer.rank for layer in found.layers]
             if ranks not in known:

@@ -139,6 +139,14 @@ def parts_of(head: nn.Module) -> list[nn.Module]:
         raise InputError(
             f"an nn.Linear, or an nn.Sequential with at least one, required, got {got}"
         )
+    for part in parts:
+        if not isinstance(part, nn.Linear) and any(
+            isinstance(m, nn.Linear) for m in part.modules()
+        ):
+            raise InputError(
+                "an nn.Sequential of single layers required, got linear layers inside a"
+                f" {type(part).__name__}; put its layers into the head itself"
+            )
     return parts
 
 

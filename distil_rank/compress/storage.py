@@ -107,6 +107,15 @@ def save(
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
 
 
+def require_other_folder(folder: Path, source: Path) -> None:
+    """InputError where a module saved in this folder would replace what it is made from."""
+    replaced = source.name == WEIGHTS or (source.parent / "config.json").is_file()
+    if replaced and source.resolve().parent == folder.resolve():
+        raise InputError(
+            f"another folder than that of {source}, which would be replaced, required for --out"
+        )
+
+
 def config_json(architecture: Architecture) -> bytes:
     """What transformers reads first: a type that only this package registers (`auto`)."""
     known = {"model_type": MODEL_TYPE, "architectures": [architecture.class_name]}
@@ -239,11 +248,14 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         )
     else:
         module = copy.deepcopy(model)
-    for name, shape in description["factors"].items():
-        if name:
-            module.set_submodule(name, _empty_factors(shape))
-        else:
-            module = _empty_factors(shape)
+    try:
+        for name, shape in description["factors"].items():
+            if name:
+                module.set_submodule(name, _empty_factors(shape))
+            else:
+                module = _empty_factors(shape)
+    except AttributeError as error:
+        raise InputError(f"a model with layer {name} required for {folder}, got: {error}") from None
     try:
         module.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:

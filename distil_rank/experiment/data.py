@@ -13,7 +13,7 @@ from distil_rank.core.moments import Moments
 from distil_rank.core.prior import FOLDS, merged
 from distil_rank.core.randomness import generator
 from distil_rank.core.records import Record, sha256, shown_path
-from distil_rank.proteins.embedding_files import load_matrix, provenance
+from distil_rank.proteins.embedding_files import load_matrix, provenance, rows_in
 
 ROWS = 8192  # on which a teacher's output is looked at
 SCALES = (1e-6, 1e6)  # spreads that float32 and the learning rates are made for
@@ -67,15 +67,9 @@ def load_pair(
         "model": model or known.get("model"),
         "sha256": {"train": sha256(train), "val": sha256(val)},
         "files": [shown_path(path) for path in (train, val)],
-        "shared_rows": shared_rows(x, x_val),
+        "shared_rows": int(rows_in(x, x_val).sum()),
     }
     return x, x_val, about
-
-
-def shared_rows(x: Tensor, x_val: Tensor) -> int:
-    """How many rows of `x_val` (n, d) are also rows of `x`."""
-    known = {hash(row.tobytes()) for row in x.numpy()}
-    return sum(hash(row.tobytes()) in known for row in x_val.numpy())
 
 
 def fitting_rank(x: Tensor, head: nn.Sequential | None, rank: int | None) -> int:

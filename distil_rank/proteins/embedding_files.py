@@ -46,6 +46,13 @@ def load_matrix(path: str | Path) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def rows_in(x: Tensor, others: Tensor) -> Tensor:
+    """Which rows of `others` (n, d) are also rows of `x`: a mask (n,)."""
+    known = {hash(row.tobytes()) for row in x.numpy()}
+    found = [hash(row.tobytes()) in known for row in others.numpy()]
+    return torch.tensor(found, dtype=torch.bool)
+
+
 def provenance(path: str | Path) -> Record:
     """What `embeddings.json` beside a matrix says of it (model, source, ...); empty without one."""
     card = Path(path).parent / "embeddings.json"

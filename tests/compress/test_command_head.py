@@ -10,8 +10,9 @@ from torch import nn
 
 import distil_rank
 from distil_rank.__main__ import main
-from distil_rank.compress.command_head import parse_bytes
+from distil_rank.compress.command_head import Config, parse_bytes, read_rows
 from distil_rank.core import latency
+from distil_rank.proteins.embedding_files import rows_in
 
 
 @pytest.fixture
@@ -164,3 +165,12 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_work(files, capsys)
 def test_sizes_in_bytes():
     sizes = [parse_bytes(t) for t in ("400k", "2M", "1.5MB", "120000")]
     assert sizes == [400_000, 2_000_000, 1_500_000, 120_000]
+
+
+def test_copies_of_a_held_out_protein_are_not_fitted_on(files):
+    folder, _, x = files
+    torch.save(torch.cat([x, x]), folder / "twice.pt")
+    config = Config(folder / "head.safetensors", folder / "small", train=folder / "twice.pt")
+    fitted, held_out, _ = read_rows(config)
+    assert len(held_out) == 24 and not rows_in(fitted, held_out).any()
+    assert rows_in(torch.cat([x, x]), fitted).all() and len(fitted) > 180

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from distil_rank.compress.architectures import Architecture
 from distil_rank.compress.dense_models import load_dense
 from distil_rank.core.errors import InputError
 from distil_rank.proteins.checkpoints import save_model
@@ -62,3 +63,18 @@ def test_fair_esm_checkpoints(tmp_path):
     torch.save({"model": {}}, tmp_path / "other.pt")
     with pytest.raises(InputError, match="fair-esm"):
         load_dense(str(tmp_path / "other.pt"))
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "GPT2Model", "GPT2ForSequenceClassification"])
+def test_every_gpt2_reads_proteins_as_protgpt2_was_trained(name):
+    class Tokenizer:
+        eos_token, eos_token_id, unk_token_id, pad_token_id = "$", 36, 36, None
+
+        def __call__(self, texts, add_special_tokens):
+            assert not add_special_tokens
+            return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
+
+    config = {"model_type": "gpt2", "n_positions": 100}
+    batch = Architecture("transformers", name, config, tokenizer=Tokenizer()).tokenise(["M" * 61])
+    lines = "$\n" + "M" * 60 + "\nM\n$"
+    assert "".join(map(chr, batch["input_ids"][0].tolist())) == lines

@@ -191,6 +191,12 @@ def test_requests_are_kept():
     assert min(below) > 0.05
 
 
+def test_bytes_are_kept_by_one_map_of_a_double_head():
+    x = rows(100).double()
+    certificate = compress_head(mlp().double(), x, bytes=2000, metric="whole")[1]
+    assert 1500 < certificate.bytes_after <= 2000
+
+
 def test_layers_that_would_not_shrink_stay_dense():
     head, x = mlp(), rows(300)
     small, certificate = compress_head(head, x, rank=35)
@@ -245,6 +251,8 @@ def test_bad_heads():
         compress_head(mlp(), rows(1), rank=4)
     with pytest.raises(InputError, match="at least one"):
         compress_head(nn.Sequential(nn.ReLU()), rows(10), rank=4)
+    with pytest.raises(InputError, match="inside a Sequential"):  # whose cost would not count
+        compress_head(nn.Sequential(mlp(), nn.ReLU(), nn.Linear(4, 2)), rows(50), rank=1)
     hooked = mlp()
     hooked[2].register_forward_hook(lambda module, x, y: y.relu())
     with pytest.raises(InputError, match="output W x"):

@@ -17,6 +17,7 @@ from distil_rank.compress.export import save_merged, save_onnx
 from distil_rank.compress.heads import compress_head
 from distil_rank.compress.models import compress_model, quantise_model
 from distil_rank.core.errors import InputError
+from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.records import ROOT
 from distil_rank.proteins.esm2 import tokenise
 from tests.compress.small_models import CLASSIFIERS, KINDS, output, small_model, token_batches
@@ -175,6 +176,22 @@ def test_an_unknown_class_needs_an_instance(tmp_path):
     storage.save(nn.ModuleDict({"a": Mine(4, 4)}), tmp_path)
     with pytest.raises(InputError, match="model="):
         distil_rank.load(tmp_path)
+    factors = LowRankLinear(torch.ones(1, 4), torch.ones(4, 1))
+    storage.save(nn.ModuleDict({"a": nn.ModuleDict({"b": factors})}), tmp_path)
+    with pytest.raises(InputError, match="has no attribute"):
+        distil_rank.load(tmp_path, model=nn.ModuleDict({"c": nn.Linear(4, 4)}))
+
+
+def test_what_a_module_is_made_from_is_not_replaced(tmp_path):
+    for name in ("model.safetensors", "head.safetensors"):
+        (tmp_path / name).write_text("")
+    storage.require_other_folder(tmp_path, tmp_path / "head.safetensors")
+    with pytest.raises(InputError, match="another folder"):
+        storage.require_other_folder(tmp_path, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="another folder"):
+        storage.require_other_folder(tmp_path / ".." / tmp_path.name, tmp_path / "head.safetensors")
+    storage.require_other_folder(tmp_path / "small", tmp_path / "model.safetensors")
 
 
 def test_damaged_folders_are_refused(tmp_path):
