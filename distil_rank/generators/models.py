@@ -35,8 +35,13 @@ def load(name: str) -> tuple[Any, Any]:
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise InputError(f"a model folder with config.json required, got {name}; check the path")
     with one_line(f"a GPT-2 with safetensors required, got {name}"):
-        options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
-        model, info = GPT2LMHeadModel.from_pretrained(name, **options)
+        options: dict[str, Any] = {
+            "dtype": torch.float32,
+            "use_safetensors": True,
+            "output_loading_info": True,
+        }
+        found: Any = GPT2LMHeadModel.from_pretrained(name, **options)
+        model, info = found
     if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
         raise InputError(f"all weights of a GPT-2 required, got {name} without {few(missing)}")
     tokenizer = load_tokenizer(name)

@@ -74,6 +74,9 @@ class NestedESM(nn.Module):
         cleaned, raws = [clean_sequence(sequence) for sequence in sequences], {}
         for size, model in zip(self.chain.sizes_for(truncate_dim), self.models):
             found = dict(embed(cast(ESM2, model), cleaned))
-            vectors = [torch.empty(0, model.width), *(found[i][0] for i in range(len(cleaned)))]
+            vectors = [
+                torch.empty(0, self.chain.widths[size]),
+                *(found[i][0] for i in range(len(cleaned))),
+            ]
             raws[size] = torch.cat(vectors)
         return self.chain.embed(raws, truncate_dim, normalize)

@@ -48,8 +48,8 @@ class Config:
 def run(config: Config) -> None:
     """Write `config.out`. InputError before anything is computed."""
     reference = read_reference(config.variants.parent).get(config.variants.stem)
-    given = {"least": 1, "reference": reference, "fasta": config.wild_type, "measured": False}
-    assay = read_assay(config.variants, **given)
+    given = config.variants, None, 0, 1, reference
+    assay = read_assay(*given, fasta=config.wild_type, measured=False)
     read = [config.variants, config.wild_type or config.variants.with_suffix(".fasta")]
     if len(assay.wild_type) > LONGEST:
         got = f"got {len(assay.wild_type)}; score a domain"
