@@ -264,8 +264,7 @@ def peak_of(config: Config, folder: Path, name: str) -> float:
 
 def memory(config: Config, folder: Path) -> Record:
     """Peaks, and what more proteins add to them."""
-    names = ("import", "one batch", "large 16", "large 64", "small 1000", "small 10000")
-    peak = {name: peak_of(config, folder, name) for name in names}
+    peak = {name: peak_of(config, folder, name) for name in MEMORY}
     batch, run = (peak[name] - peak["import"] for name in ("one batch", "large 64"))
     return {
         "peak_mib": peak,

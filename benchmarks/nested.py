@@ -1,6 +1,6 @@
 """The bars of the nested wing, measured against the obvious alternative in one run.
 
-    python -m benchmarks.nested                  # everything; several minutes
+    python -m benchmarks.nested                  # stream, memory, ridge; several minutes
     python -m benchmarks.nested --only ridge     # some of it; the other figures stay
 
 stream  one stage, 320 -> 480: joint moments and closed form, against scikit-learn's

@@ -16,7 +16,7 @@ def bars(record: Record) -> str:
     return f"""{table}
 
 The loss is worked through {loss["positions_at_a_time"]} positions at a time with the whole vocabulary of each, not in slices of the vocabulary: a
-slice would need the normaliser of all others first, a second pass, and the purpose, that V = {loss["vocabulary"]:,} fits, is served by
+slice would need the normalizer of all others first, a second pass, and the purpose, that V = {loss["vocabulary"]:,} fits, is served by
 {loss["peak_mib"]["ours"]:.0f} MiB beside the logits where the direct formula takes {loss["peak_mib"]["direct"]:.0f}. Ratios are of processor time on {record["environment"]["threads"]} thread of
 {record["environment"]["cpu"]}, commit {str(record["environment"]["commit"])[:12]}."""
 

@@ -1,7 +1,7 @@
 """What a teacher, two enhancements and a warm start are worth to a student, with controls.
 
     distil-rank generator prepare family.fasta.gz --out shards \\
-        --split-by models/family-teacher/split.json --train-size-prop 0.15
+        --split-by models/family-teacher/split.json --train-size-prop 0.11
     python -m benchmarks.generator_study --data shards --workers 2    # also draws, writes paper.md
     python -m benchmarks.generator_study --data shards --preset protgpt2 --no-cache --device cuda
 

@@ -43,6 +43,8 @@ def run(config: Config) -> None:
     from distil_rank.generators.prepared import PARTS, Prepared
 
     at_least(0, generate=config.generate)
+    if config.out.is_dir():
+        raise InputError(f"a file to write required, got the folder {config.out}; add tiny.json")
     device = pick_device(config.device)
     require_writable(config.out.parent)
     prepared = Prepared(config.data)

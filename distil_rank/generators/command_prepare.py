@@ -44,6 +44,12 @@ def run(config: Config) -> None:
     at_least(0, held_out=config.held_out)
     at_most(0.49, held_out=config.held_out)  # for validation, and as many for test
     at_least(4, context=config.context)
+    clustered = config.split_by == "cluster" and config.held_out > 0 and not config.held_out_fasta
+    if not clustered and any(levels.values()):
+        raise InputError(
+            "--split-by cluster with a share of the proteins held out required for --identity and"
+            " --hard-identity, got another split; leave them out"
+        )
     require_writable(config.out.parent)
     if config.out.exists():
         raise InputError(f"a new --out required, got {config.out}, which exists; choose another")
@@ -68,14 +74,14 @@ def fill(folder: Path, config: Config, tokenizer: Any) -> dict[str, Any]:
     if given:
         method, digests = "given", list(map(prepared.digest, given))
         part_of = prepared.by_list({"validation": digests[::2], "test": digests[1::2]})
+    elif config.split_by not in ("random", "cluster"):
+        method, part_of = "listed", prepared.by_list(read_json(config.split_by, prepared.SPLIT))
     elif config.split_by == "random" or config.held_out == 0:
         method, part_of = "random", prepared.by_chance(config.held_out, config.seed)
-    elif config.split_by == "cluster":
+    else:
         distinct = list(dict.fromkeys(read()))
         wanted = (config.held_out, config.identity, config.seed, config.hard_identity)
         method, (part_of, made) = "cluster", prepared.by_cluster(distinct, *wanted)
-    else:
-        method, part_of = "listed", prepared.by_list(read_json(config.split_by, prepared.SPLIT))
     sequences = (s for source in (read(), given) for s in source)
     how = (config.context, config.crop, config.train_size_prop, config.seed)
     found = prepared.write(folder, sequences, part_of, tokenizer, *how)

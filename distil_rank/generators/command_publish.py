@@ -198,7 +198,7 @@ def one_line_hub_errors(repo: str) -> Iterator[None]:
     try:
         yield
     except errors as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
         raise InputError(
             f"the hub and the right to write {repo} required, got: {reason};"
             " log in, or use --dry-run to work offline"

@@ -41,9 +41,11 @@ def expected(flags: Any, data: Prepared) -> str:
 
     with one_line(f"a GPT-2 required, got {flags.teacher}"):
         teacher: Any = AutoConfig.from_pretrained(flags.teacher)
-    student: Any = GPT2Config(vocab_size=teacher.vocab_size)
+        if teacher.model_type != "gpt2":
+            raise ValueError(f"a {teacher.model_type}")
+    context = data.record["context"]
+    student: Any = GPT2Config(vocab_size=teacher.vocab_size, n_positions=teacher.n_positions)
     student.n_layer, student.n_head, student.n_embd = flags.shape
-    student.n_positions = data.record["context"]
     own, its, counts = gpt2_parameters(student), gpt2_parameters(teacher), data.record["parts"]
     proteins, half = max(1, counts["train"]["proteins"]), flags.dtype != "float32"
     read = flags.steps * flags.batch_size
@@ -51,7 +53,7 @@ def expected(flags: Any, data: Prepared) -> str:
     rows = [["hardware", "devices", "memory a device (GB)", "tokens/s", "hours"]]
     for name, (memory, bfloat16, tf32) in HARDWARE.items():
         for devices in (1, 8):
-            micro = -(-flags.batch_size // (devices * flags.accumulation)) * student.n_positions
+            micro = -(-flags.batch_size // (devices * flags.accumulation)) * context
             needed = (16 * own + 4 * its + working_bytes(student, teacher, micro, half)) / 1e9
             peak = devices * UTILIZATION * 1e12 * (bfloat16 if half else tf32)
             rate = peak / (6 * own + 2 * its)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from distil_rank.core.errors import InputError, at_least
+from distil_rank.core.errors import InputError, at_least, few
 from distil_rank.core.randomness import generator
 from distil_rank.core.records import atomic
 
@@ -35,7 +35,15 @@ def load(name: str) -> tuple[Any, Any]:
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise InputError(f"a model folder with config.json required, got {name}; check the path")
     with one_line(f"a GPT-2 with safetensors required, got {name}"):
-        model = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+        options: dict[str, Any] = {
+            "dtype": torch.float32,
+            "use_safetensors": True,
+            "output_loading_info": True,
+        }
+        found: Any = GPT2LMHeadModel.from_pretrained(name, **options)
+        model, info = found
+    if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
+        raise InputError(f"all weights of a GPT-2 required, got {name} without {few(missing)}")
     tokenizer = load_tokenizer(name)
     if len(tokenizer) > model.config.vocab_size:
         size = model.config.vocab_size
@@ -59,7 +67,7 @@ def one_line(required: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
         raise InputError(f"{required} ({reason}); check it") from None
 
 

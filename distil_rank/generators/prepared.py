@@ -130,7 +130,7 @@ def write(
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.int32)
     writers = {part: Writer(folder, part, dtype) for part in PARTS}
     kept: dict[str, list[str]] = {part: [] for part in PARTS[1:]}
-    test, encoded = hashlib.sha256(), encode([], tokenizer)
+    test, tested, encoded = hashlib.sha256(), False, encode([], tokenizer)
     chosen = _chosen(sequences, part_of, share, seed, counts)
     while batch := list(islice(chosen, AT_ONCE)):
         encoded = encode([sequence for sequence, _ in batch], tokenizer)
@@ -146,11 +146,11 @@ def write(
             own = (parts == part) & (crop | ~long)
             tokens = encoded.tokens[np.repeat(own, lengths) & fits]
             writer.add(tokens, short[own], residues[own])
-            for i in np.flatnonzero(own).tolist() if part in kept else ():
-                if part != "validation":
-                    first = not (kept["test"] or kept["hard"])
-                    test.update(("" if first else "\n").encode() + batch[i][0].encode())
-                kept[part].append(digest(batch[i][0]))
+            for i in np.flatnonzero(parts == part).tolist() if part in kept else ():
+                kept[part].append(digest(batch[i][0]))  # longer ones too: kept from training
+                if own[i] and part != "validation":
+                    test.update(("\n" if tested else "").encode() + batch[i][0].encode())
+                    tested = True
     found = {part: writer.close() for part, writer in writers.items()}
     write_json(folder / "split.json", {"schema": SPLIT, **kept})
     tokenizer.save_pretrained(folder)

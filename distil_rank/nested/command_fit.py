@@ -100,6 +100,10 @@ def _check(config: Config) -> tuple[dict[str, str], str | int]:
         wanted = "no FASTA" if config.stores else "a FASTA file"
         raise InputError(f"{wanted} required with --{given[0]}, got {config.fasta}")
     at_least(1, max_proteins=config.max_proteins)
+    if config.stores and config.max_proteins is not None:
+        raise InputError("a FASTA required for --max-proteins, got --stores; embed fewer proteins")
+    if config.upto is not None and config.family is None:
+        raise InputError(f"--family required for --upto, got --{given[0]}; leave --upto out")
     components: str | int = config.components
     if config.components.isdigit():
         components = int(config.components)
@@ -127,8 +131,20 @@ def _open(config: Config) -> dict[str, StoreRows]:
         stores[name] = rows
     if stores:
         as_rows(stores)
+        _check_alike(stores)
         check_order({name: rows.dim for name, rows in stores.items()})
     return stores
+
+
+def _check_alike(stores: Mapping[str, StoreRows]) -> None:
+    """InputError unless a row is the same thing in all stores."""
+    known = {name: rows.store.provenance for name, rows in stores.items()}
+    longer = any(one.get("longer_proteins") for one in known.values())
+    for key in ("pool", *(("long", "max_length") if longer else ())):
+        found = {name: one[key] for name, one in known.items()}
+        if len(set(found.values())) > 1:
+            got = ", ".join(f"{value} of {name}" for name, value in found.items())
+            raise InputError(f"stores of one {key} required, got {got}; embed both the same way")
 
 
 def _embed(config: Config, sources: Mapping[str, str], group: Group) -> dict[str, StoreRows]:

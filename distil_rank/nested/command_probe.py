@@ -23,6 +23,7 @@ from typing import Annotated
 import tyro
 
 from distil_rank.core.devices import process_group
+from distil_rank.core.errors import at_least
 from distil_rank.core.moments import Moments
 from distil_rank.core.records import (
     Record,
@@ -62,6 +63,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Score every representation and write summary and report. InputError before work starts."""
+    at_least(1, mutants=config.mutants, max_proteins=config.max_proteins)
     chain = NestedChain.load(config.chain)
     loaders = chain_models(chain, config.models)
     assays = read_assays(config.dms, config.mutants, config.seed)

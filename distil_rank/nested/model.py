@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from distil_rank.core.errors import InputError
 from distil_rank.nested.chain import NestedChain
 from distil_rank.nested.sources import chain_models
-from distil_rank.proteins.esm2 import CLS, EOS, ESM2, PAD
+from distil_rank.proteins.esm2 import CLS, EOS, ESM2, PAD, check_sequences
 from distil_rank.proteins.fasta import clean_sequence
 from distil_rank.proteins.pooling import embed
 
@@ -70,8 +70,13 @@ class NestedESM(nn.Module):
         Only the models that `truncate_dim` needs are run. `normalize` divides by the L2 norm after
         the cut.
         """
+        check_sequences(sequences)
         cleaned, raws = [clean_sequence(sequence) for sequence in sequences], {}
         for size, model in zip(self.chain.sizes_for(truncate_dim), self.models):
             found = dict(embed(cast(ESM2, model), cleaned))
-            raws[size] = torch.cat([found[i][0] for i in range(len(cleaned))])
+            vectors = [
+                torch.empty(0, self.chain.widths[size]),
+                *(found[i][0] for i in range(len(cleaned))),
+            ]
+            raws[size] = torch.cat(vectors)
         return self.chain.embed(raws, truncate_dim, normalize)

@@ -31,7 +31,7 @@ def windows(protein: int, length: int, limit: int) -> list[Window]:
 
     Longer proteins get windows of exactly `limit` residues, evenly spread, that overlap by at least
     a quarter. Weights rise linearly over that quarter from each end inside the protein, and are
-    normalised: neighbours are cross-faded.
+    normalized: neighbors are cross-faded.
     """
     if length <= limit:
         return [Window(protein, 0, length)]

@@ -3,10 +3,10 @@
     distil-rank pretrain proteins.fasta.gz --out small.pt --n-layer 4 --n-embd 64 --tokens 8e6
 
 After a crash, run the same command again: it goes on. The model is trained by masked language
-modelling: 15 % of the amino acids are chosen, of which 80 % become <mask>, 10 % another one, 10 %
+modeling: 15 % of the amino acids are chosen, of which 80 % become <mask>, 10 % another one, 10 %
 stay (Lin et al. 2023, Science 379:1123). Muon for the matrices of the layers (Jordan 2024; updates
 of AdamW's size), AdamW for all else, linear warm-up, cosine decay to zero; heads start at
-neighbours (`pretrain.look_at_neighbours`). The rate of the matrices is 3e-3, from width 128 on
+neighbors (`pretrain.look_at_neighbours`). The rate of the matrices is 3e-3, from width 128 on
 2e-3, where --learning-rate gives no other; all else has a sixth of it. Proteins longer than
 --max-length are seen through random windows of that many residues.
 
@@ -86,10 +86,9 @@ def _validate(config: Config) -> None:
         )
     if config.dtype == "float16":
         raise InputError("float32 or bfloat16 required for training, got float16")
-    if not config.out.parent.is_dir():
-        raise InputError(
-            f"an existing folder for the checkpoint required, got {config.out.parent}; create it"
-        )
+    if not config.out.parent.is_dir() or config.out.is_dir():
+        got = config.out if config.out.is_dir() else config.out.parent
+        raise InputError(f"a file in an existing folder required for --out, got {got}")
 
 
 def train(config: Config, sequences: Sequence[str]) -> ESM2:

@@ -29,6 +29,7 @@ from distil_rank.proteins.variants import (
     additive_scores,
     masked_marginals,
     read_assay,
+    read_reference,
     wild_type_marginals,
 )
 
@@ -46,11 +47,14 @@ class Config:
 
 def run(config: Config) -> None:
     """Write `config.out`. InputError before anything is computed."""
-    assay = read_assay(config.variants, least=1, fasta=config.wild_type, measured=False)
+    reference = read_reference(config.variants.parent).get(config.variants.stem)
+    given = config.variants, None, 0, 1, reference
+    assay = read_assay(*given, fasta=config.wild_type, measured=False)
+    read = [config.variants, config.wild_type or config.variants.with_suffix(".fasta")]
     if len(assay.wild_type) > LONGEST:
         got = f"got {len(assay.wild_type)}; score a domain"
         raise InputError(f"a wild type of at most {LONGEST} residues required, {got}")
-    if config.out.is_dir() or config.out.absolute() == config.variants.absolute():
+    if config.out.is_dir() or config.out.resolve() in map(Path.resolve, read):
         raise InputError(f"a new file required for --out, got {config.out}; add scores.csv")
     require_writable(config.out.absolute().parent)
     model = load_model(config.model, pick_device(config.device), head=True).model

@@ -1,4 +1,4 @@
-"""Masked language modelling: which residues are hidden, and what a model says of them."""
+"""Masked language modeling: which residues are hidden, and what a model says of them."""
 
 import torch
 from torch import Tensor

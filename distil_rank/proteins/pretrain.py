@@ -33,7 +33,7 @@ def new_model(layers: int, width: int, heads: int, seed: int) -> ESM2:
 
 
 def look_at_neighbours(model: ESM2) -> None:
-    """Start a fresh model where the statistics of neighbours are one linear map away.
+    """Start a fresh model where the statistics of neighbors are one linear map away.
 
     Every branch ends in zeros, so a layer adds nothing until it has learned to. All heads of a
     layer but the last begin by attending to one relative position each: over the model -1, 1, -2,

@@ -1,6 +1,6 @@
 """Synthetic embeddings with the published statistics of mean-pooled ESM-2 650M; never for claims.
 
-Matched (PCA of standardised features over 3.08 million metagenomic proteins): the cumulated
+Matched (PCA of standardized features over 3.08 million metagenomic proteins): the cumulated
 variance at 10, 20, 50 and 99 components, a flat remainder, the share of the mean in the energy, and
 the two outlier features.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from distil_rank.core.randomness import generator
 
 DIM = 1280
-# of standardised features
+# of standardized features
 CUMULATED_VARIANCE = {0: 0.0, 10: 0.402, 20: 0.532, 50: 0.710, 99: 0.808, DIM: 1.0}
 MEAN_ENERGY = 0.87  # |mean|^2 / E|x|^2
 OUTLIER_MEANS = {1160: -6.85, 234: -2.03}  # feature -> mean; all others are below about 1
@@ -38,7 +38,7 @@ def synthetic_embeddings(n: int, seed: int, purpose: str) -> Tensor:
 def fourier_basis(population: torch.Generator) -> Tensor:
     """Orthogonal (1280, 1280): sines and cosines side by side, features permuted, signs drawn.
 
-    Neighbouring eigenvalues are nearly equal and sin^2 + cos^2 = 1, so all features get the same
+    Neighboring eigenvalues are nearly equal and sin^2 + cos^2 = 1, so all features get the same
     variance at once.
     """
     position = torch.arange(DIM, dtype=torch.float64) * (2 * torch.pi / DIM)
@@ -53,7 +53,7 @@ def standardised_spectrum() -> Tensor:
     """Eigenvalues (1280,) of the correlation matrix, descending, summing to 1280.
 
     Between two published points the spectrum falls geometrically, from the (geometric) middle of
-    the neighbouring levels, scaled so that the cumulated variance passes through the points; after
+    the neighboring levels, scaled so that the cumulated variance passes through the points; after
     the last one it is flat.
     """
     points = list(itertools.pairwise(CUMULATED_VARIANCE.items()))

@@ -52,10 +52,17 @@ def read_assays(
     if not paths:
         remedy = "give a folder of NAME.csv (mutant,score) beside NAME.fasta"
         raise InputError(f"at least one assay required, got no .csv in {folder}; {remedy}")
+    told = read_reference(folder)
+    return [read_assay(path, limit, seed, least, told.get(path.stem)) for path in paths]
+
+
+def read_reference(folder: str | Path) -> dict[str, dict[str, str]]:
+    """Rows of the reference file in a folder or beside it by scan; none where there is no file."""
     found = [place / REFERENCE for place in (Path(folder), Path(folder).absolute().parent)]
-    reference = next((_rows(path) for path in found if path.is_file()), [])
-    told = {row["DMS_id"]: row for row in reference}
-    return [read_assay(path, limit, seed, least, told.get(path.stem, {})) for path in paths]
+    rows = next((_rows(path) for path in found if path.is_file()), [])
+    if rows and "DMS_id" not in rows[0]:
+        raise InputError(f"a column DMS_id required in {REFERENCE}, got {', '.join(rows[0])}")
+    return {row["DMS_id"]: row for row in rows}
 
 
 def read_assay(
@@ -141,7 +148,7 @@ def _wild_type(
             return clean_sequence(reference["target_seq"])
         if first.get("mutated_sequence"):
             undone = list(first["mutated_sequence"])
-            for match in MUTATION.finditer(first["mutant"]):
+            for match in MUTATION.finditer(first["mutant"] or ""):
                 undone[int(match[2]) - 1 : int(match[2])] = match[1]
             return clean_sequence("".join(undone))
         raise InputError(

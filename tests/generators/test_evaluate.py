@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from distil_rank.__main__ import main
 from distil_rank.core.errors import InputError
@@ -105,11 +106,22 @@ def test_evaluating_a_teacher_against_itself_finds_no_loss(teacher, tokenizer, p
     assert record["kl_to_teacher"]["value"] == pytest.approx(0, abs=1e-6)
 
 
+def test_a_model_without_some_of_its_weights_is_refused(folders):
+    path = folders / "student" / "model.safetensors"
+    weights = load_file(path)
+    del weights["transformer.h.0.mlp.c_fc.bias"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"all weights .* without transformer\.h\.0\.mlp"):
+        load(str(folders / "student"))
+
+
 def test_the_test_part_is_only_measured_where_the_training_left_it_out(folders):
     fasta = write_toy_fasta(folders / "toy.fasta", 80)
     prepared = Prepared(prepare(fasta, folders / "data"))
     with pytest.raises(InputError, match="a record of its training"):
         evaluation(folders, part="test")
+    with pytest.raises(InputError, match="a file to write required"):
+        evaluation(folders, out=folders)
     record = {"data": prepared.summary()}
     (folders / "student" / "training.json").write_text(json.dumps(record))
     found = evaluation(folders, part="test", seed=1, generate=3)

@@ -99,6 +99,10 @@ def test_a_listed_split_and_given_proteins_are_kept_whatever_the_other_flags(tmp
     assert parts(again) == first
     hashes = [Prepared(tmp_path / name).record["test_sha256"] for name in "ab"]
     assert hashes[0] == hashes[1]
+    for name, more in (("none", {"held_out": 0.0}), ("short", {"context": 40})):
+        split = str(prepare(fasta, tmp_path / name, split_by=again / "split.json", **more))
+        anew = prepare(fasta, tmp_path / f"{name} again", split_by=f"{split}/split.json")
+        assert parts(anew) == first  # also what was too long for a shorter context
     given = sequences[190:]  # ten of them are in the other file too
     held_out = write_fasta(tmp_path / "held_out.fasta", given)
     train, validation, test = parts(prepare(fasta, tmp_path / "c", held_out_fasta=held_out))
@@ -167,6 +171,7 @@ def test_bad_flags_are_one_line_and_leave_nothing(tmp_path, capsys, tokenizer):
         ("--identity 1.5", "--identity"),
         ("--context 3", "--context"),
         ("--split-by none.json", "none.json"),
+        ("--split-by random --hard-identity .3", "--split-by cluster"),
         ("--tokenizer none/none/none", "tokenizer"),
         ("--split-by random --context 8", "proteins up to --context 8"),
         ("--out there", "which exists"),

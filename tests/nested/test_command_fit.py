@@ -124,6 +124,7 @@ def test_two_ranks_fit_and_embed_as_one(folder, tmp_path):
         ({"held_out": 1.5}, r"in \[0, 1\)"),
         ({"directions": (3,)}, "directions of b, c required, got 1 numbers"),
         ({"max_proteins": 0}, "--max-proteins must be at least 1"),
+        ({"upto": "b"}, "--family required for --upto"),
     ],
 )
 def test_bad_fit(folder, tmp_path, changes, message):
@@ -138,9 +139,15 @@ def test_stores_that_do_not_fit_together(folder, tmp_path):
     run = command_embed.Config(folder / "proteins.fasta", model, pooled)
     command_embed.run(run)
     command_embed.run(replace(run, fasta=tmp_path / "other.fasta", out=other, pool="residues"))
+    short = replace(run, model=str(folder / "a.pt"), out=tmp_path / "bos", pool="bos")
+    command_embed.run(short)
+    cut = replace(short, out=tmp_path / "cut", pool="mean", max_length=20, long="truncate")
+    command_embed.run(cut)
     a, b = (folder / "chain" / "stores" / n for n in "ab")
     for stores, message in [
         ((a, pooled), "different tokenization, pooling"),
+        ((tmp_path / "bos", pooled), "one pool required, got bos of a, mean of b"),
+        ((tmp_path / "cut", pooled), "one long required, got truncate of a, error of b"),
         ((a, other), "others from number 1 on"),
         ((b, a), "growing width"),
         ((a, a), "got a twice"),
@@ -148,6 +155,8 @@ def test_stores_that_do_not_fit_together(folder, tmp_path):
     ]:
         with pytest.raises(InputError, match=message):
             fit.run(fit.Config(out=tmp_path / "chain", stores=stores))
+    with pytest.raises(InputError, match="a FASTA required for --max-proteins"):
+        fit.run(fit.Config(out=tmp_path / "chain", stores=(a, b), max_proteins=5))
     assert not (tmp_path / "chain").exists()
 
 

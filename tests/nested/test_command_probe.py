@@ -141,6 +141,8 @@ def test_bad_input(probed, folder, tmp_path):
     (tmp_path / "nowhere.fasta").write_text(f">a\n{WILD_TYPE}\n")
     for changes, message in [
         ({"dms": tmp_path / "absent"}, "at least one assay"),
+        ({"mutants": -5}, "--mutants must be at least 1"),  # not all but five
+        ({"max_proteins": -5}, "--max-proteins must be at least 1"),
         ({"chain": tmp_path}, "of a nested chain required"),
         ({"locations": probed.locations[:1]}, "two FASTA files"),
         ({"locations": (tmp_path / "nowhere.fasta",) * 2}, "a location as second word"),

@@ -100,3 +100,6 @@ def test_bad_models(model, folder, tmp_path):
         NestedESM.from_pretrained(folder / "chain", [str(folder / f"{n}.pt") for n in "ab"])
     with pytest.raises(InputError, match="between 16 and 32"):
         model.encode(["ACD"], truncate_dim=8)
+    with pytest.raises(InputError, match="a list of sequences"):
+        model.encode("ACD")  # not three proteins of one letter
+    assert model.encode([], truncate_dim=24).shape == (0, 24)

@@ -49,13 +49,21 @@ def test_scores_are_sums_of_log_odds_in_the_order_of_the_file(files, checkpoint)
         assert [float(row[name]) for row in rows[:2]] == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_wild_type_beside_the_file_gives_the_same(files, checkpoint):
+def test_the_wild_type_beside_the_file_or_in_the_reference_gives_the_same(files, checkpoint):
     variants, fasta, out = files
     run(Config(variants, str(checkpoint), out, wild_type=fasta, device="cpu"))
     named = out.read_bytes()
     shutil.copy(fasta, variants.with_suffix(".fasta"))
     run(Config(variants, str(checkpoint), out, device="cpu"))
     assert out.read_bytes() == named
+    variants.with_suffix(".fasta").unlink()
+    reference = variants.parent / "DMS_substitutions.csv"
+    reference.write_text(f"DMS_id,target_seq\nv,{WILD_TYPE}\n")
+    run(Config(variants, str(checkpoint), out, device="cpu"))
+    assert out.read_bytes() == named
+    reference.write_text(f"name,target_seq\nv,{WILD_TYPE}\n")
+    with pytest.raises(InputError, match="a column DMS_id required"):
+        run(Config(variants, str(checkpoint), out, device="cpu"))
 
 
 def test_only_the_asked_places_are_masked(ours):
@@ -98,6 +106,7 @@ def test_other_bad_input(files, checkpoint, tmp_path):
         ({"wild_type": tmp_path / "none.fasta"}, "a FASTA file"),
         ({"wild_type": None}, "name it with --wild-type"),
         ({"out": variants, "wild_type": fasta}, "a new file required"),
+        ({"out": tmp_path / "." / "wt.fasta", "wild_type": fasta}, "a new file required"),
     ]:
         with pytest.raises(InputError, match=message):
             run(Config(**{"variants": variants, "model": str(checkpoint), "out": out} | change))

@@ -259,6 +259,7 @@ def test_a_state_with_other_settings_or_damage_is_refused(tmp_path, monkeypatch)
         ({"dtype": "float16"}, "float32 or bfloat16"),
         ({"learning_rate": 0.0}, "rate must be above 0"),
         ({"out": Path("nowhere/m.pt")}, "existing folder"),
+        ({"out": Path(".")}, "a file in an existing folder"),
     ],
 )
 def test_impossible_settings_are_refused_before_any_work(tmp_path, change, says):
