@@ -130,7 +130,8 @@ def write(
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.int32)
     writers = {part: Writer(folder, part, dtype) for part in PARTS}
     kept: dict[str, list[str]] = {part: [] for part in PARTS[1:]}
-    test, tested, encoded = hashlib.sha256(), False, encode([], tokenizer)
+    tests, between = {part: hashlib.sha256() for part in PARTS[2:]}, dict.fromkeys(PARTS[2:], b"")
+    encoded = encode([], tokenizer)
     chosen = _chosen(sequences, part_of, share, seed, counts)
     while batch := list(islice(chosen, AT_ONCE)):
         encoded = encode([sequence for sequence, _ in batch], tokenizer)
@@ -148,9 +149,9 @@ def write(
             writer.add(tokens, short[own], residues[own])
             for i in np.flatnonzero(parts == part).tolist() if part in kept else ():
                 kept[part].append(digest(batch[i][0]))  # longer ones too: kept from training
-                if own[i] and part != "validation":
-                    test.update(("\n" if tested else "").encode() + batch[i][0].encode())
-                    tested = True
+                if own[i] and part in tests:
+                    tests[part].update(between[part] + batch[i][0].encode())
+                    between[part] = b"\n"
     found = {part: writer.close() for part, writer in writers.items()}
     write_json(folder / "split.json", {"schema": SPLIT, **kept})
     tokenizer.save_pretrained(folder)
@@ -161,7 +162,7 @@ def write(
         "dtype": dtype.name,
         "end": encoded.end,
         "layout": list(encoded.layout),
-        "test_sha256": test.hexdigest(),
+        **{f"{part}_sha256": found.hexdigest() for part, found in tests.items()},
     }
 
 
@@ -245,8 +246,10 @@ class Prepared:
                 f"a record of its training required in {model}, got none; --part all measures"
                 " models that were trained elsewhere"
             )
-        known = json.loads(path.read_text()).get("data", {}).get("test_sha256")
-        if known != self.record["test_sha256"]:
+        known = json.loads(path.read_text()).get("data", {})
+        nothing = {"hard_sha256": hashlib.sha256().hexdigest()}  # of records without that part
+        keys = ("test_sha256", "hard_sha256")
+        if any((nothing | known).get(key) != (nothing | self.record)[key] for key in keys):
             raise InputError(
                 f"the test proteins that {model} was trained without required, got others in"
                 f" {self.folder}; prepare the same file with --split-by, its split.json"
