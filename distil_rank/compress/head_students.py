@@ -7,6 +7,7 @@ student with a bottleneck that narrow, before a last scaling to unit length.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypedDict
@@ -67,11 +68,12 @@ def compare(
     ratios: Sequence[float] = (2, 4, 8, 16),
     forms: Sequence[str] = FORMS,
 ) -> Comparison:
-    """Students of `head` fitted on x (n, d_in) and measured on val."""
+    """Students of `head`, in float32, fitted on x (n, d_in) and measured on val."""
+    head = copy.deepcopy(head).float()
     parts = parts_of(head)
     labels = None if labels_of_val is None else load_labels(labels_of_val, len(val))
     with evaluating(head), torch.no_grad():
-        x, val = (rows.to(next(head.parameters())) for rows in (x, val))
+        x, val = (rows.to(next(head.parameters()).device, torch.float32) for rows in (x, val))
         y = head(val)
         measure = measure_for(y.shape[1], isinstance(parts[-1], UnitNorm))
         found: Comparison = {"measure": measure, "n_train": len(x), "n_val": len(val)}
