@@ -66,7 +66,8 @@ def few_rows(record: Record) -> str:
 def draw(record: Record, path: Path = FIGURE) -> None:
     """Function kept against size, layer by layer and as a whole."""
     cells = record["cells"]
-    with drawn(path, (4.2 * len(cells), 4.4)) as figure:
+    with drawn(path, (4.2 * len(cells), 4.7)) as figure:
+        figure.set_layout_engine("constrained")
         for i, (name, cell) in enumerate(cells.items()):
             axis = figure.add_subplot(1, len(cells), i + 1)
             for form, color in zip(FORMS, COLORS):
@@ -83,8 +84,8 @@ def draw(record: Record, path: Path = FIGURE) -> None:
             axis.set_title(name.replace(" x ", "\n"), fontsize=10)
             axis.set_xlabel(f"size (n = {cell['n_val']} held out)")
             axis.set_ylabel(f"{NAMES[cell['measure']]} kept" if i in (0, len(cells) - 1) else "")
-        figure.axes[0].legend(fontsize=7, loc="lower left")
+        lines = figure.axes[0].get_legend_handles_labels()
+        figure.legend(*lines, fontsize=8, loc="outside lower center", ncols=len(lines[0]))
         figure.suptitle(
             "Function kept against size, layer by layer and as a whole", x=0.02, ha="left"
         )
-        figure.tight_layout()
