@@ -13,7 +13,17 @@ from distil_rank.core.records import PACKAGE, ROOT
 
 LIBRARY = [*sorted(PACKAGE.rglob("*.py")), ROOT / "main.py"]
 PROGRAMS = sorted((ROOT / "benchmarks").rglob("*.py"))
-CORE = {"torch", "numpy", "scipy", "safetensors", "tqdm", "matplotlib", "onnx", "distil_rank"}
+CORE = {
+    "torch",
+    "huggingface_hub",
+    "numpy",
+    "scipy",
+    "safetensors",
+    "tqdm",
+    "matplotlib",
+    "onnx",
+    "distil_rank",
+}
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 
 
@@ -42,6 +52,7 @@ def test_core_needs_little():
         assert tops <= CORE | set(sys.stdlib_module_names), name(path)
         assert path.name == "figures.py" or "matplotlib" not in tops, name(path)
         assert path.name == "onnx_graph.py" or "onnx" not in tops, name(path)
+        assert path.name == "errors.py" or "huggingface_hub" not in tops, name(path)
 
 
 def moves(path):

@@ -35,9 +35,9 @@ def paper(study: Record, figures: str = "../results/generators") -> str:
 
 Students of three sizes are distilled from {study["references"]["name"]} ({study["references"]["parameters"]["total"]:,} parameters, test perplexity
 {teacher:.2f}; token frequencies alone {alone:.2f}) with controls that can fail: no teacher, token frequencies, a warm start.
-Over {len(study["seeds"])} paired runs a cell and {tests} planned contrasts with Holm's correction: the teacher {_all(study, "teacher")};
-uncertainty weights {_all(study, "uncertainty")}; calibration smoothing {_all(study, "calibration")}; both {_all(study, "both")};
-a start from a slice of the teacher {_all(study, "slice")}.
+Over {len(study["seeds"])} paired runs a cell and {tests} planned contrasts with Holm's correction. The teacher: {_all(study, "teacher")}.
+Uncertainty weights: {_all(study, "uncertainty")}. Calibration smoothing: {_all(study, "calibration")}. Both: {_all(study, "both")}.
+A start from a slice of the teacher: {_all(study, "slice")}.
 
 ## Introduction
 
@@ -122,8 +122,8 @@ def _all(study: Record, contrast: str) -> str:
     parts = [_percent(study["effects"][size][contrast]["value"]) for size in words]
     if same:
         word = next(iter(words.values()))
-        said = "has no effect that was found" if word == "no effect found" else word
-        return f"{said} at every size ({', '.join(parts)})"
+        where = "any" if word == "no effect found" else "every"
+        return f"{word} at {where} size ({', '.join(parts)})"
     return ", ".join(f"{word} at {size} ({p})" for (size, word), p in zip(words.items(), parts))
 
 
@@ -229,7 +229,8 @@ def _threshold(study: Record, found: Record) -> str:
     alone = reference["token frequencies"]["all"] / reference["teacher"]["all"]
     if alone < limit:
         return f"< {limit:g}: token frequencies alone meet it ({alone:.2f})"
-    word = "excellent" if found["ratio"]["high"] < limit else "missed"
+    low, high = found["ratio"]["low"], found["ratio"]["high"]
+    word = "excellent" if high < limit else "missed" if low > limit else "undecided"
     return f"< {limit:g}: {word}"
 
 

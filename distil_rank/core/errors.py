@@ -32,6 +32,22 @@ def one_line_errors(program: str) -> Iterator[None]:
         raise SystemExit(130) from None
 
 
+@contextmanager
+def hub_errors(what: str, remedy: str) -> Iterator[None]:
+    """What the Hugging Face hub, or the way to it, refuses becomes an InputError."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # the bases: what the HTTP client itself raises, whichever it is
+    errors: tuple[type[Exception], ...] = (OSError, ValueError, *HfHubHTTPError.__bases__)
+    try:
+        yield
+    except InputError:
+        raise
+    except errors as error:
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+        raise InputError(f"{what} required, got: {reason}; {remedy}") from None
+
+
 def _line(program: str, text: str) -> None:
     sys.stderr.write(f"{program}: error: {' '.join(text.split())}\n")
 

@@ -11,15 +11,13 @@ other weights is refused.
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from distil_rank.core.errors import InputError
+from distil_rank.core.errors import InputError, hub_errors
 from distil_rank.core.records import Record, atomic, read_json, require_writable
 from distil_rank.core.tables import markdown, with_interval
 from distil_rank.generators.command_evaluate import SCHEMA as EVALUATION
@@ -78,7 +76,11 @@ def upload(folder: Path, repo: str, wanted: str) -> str:
     from distil_rank.generators.models import load, weights_sha256
 
     api, message = HfApi(), "Weights, card and evaluation"
-    with one_line_hub_errors(repo), TemporaryDirectory() as fetched:
+    what, remedy = (
+        f"the hub and the right to write {repo}",
+        "log in, or use --dry-run to work offline",
+    )
+    with hub_errors(what, remedy), TemporaryDirectory() as fetched:
         api.create_repo(repo, exist_ok=True)
         done = api.upload_folder(folder_path=folder, repo_id=repo, commit_message=message)
         api.snapshot_download(repo, revision=done.oid, local_dir=fetched)
@@ -186,20 +188,3 @@ def _metadata(repo: str, license: str, source: str, metrics: dict[str, Record]) 
         eval_results=results,
     )
     return meta.to_yaml()
-
-
-@contextmanager
-def one_line_hub_errors(repo: str) -> Iterator[None]:
-    """What the hub or the way to it refuses ends in one line."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    # the bases: what the HTTP client itself raises, whichever it is
-    errors: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
-    try:
-        yield
-    except errors as error:
-        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
-        raise InputError(
-            f"the hub and the right to write {repo} required, got: {reason};"
-            " log in, or use --dry-run to work offline"
-        ) from None

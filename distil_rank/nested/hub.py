@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from distil_rank.core.errors import InputError
+from distil_rank.core.errors import InputError, hub_errors
 from distil_rank.core.records import write_text
 from distil_rank.core.tables import markdown
 from distil_rank.nested.chain import FILE, NestedChain
+
+REMEDY = "check the name, the network and your token"
 
 
 def download(name: str, revision: str | None = None) -> Path:
@@ -20,7 +20,7 @@ def download(name: str, revision: str | None = None) -> Path:
         return Path(name)
     import huggingface_hub
 
-    with one_line_errors(f"a local chain or one on the Hugging Face hub required, got {name}"):
+    with hub_errors(f"{name} as a local chain or on the Hugging Face hub", REMEDY):
         return Path(huggingface_hub.hf_hub_download(name, FILE, revision=revision))
 
 
@@ -37,7 +37,7 @@ def upload(chain: NestedChain, repo: str, private: bool = False) -> str:
     with TemporaryDirectory() as folder:
         replace(chain, record={**chain.record, "models": models}).save(folder)
         write_text(Path(folder) / "README.md", card(chain, repo))
-        with one_line_errors(f"access to {repo} on the Hugging Face hub required, got none"):
+        with hub_errors(f"the hub and the right to write {repo}", REMEDY):
             api.create_repo(repo, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repo, folder_path=folder))
 
@@ -71,16 +71,3 @@ model = NestedESM.from_pretrained("{repo}")  # or the chain alone: NestedChain.f
 model.encode(["MKTAYIAKQR"], truncate_dim={next(iter(chain.dims.values()))})
 ```
 """
-
-
-@contextmanager
-def one_line_errors(what: str) -> Iterator[None]:
-    """What the hub or the way to it refuses ends in one line."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    errors: tuple[type[Exception], ...] = (OSError, ValueError, *HfHubHTTPError.__bases__)
-    try:
-        yield
-    except errors as error:
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise InputError(f"{what} ({reason}); check the name, the network and your token") from None

@@ -109,19 +109,20 @@ def test_figures_and_paper_come_from_the_json_alone(conducted, place):
 @pytest.mark.parametrize(
     "teacher,alone,ratio,word",
     [
-        (10, 19, 1.1, "token frequencies alone meet"),
-        (5, 19, 1.1, "excellent"),
-        (5, 19, 4, "missed"),
+        (10, 19, (1.0, 1.2), "token frequencies alone meet"),
+        (5, 19, (1.0, 1.2), "excellent"),
+        (5, 19, (3.9, 4.1), "missed"),
+        (5, 19, (2.9, 3.1), "undecided"),
     ],
 )
 def test_praise_needs_more_than_token_frequencies(conducted, teacher, alone, ratio, word):
     changed = json.loads(json.dumps(conducted[0]))
     for name, value in (("teacher", teacher), ("token frequencies", alone)):
         changed["references"]["perplexity"][name]["all"] = value
-    changed["finals"]["tiny"]["ratio"] = {"value": ratio, "low": ratio, "high": ratio}
-    said = [
-        w for w in ("alone meet", "excellent", "missed") if w in paper(changed).split("## Res")[1]
-    ]
+    low, high = ratio
+    changed["finals"]["tiny"]["ratio"] = {"value": low, "low": low, "high": high}
+    words = ("alone meet", "excellent", "missed", "undecided")
+    said = [w for w in words if w in paper(changed).split("## Res")[1]]
     assert len(said) == 1 and said[0] in word
     assert ("teacher is weak" in paper(changed)) == (1 - teacher / alone < 0.3)
 
