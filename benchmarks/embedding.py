@@ -192,7 +192,7 @@ def reading(config: Config, folder: Path) -> Record:
         writer.close()
         for row in range(per):
             position = shard * per + row
-            index.add(position, f"p{position}", 100, 1, "", shard, row)
+            index.add(position, f"p{position}", 100, 1, "", shard, row, "")
     index.close()
     sizes = {"proteins": READ, "rows": READ, "shards": READ_SHARDS, "dim": READ_WIDTH}
     write_json(store / PROVENANCE, {"schema": STORE, "pool": "mean", "layers": [0], **sizes})

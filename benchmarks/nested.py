@@ -181,7 +181,8 @@ def write_store(folder: Path, width: int, residues: int) -> None:
         writer.close()
         for i in range(count):
             position = shard * per_shard + i
-            index.add(position, str(position), PROTEIN, PROTEIN, str(position), shard, i * PROTEIN)
+            name = str(position)
+            index.add(position, name, PROTEIN, PROTEIN, name, shard, i * PROTEIN, name)
     index.close()
     assert (folder / INDEX).exists()
 

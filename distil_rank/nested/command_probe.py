@@ -23,7 +23,7 @@ from typing import Annotated
 import tyro
 
 from distil_rank.core.devices import process_group
-from distil_rank.core.errors import at_least
+from distil_rank.core.errors import InputError, at_least
 from distil_rank.core.moments import Moments
 from distil_rank.core.records import (
     Record,
@@ -148,6 +148,9 @@ def _tasks(config: Config) -> list[Task]:
     found = [read_residues(path, config.max_proteins, config.seed) for path in config.residues]
     if config.locations:
         found.insert(0, read_locations(config.locations, config.max_proteins, config.seed))
+    names = [task.name for task in found]
+    if len(set(names)) < len(names):
+        raise InputError(f"tasks of different names required, got {', '.join(names)}")
     return found
 
 

@@ -63,7 +63,15 @@ class Task:
 def assembled(
     name: str, pool: str, found: Mapping[str, list[Labeled]], limit: int | None, seed: int
 ) -> Task:
-    """At most `limit` proteins of every side, drawn at random; classes rare in training are out."""
+    """At most `limit` proteins of every side, drawn at random; classes rare in training are out.
+
+    InputError where a protein is on the test side and on another.
+    """
+    fitted = {sequence for side in SIDES[:2] for sequence, _ in found[side]}
+    if shared := len(fitted & {sequence for sequence, _ in found["test"]}):
+        raise InputError(
+            f"test proteins that are in no other part required, got {shared} in {name}"
+        )
     chosen = {}
     for side in SIDES:
         short = [record for record in found[side] if len(record[0]) <= LONGEST]

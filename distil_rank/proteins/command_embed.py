@@ -233,7 +233,8 @@ def _fill(
                 for protein, rows, first in zip(shard, sizes, first_rows):
                     digest = hashlib.sha256(protein.sequence.encode()).hexdigest()
                     length = len(protein.sequence)
-                    index.add(next(position), protein.id, length, rows, digest, number, first)
+                    place = (number, first, protein.header)
+                    index.add(next(position), protein.id, length, rows, digest, *place)
             if number in shards:
                 sequences = [protein.sequence[: source.seen(protein)] for protein in shard]
                 path = shard_path(config.out, number)

@@ -11,7 +11,7 @@
 |---|---|
 | `store.json` | provenance: model, weights, pooling, layers, dtype, long sequences, proteins |
 | `shard-00000.safetensors` ... | one tensor `layer_N` (rows, d) per layer, in order |
-| `index.sqlite` | table `protein`: position, id, length, rows, sha256, shard, first row |
+| `index.sqlite` | table `protein`: position, id, length, rows, sha256, shard, first row, header |
 |  | table `shard`: number, sha256 of the file |
 
 Shards are mapped, not read: memory grows by 24 bytes per protein once one is asked for, and not at
@@ -122,11 +122,14 @@ class EmbeddingStore:
         return self.column("id")
 
     def column(
-        self, name: Literal["id", "length", "rows", "sha256", "shard", "first_row"]
+        self, name: Literal["id", "length", "rows", "sha256", "shard", "first_row", "header"]
     ) -> list[Any]:
         """One column of the index, in order; sha256 is that of the cleaned sequence."""
-        query = f"SELECT {name} FROM protein ORDER BY position"
-        return [value for (value,) in self._index.execute(query)]
+        try:
+            query = f"SELECT {name} FROM protein ORDER BY position"
+            return [value for (value,) in self._index.execute(query)]
+        except sqlite3.OperationalError:  # an index made before `header` was kept
+            raise InputError(f"an index with {name} required, got none; embed again") from None
 
     def positions(self, id: str) -> list[int]:
         """Where the proteins with this id stand: none, one or, as ids may repeat, several."""

@@ -58,13 +58,13 @@ class IndexWriter:
             "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -8000;"
             " CREATE TABLE protein (position INTEGER PRIMARY KEY, id TEXT NOT NULL,"
             " length INTEGER NOT NULL, rows INTEGER NOT NULL, sha256 TEXT NOT NULL,"
-            " shard INTEGER NOT NULL, first_row INTEGER NOT NULL);"
+            " shard INTEGER NOT NULL, first_row INTEGER NOT NULL, header TEXT NOT NULL);"
             " CREATE TABLE shard (number INTEGER PRIMARY KEY, sha256 TEXT NOT NULL)"
         )
 
     def add(self, *entry: int | str) -> None:
-        """position, id, length, rows, sha256, shard, first row."""
-        self._database.execute("INSERT INTO protein VALUES (?, ?, ?, ?, ?, ?, ?)", entry)
+        """position, id, length, rows, sha256, shard, first row, header."""
+        self._database.execute("INSERT INTO protein VALUES (?, ?, ?, ?, ?, ?, ?, ?)", entry)
 
     def add_shard(self, number: int, digest: str) -> None:
         """The checksum of a shard's file."""

@@ -146,7 +146,9 @@ def test_bad_input(probed, folder, tmp_path):
         ({"chain": tmp_path}, "of a nested chain required"),
         ({"locations": probed.locations[:1]}, "two FASTA files"),
         ({"locations": (tmp_path / "nowhere.fasta",) * 2}, "a location as second word"),
+        ({"locations": probed.locations[:1] * 2}, "in no other part required, got 60 in location"),
         ({"residues": (tmp_path / "nowhere.fasta",)}, "a file NAME_sampled.fasta"),
+        ({"residues": probed.residues * 2}, "tasks of different names required, got location, toy"),
     ]:
         with pytest.raises(InputError, match=message):
             probe.run(replace(run, **changes))

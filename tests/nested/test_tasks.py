@@ -1,5 +1,6 @@
 """One linear probe of proteins and residues: scikit-learn's, from moments; marks are kept."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ from distil_rank.core.randomness import generator
 from distil_rank.nested import tasks
 from distil_rank.nested.features import Representation
 from distil_rank.nested.rows import TensorRows
-from distil_rank.proteins.fasta import read_fasta
+from distil_rank.proteins.fasta import read_fasta, write_fasta
 from tests.nested.data import write_residues
 
 
@@ -55,6 +56,13 @@ def test_sides_masks_and_limits(tmp_path):
     assert labels[1:].tolist() == [int(a <= "K") for a in first[1:]]
     few = tasks.read_residues(path, 4, 0).proteins
     assert [len(few[side]) for side in tasks.SIDES] == [4, 4, 4]
+    for file in (path, tmp_path / "toy_sequences.fasta"):  # the first, of the test, once more
+        records = list(read_fasta(file))
+        again = replace(records[0], header="p60 SET=train VALIDATION=False")
+        write_fasta(file, [*records, again])
+    with pytest.raises(InputError, match="in no other part required, got 1 in toy"):
+        tasks.read_residues(path, None, 0)
+    write_residues(tmp_path)
     (tmp_path / "toy_mask.fasta").write_text(">p0\n11\n")
     with pytest.raises(InputError, match="as many letters, classes and marks"):
         tasks.read_residues(path, None, 0)

@@ -63,6 +63,9 @@ def test_ids_are_data_in_the_order_of_the_file(store, proteins):
     assert store.column("length") == list(map(len, sequences))
     digests = [hashlib.sha256(sequence.encode()).hexdigest() for sequence in sequences]
     assert store.column("sha256") == digests
+    assert store.column("header") == [protein.header for protein in proteins[1]]
+    with pytest.raises(InputError, match="an index with colour required"):
+        store.column("colour")
     for i, protein in enumerate(proteins[1]):
         if protein.id != "twin":
             assert torch.equal(store[protein.id], store[i])
