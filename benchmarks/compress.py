@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baselines import BASELINES, fvu
+from benchmarks.tables_compress import SCHEMA, draw_frontier
 from distil_rank.compress.architectures import PHASES, Architecture
 from distil_rank.compress.calibration import collect, measure
 from distil_rank.compress.dense_models import load_dense
@@ -45,7 +46,6 @@ from distil_rank.experiment.teachers import random_teacher, spectral_teacher, ta
 from distil_rank.proteins.embedding_files import load_matrix
 from distil_rank.proteins.fasta import AMINO_ACIDS, read_fasta
 
-SCHEMA = "distil-rank/benchmark-compress/2"
 RESULT = ROOT / "benchmarks" / "results" / "compress.json"
 DATA = Path(os.environ.get("DISTIL_RANK_DATA", ROOT.parent / "shared" / "data"))
 FILES = {
@@ -495,6 +495,8 @@ def main(arguments: list[str]) -> None:
         record[part] = found | {"machine_dependent": machine}
         record["data"] = {key: {"sha256": sha256(path)} for key, path in FILES.items()}
         write_json(RESULT, record)
+        if "frontier" in record:
+            draw_frontier(record)
         print(f"{part}: {seconds:.0f} s")
 
 

@@ -17,6 +17,8 @@ BLOCKS = {
     "overview": ("tables_experiment.overview", "SCHEMA"),
     "summary": ("tables_experiment.documentation", "SCHEMA"),
     "findings": ("tables_experiment.findings", "SCHEMA"),
+    "embedding": ("tables_embedding.bars", "SCHEMA"),
+    "splits": ("tables_embedding.splits", "SPLITS"),
     "store-races": ("store_races.table", "SCHEMA"),
     "scores": ("scores.table", "SCHEMA"),
     "lowrank": ("tables_experiment.bars", "BARS"),

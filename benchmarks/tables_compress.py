@@ -1,11 +1,17 @@
-"""What the benchmark of compression found, as markdown: functions of its JSON record."""
+"""What the benchmark of compression found, as markdown and as a figure of its JSON record."""
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
-from distil_rank.core.records import Record
+from distil_rank.core.figures import PALETTE, drawn
+from distil_rank.core.records import ROOT, Record
 from distil_rank.core.tables import markdown, with_interval
 
 SCHEMA = "distil-rank/benchmark-compress/2"
+FIGURE = ROOT / "benchmarks" / "results" / "compress.png"
+TICKS = (0.1, 0.2, 0.5, 1, 2, 5)
 
 
 def bars(record: Record) -> str:
@@ -107,18 +113,55 @@ def frontier(record: Record) -> str:
         rows = [
             ["form", "bytes", "KL, nats", "hidden FVU", "perplexity", "ms, batch 1", "ms, batch 8"]
         ]
-        groups: dict[str, list[Record]] = {}
-        for r in records:
-            groups.setdefault(r["form"], []).append(r)
-        for form, draws in sorted(groups.items(), key=lambda item: -item[1][0]["bytes"]):
+        for form, draws in by_form(records):
             row = [form, f"{round(np.mean([r['bytes'] for r in draws])):,}"]
             for key in ("logits_kl", "hidden_fvu"):
-                values = [r[key]["value"] if r[key] else float("nan") for r in draws]
+                values = [r[key]["value"] for r in draws if r[key]]
                 few = f" [{min(values):.2g}, {max(values):.2g}]" if len(values) > 1 else ""
-                row.append(f"{np.mean(values):.2g}{few}")
+                row.append(f"{np.mean(values):.2g}{few}" if values else "")
             row.append(f"{np.mean([r['perplexity_after']['value'] for r in draws]):.3f}")
             at = [t for t in timed.get(name, ()) if t["form"] == form]
             row += [f"{t['after_ms']:.2f} ({t['speedup']['median']:.2f} x)" for t in at] or ["", ""]
             rows.append(row)
         parts.append(f"**{name}**\n\n{markdown(rows)}")
     return "\n\n".join(parts)
+
+
+def by_form(records: list[Record]) -> Iterator[tuple[str, list[Record]]]:
+    """The draws of every form, the largest first."""
+    forms = dict.fromkeys(r["form"] for r in records)
+    groups = {form: [r for r in records if r["form"] == form] for form in forms}
+    yield from sorted(groups.items(), key=lambda item: -item[1][0]["bytes"])
+
+
+def draw_frontier(record: Record, path: Path = FIGURE) -> None:
+    """KL against bytes of every form, those of a kind joined; the lower left is better."""
+    models = record["frontier"]["models"]
+    with drawn(path, (5.2 * len(models), 5.2)) as figure:
+        figure.set_layout_engine("constrained")
+        for i, (name, records) in enumerate(models.items()):
+            axis, kinds = figure.add_subplot(1, len(models), i + 1), dict[str, list[tuple]]()
+            for form, draws in by_form(records):
+                kl = np.mean([r["logits_kl"]["value"] for r in draws])
+                if kl > 0:  # the dense model is the reference
+                    size = np.mean([r["bytes"] for r in draws]) / 1e6
+                    kinds.setdefault(kind(form), []).append((size, kl))
+            for (label, points), color in zip(sorted(kinds.items()), PALETTE):
+                axis.plot(*zip(*points), "o-", color=color, label=label, markersize=4)
+            axis.set(xscale="log", yscale="log", xlabel="megabytes on disk", title=name)
+            axis.set_xticks(TICKS, map(str, TICKS))
+            axis.minorticks_off()
+            axis.set_ylabel("" if i else "KL to the dense model, nats")
+        lines = figure.axes[0].get_legend_handles_labels()
+        figure.legend(*lines, fontsize=8, loc="outside lower center", ncols=4)
+        figure.suptitle("Every way to make a model smaller", x=0.02, ha="left")
+
+
+def kind(form: str) -> str:
+    """What forms of one curve have in common."""
+    family, _, stored = form.partition(", ")
+    if family == "dense":
+        return "dense, fewer bits"
+    if family.startswith("nano-"):
+        return "smaller model"
+    return f"low rank, {stored}" if family.startswith("low rank") else family.split(" 0.")[0]

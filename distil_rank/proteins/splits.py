@@ -164,7 +164,7 @@ def search(
         sensitivity = FAST if queries is None else SENSITIVE
         hits = by_mmseqs(sequences, asked, searched, sensitivity, slack * EVALUE)
     else:
-        hits = _by_swrd(sequences, asked, searched)
+        hits = by_swrd(sequences, asked, searched)
     return np.concatenate([np.array(equal, float).reshape(-1, 9), hits])
 
 
@@ -184,9 +184,7 @@ def _large(sequences: Sequence[str]) -> bool:
     return sum(map(len, set(sequences))) > EXHAUSTIVE
 
 
-def _by_swrd(
-    sequences: Sequence[str], asked: list[int], searched: list[int]
-) -> NDArray[np.float64]:
+def by_swrd(sequences: Sequence[str], asked: list[int], searched: list[int]) -> NDArray[np.float64]:
     """Rows of `COLUMNS` from aligning every pair."""
     import pyswrd
 
