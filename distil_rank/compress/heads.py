@@ -11,11 +11,14 @@ the head becomes one student of its function (`head_function`).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from distil_rank.compress.head_certificate import (
     HeadCertificate,
+    LayerCertificate,
     certify_layers,
     flops,
     fvu_interval,
@@ -26,8 +29,11 @@ from distil_rank.compress.quantise import module_bytes
 from distil_rank.compress.sites import evaluating
 from distil_rank.core.agreement import function_kept, measure_for
 from distil_rank.core.errors import InputError
+from distil_rank.core.functions import FunctionCertificate
 from distil_rank.core.heads import UnitNorm
 from distil_rank.core.moments import Moments
+from distil_rank.core.narrow import NarrowCertificate
+from distil_rank.core.prior import Blend
 from distil_rank.core.records import Metric
 
 METRICS = ("own", "output", "whole", "narrow")
@@ -69,24 +75,13 @@ def compress_head(
     metric = metric or ("output" if fvu is None else "own")
     check_metric(metric, prior)
     parts = parts_of(head)
-    first = next(part for part in parts if isinstance(part, nn.Linear))
-    check_rows(x, first.in_features, "data")
-    x = x.to(first.weight)
+    first = first_linear(parts)
+    x = checked_rows(x, first, "data")
     if held_out is not None:
-        check_rows(held_out, first.in_features, "held-out data")
-        held_out = held_out.to(first.weight)
+        held_out = checked_rows(held_out, first, "held-out data")
     with evaluating(head), torch.no_grad():
-        blend, function = None, None
-        if metric in WHOLE:
-            form = whole_student if metric == "whole" else narrow_student
-            small, layer, function = form(parts, x, held_out, request, int8, seed)
-            layers = [layer]
-        else:
-            blend_rank, of_output = min(rank or BLEND_RANK, *first.weight.shape), metric == "output"
-            targets, blend = find_targets(parts, x, prior, of_output, blend_rank, seed)
-            choices = choices_of_ranks(parts, targets, request, int8, of_output)
-            small, fitted = fit_best(parts, targets, choices, x, int8)
-            layers = certify_layers(parts, small, fitted, held_out, seed)
+        found = fit_student(parts, x, held_out, request, metric, prior, int8, seed)
+        small = found.parts
         module: nn.Module = small[0] if isinstance(head, nn.Linear) else nn.Sequential(*small)
         measured = {"fitted": x} | ({} if held_out is None else {"held_out": held_out})
         outputs = {name: (head(rows), module(rows)) for name, rows in measured.items()}
@@ -101,15 +96,52 @@ def compress_head(
             bytes_after=module_bytes(module),
             output_fvu={name: fvu_interval(*pair, seed) for name, pair in outputs.items()},
             kept=kept_of(*list(outputs.values())[-1], vector, seed),
-            function=function,
-            prior=blend,
-            layers=layers,
+            function=found.function,
+            prior=found.blend,
+            layers=found.layers,
         )
     for part, new in zip(parts, small):
         if metric not in WHOLE and new is not part:
             new.train(part.training)
     module.training = head.training
     return module, certificate
+
+
+@dataclass
+class Student:
+    """The parts of a compressed head, and what is known of them."""
+
+    parts: list[nn.Module]
+    layers: list[LayerCertificate]
+    blend: Blend | None = None
+    function: FunctionCertificate | NarrowCertificate | None = None
+
+
+def fit_student(
+    parts: list[nn.Module],
+    x: Tensor,
+    held_out: Tensor | None,
+    request: Request,
+    metric: str,
+    prior: Moments | None,
+    int8: bool,
+    seed: int,
+) -> Student:
+    """One student of the head's function, or one of each layer."""
+    if metric in WHOLE:
+        form = whole_student if metric == "whole" else narrow_student
+        small, layer, function = form(parts, x, held_out, request, int8, seed)
+        return Student(small, [layer], function=function)
+    first, of_output = first_linear(parts), metric == "output"
+    rank = min(request.rank or BLEND_RANK, *first.weight.shape)
+    targets, blend = find_targets(parts, x, prior, of_output, rank, seed)
+    choices = choices_of_ranks(parts, targets, request, int8, of_output)
+    small, fitted = fit_best(parts, targets, choices, x, int8)
+    return Student(small, certify_layers(parts, small, fitted, held_out, seed), blend)
+
+
+def first_linear(parts: list[nn.Module]) -> nn.Linear:
+    return next(part for part in parts if isinstance(part, nn.Linear))
 
 
 def check_metric(metric: str, prior: Moments | None) -> None:
@@ -150,7 +182,9 @@ def parts_of(head: nn.Module) -> list[nn.Module]:
     return parts
 
 
-def check_rows(x: Tensor, d_in: int, what: str) -> None:
+def checked_rows(x: Tensor, first: nn.Linear, what: str) -> Tensor:
+    """The rows as the first layer reads them."""
+    d_in = first.in_features
     if x.ndim != 2 or x.shape[1] != d_in:
         shape = tuple(x.shape)
         raise InputError(f"{what} of shape (n, {d_in}) required for this layer, got {shape}")
@@ -160,3 +194,4 @@ def check_rows(x: Tensor, d_in: int, what: str) -> None:
     if bad:
         got = f"NaN or infinity in {bad} of {len(x)} rows"
         raise InputError(f"finite {what} required, got {got}; remove them")
+    return x.to(first.weight)
