@@ -11,7 +11,9 @@ al., NeurIPS 2021), sums over the substitutions of log p(mutant) - log p(wild ty
 * `masked_marginal`: each mutated position is masked on its own;
 * `wild_type_marginal`: one pass over the wild type, nothing masked.
 
-Higher is more likely. What both are worth: docs/embedding.md.
+Of a protein of more than 1,022 residues the model sees those around each position, and
+`wild_type_marginal` takes one pass a position. Higher is more likely. What both are worth:
+docs/embedding.md.
 """
 
 import csv
@@ -33,8 +35,6 @@ from distil_rank.proteins.variants import (
     wild_type_marginals,
 )
 
-LONGEST = 1022  # residues that ESM-2 was trained on
-
 
 @dataclass(frozen=True)
 class Config:
@@ -51,16 +51,13 @@ def run(config: Config) -> None:
     given = config.variants, None, 0, 1, reference
     assay = read_assay(*given, fasta=config.wild_type, measured=False)
     read = [config.variants, config.wild_type or config.variants.with_suffix(".fasta")]
-    if len(assay.wild_type) > LONGEST:
-        got = f"got {len(assay.wild_type)}; score a domain"
-        raise InputError(f"a wild type of at most {LONGEST} residues required, {got}")
     if config.out.is_dir() or config.out.resolve() in map(Path.resolve, read):
         raise InputError(f"a new file required for --out, got {config.out}; add scores.csv")
     require_writable(config.out.absolute().parent)
     model = load_model(config.model, pick_device(config.device), head=True).model
     mutated = sorted({position for positions in assay.positions for position in positions})
     masked = additive_scores(masked_marginals(model, assay.wild_type, places=mutated), assay)
-    plain = additive_scores(wild_type_marginals(model, assay.wild_type), assay)
+    plain = additive_scores(wild_type_marginals(model, assay.wild_type, places=mutated), assay)
     with atomic(config.out) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["mutant", "masked_marginal", "wild_type_marginal"])

@@ -23,6 +23,7 @@ from distil_rank.proteins.esm2 import ESM2, MASK, tokenise
 from distil_rank.proteins.fasta import AMINO_ACIDS, clean_sequence, read_fasta
 from distil_rank.proteins.masked import logits_at
 
+WINDOW = 1024  # tokens that ESM-2 was trained on, <cls> and <eos> included
 REFERENCE = "DMS_substitutions.csv"
 FOLD = re.compile(r"fold_(random|modulo|contiguous)_5")
 MUTATION = re.compile(rf"([A-Z])(\d+)([{AMINO_ACIDS}])")
@@ -199,26 +200,41 @@ def masked_marginals(
     """Log-odds (l, 20) of each amino acid against the wild type, float64, in order of AMINO_ACIDS.
 
     Every position, or those of `places` (the others are NaN), is masked on its own (masked
-    marginals: Meier et al., NeurIPS 2021).
+    marginals: Meier et al., NeurIPS 2021). Of a protein longer than `WINDOW` tokens the model sees
+    those around the position (as ProteinGym: Notin et al., NeurIPS 2023).
     """
-    tokens = tokenise([sequence])
-    columns = torch.arange(len(sequence)) if places is None else torch.tensor(places).long()
-    found = torch.full((len(sequence), 20), torch.nan, dtype=torch.float64)
-    for some in columns.split(max(1, batch_tokens // tokens.shape[1])):
-        hidden = torch.zeros(len(some), tokens.shape[1], dtype=torch.bool)
-        hidden[torch.arange(len(some)), some + 1] = True
-        batch = tokens.expand(len(some), -1).masked_fill(hidden, MASK)
-        found[some] = _log_odds(logits_at(model, batch, hidden), tokens[0, some + 1])
-    return found
+    return _marginals(model, sequence, batch_tokens, places, MASK)
 
 
 @torch.no_grad()
-def wild_type_marginals(model: ESM2, sequence: str) -> Tensor:
-    """The same log-odds (l, 20) with nothing masked: one pass."""
+def wild_type_marginals(
+    model: ESM2, sequence: str, batch_tokens: int = 8192, places: Sequence[int] | None = None
+) -> Tensor:
+    """The same log-odds (l, 20) with nothing masked: one pass, or one a position of long ones."""
     tokens = tokenise([sequence])
+    if tokens.shape[1] > WINDOW:
+        return _marginals(model, sequence, batch_tokens, places, None)
     residues = torch.ones_like(tokens, dtype=torch.bool)
     residues[:, [0, -1]] = False
     return _log_odds(logits_at(model, tokens, residues), tokens[0, 1:-1])
+
+
+def _marginals(
+    model: ESM2, sequence: str, batch_tokens: int, places: Sequence[int] | None, hidden: int | None
+) -> Tensor:
+    """Log-odds at each place, with the token `hidden` there, of the window around it."""
+    (tokens,) = tokenise([sequence])
+    width = min(WINDOW, len(tokens))
+    columns = torch.arange(len(sequence)) if places is None else torch.tensor(places).long()
+    found = torch.full((len(sequence), 20), torch.nan, dtype=torch.float64)
+    for some in columns.split(max(1, batch_tokens // width)):
+        starts = (some + 1 - width // 2).clamp(0, len(tokens) - width)
+        batch = tokens[starts[:, None] + torch.arange(width)]
+        asked = torch.zeros_like(batch, dtype=torch.bool)
+        asked[torch.arange(len(some)), some + 1 - starts] = True
+        batch = batch if hidden is None else batch.masked_fill(asked, hidden)
+        found[some] = _log_odds(logits_at(model, batch, asked), tokens[some + 1])
+    return found
 
 
 def _log_odds(logits: Tensor, wild_type: Tensor) -> Tensor:

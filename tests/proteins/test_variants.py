@@ -7,6 +7,7 @@ import torch
 
 from distil_rank.core.errors import InputError
 from distil_rank.core.randomness import generator
+from distil_rank.proteins import variants
 from distil_rank.proteins.esm2 import MASK, tokenise
 from distil_rank.proteins.fasta import AMINO_ACIDS
 from distil_rank.proteins.variants import (
@@ -15,6 +16,7 @@ from distil_rank.proteins.variants import (
     mutate,
     read_assay,
     read_assays,
+    wild_type_marginals,
 )
 
 WILD_TYPE = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGAEKAVQVKVK"
@@ -152,6 +154,24 @@ def test_marginals_mask_one_position_at_a_time(ours):
             logs = ours(masked).logits[0, place + 1].log_softmax(-1)
         expected = logs[letters] - logs[tokens[0, place + 1]]
         torch.testing.assert_close(found[place].float(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_long_protein_is_read_around_each_position(ours, monkeypatch):
+    """In windows that end with the protein; the first and last hold <cls> and <eos>."""
+    monkeypatch.setattr(variants, "WINDOW", 8)
+    sequence = "MKTAYIAKQRGDNEFHWLVC"  # 22 tokens
+    (tokens,) = tokenise([sequence])
+    masked = masked_marginals(ours, sequence, batch_tokens=20)
+    plain = wild_type_marginals(ours, sequence, places=[0, 9, 19])
+    assert plain.isnan().all(1).nonzero().flatten().tolist() == [*range(1, 9), *range(10, 19)]
+    for place, start in ((0, 0), (9, 6), (19, 14)):
+        for found, hidden in ((masked, MASK), (plain, tokens[place + 1])):
+            window = tokens[start : start + 8].clone()
+            window[place + 1 - start] = hidden
+            with torch.no_grad():
+                logs = ours(window[None]).logits[0, place + 1 - start].log_softmax(-1)
+            expected = logs[tokenise([AMINO_ACIDS])[0, 1:-1]] - logs[tokens[place + 1]]
+            torch.testing.assert_close(found[place].float(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_scores_add_up_over_substitutions(tmp_path):
