@@ -26,6 +26,7 @@ BLOCKS = {
     "compress-cells": ("tables_compress.cells", "SCHEMA"),
     "compress-models": ("tables_compress.models", "SCHEMA"),
     "compress-frontier": ("tables_compress.frontier", "SCHEMA"),
+    "headline": ("tables_heads.headline", "SCHEMA"),
     "heads": ("tables_heads.sizes", "SCHEMA"),
     "heads-across": ("tables_heads.across", "SCHEMA"),
     "heads-few": ("tables_heads.few_rows", "SCHEMA"),

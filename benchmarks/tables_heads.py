@@ -36,6 +36,21 @@ def sizes(record: Record) -> str:
     return markdown(rows)
 
 
+def headline(record: Record) -> str:
+    """The first head, five times smaller: as one map, layer by layer, and the most there can be."""
+    name, cell = next(iter(record["cells"].items()))
+    at = {s["student"]: s["kept"] for s in cell["students"] if s.get("asked") == 5}
+    one, each, floor = (at[form] for form in ("one map", "layer by layer", "floor"))
+    among = f"{one['value']:.1%} ({100 * one['low']:.1f} to {100 * one['high']:.1f})"
+    measure = NAMES[cell["measure"]]
+    return (
+        f"**A trained head ({name}), five times smaller: one map in closed form keeps {among} of"
+        f" each held-out protein's {measure}. Compressed layer by layer, as is usual, it keeps"
+        f" {each['value']:.1%}. The best outputs of that rank, which no student reaches in error,"
+        f" keep {floor['value']:.1%}.**"
+    )
+
+
 def across(record: Record) -> str:
     """Fitted on one data set, used on another."""
     rows = [["fitted on", "used on", "one map", "layer by layer, output metric"]]

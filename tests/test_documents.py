@@ -1,5 +1,6 @@
 """No number in the documents that no committed file shows, and no command that does not run."""
 
+import doctest
 import importlib.util
 import re
 import shlex
@@ -94,3 +95,12 @@ def test_every_command_printed_is_understood(document):
             assert understood(arguments), shlex.join(arguments)
         except SystemExit:
             pytest.fail(shlex.join(arguments))
+
+
+def test_the_example_of_the_readme_prints_what_it_says(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    example = doctest.DocTestParser().get_doctest(
+        (ROOT / "README.md").read_text().replace("```", ""), {}, "README", "README.md", 0
+    )
+    assert len(example.examples) >= 10
+    assert doctest.DocTestRunner().run(example).failed == 0
