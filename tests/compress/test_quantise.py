@@ -17,6 +17,7 @@ from distil_rank.compress.quantise import (
 )
 from distil_rank.core.lowrank import Joint, optimum
 from distil_rank.core.moments import Moments
+from distil_rank.core.randomness import generator
 
 
 def case(d_in: int = 40, d_out: int = 50) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,3 +116,44 @@ def test_layers_in_few_bits_are_small_and_match_their_inputs(bits, d_in):
     empty = QuantLinear.empty(d_in, 50, bits, True)
     empty.load_state_dict(layer.state_dict())
     assert torch.equal(empty.weight, layer.weight)
+
+
+def test_eight_bits_multiply_eight_bits_on_the_integer_kernels():
+    """As a float64 loop with each row of the input rounded to 127 steps, and within its bound."""
+    W, c, x = case(40)
+    layer = QuantLinear.of(W, c.float(), x.T @ x / len(x), 8)
+    rows = x.float().reshape(-1, 2, 40)
+    found = layer(rows)
+    step = rows.abs().amax(-1, keepdim=True) / 127
+    rounded_rows = (rows / step).round().double() * step.double()
+    expected = rounded_rows @ layer.numbers(torch.float64).T + c
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    layer.integer = False
+    exact = layer(rows)
+    bound = step / 2 * layer.weight.abs().sum(1)
+    assert bool(((found - exact).abs() <= bound + 1e-4).all())
+    layer.integer = True
+    assert torch.equal(layer(rows[3, 1]), found[3, 1])  # a row does not see the rest of its batch
+    assert layer(rows[:0]).shape == (0, 2, 50) and torch.equal(
+        layer(0 * rows[0]), c.float().expand(2, 50)
+    )
+    spoiled = rows[0].clone()
+    spoiled[1, 3] = torch.nan
+    assert layer(spoiled).isfinite().all(1).tolist() == [True, False]
+    wanted = rows[0].clone().requires_grad_()
+    layer(wanted).sum().backward()
+    torch.testing.assert_close(wanted.grad[0], layer.weight.sum(0))
+
+
+@pytest.mark.parametrize("d_in", [1, 2, 3, 17, 64])
+@pytest.mark.parametrize("d_out", [1, 2, 8, 33])
+def test_integer_products_are_exact_in_every_shape(d_in, d_out):
+    """torch's own are not for one input feature."""
+    draw = generator(d_in, "integers")
+    W = torch.randint(-127, 128, (d_out, d_in), generator=draw).double()
+    W[:, 0] = 127  # scale 1: the weights are their integers
+    layer = QuantLinear(W.to(torch.int8), torch.ones(d_out), None, d_in)
+    for n in (1, 2, 15):
+        x = torch.randint(-127, 128, (n, d_in), generator=draw).float()
+        x[:, -1] = 127
+        assert torch.equal(layer(x).double(), x.double() @ W.T)
