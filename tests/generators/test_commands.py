@@ -78,7 +78,7 @@ def test_teacher_student_and_finetuned_student_of_toys(tmp_path, data):
 
 def test_a_training_records_the_test_proteins_that_it_left_out(tmp_path, data):
     command_pretrain.run(pretraining(data, tmp_path / "m", 1))
-    Prepared(data).require_left_out(str(tmp_path / "m"))
+    assert Prepared(data).doubts(str(tmp_path / "m")) == {}
     record = json.loads((tmp_path / "m" / "training.json").read_text())["data"]
     assert record["n_test"] == len(Prepared(data).part("test")) and record["folder"].endswith(
         "data"
@@ -107,6 +107,25 @@ def test_a_run_that_failed_early_does_not_block_the_corrected_command(tmp_path, 
         command_pretrain.run(replace(config, steps=300))
     command_pretrain.run(pretraining(data, tmp_path / "m"))
     assert (tmp_path / "m" / "training.json").exists()
+
+
+@pytest.mark.parametrize("torn", ["save", "write_json"])
+def test_a_training_killed_while_it_is_stored_goes_on(tmp_path, data, monkeypatch, torn):
+    more = {"evaluate_every": 4, "save_every": 5}
+    command_pretrain.run(pretraining(data, tmp_path / "whole", **more))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(command_train, torn, killed)
+        command_pretrain.run(pretraining(data, tmp_path / "m", **more))
+    (tmp_path / "m" / f"{CHECKPOINT}.1.tmp").touch()  # as a kill while it is written leaves
+    assert not (tmp_path / "m" / "training.json").exists()
+    command_pretrain.run(pretraining(data, tmp_path / "m", **more))
+    for name in ("model.safetensors", "log.jsonl"):
+        found, wanted = ((tmp_path / run / name).read_bytes() for run in ("m", "whole"))
+        assert found == wanted
 
 
 BAD = [
