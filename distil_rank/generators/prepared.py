@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from distil_rank.core.errors import InputError
 from distil_rank.core.records import Record, read_json, write_json
-from distil_rank.generators.data import Encoded, encode, of_rows, parse
+from distil_rank.generators.data import Encoded, encode, parse
 
 SCHEMA, SPLIT = "distil-rank/generator-data/1", "distil-rank/generator-split/2"
 PARTS = ("train", "validation", "test", "hard")
@@ -208,15 +208,6 @@ class Prepared:
         layout = tuple(self.record["layout"])
         return Encoded(whole, offsets, residues, self.record["end"], layout)
 
-    def joined(self, names: Sequence[str]) -> Encoded:
-        """Some parts as one."""
-        parts = [part for part in map(self.part, names) if len(part)]
-        if len(parts) == 1:
-            return parts[0]
-        rows = [part.row(i) for part in parts for i in range(len(part))]
-        residues = np.concatenate([part.residues for part in parts])
-        return of_rows(rows, residues, parts[0].end, parts[0].layout)
-
     def training_parts(self, model: Any) -> tuple[Encoded, Encoded]:
         """Training and validation proteins, not empty, that the model can read."""
         self.require(model)
@@ -238,22 +229,22 @@ class Prepared:
                 f" prepare them with --context {most}"
             )
 
-    def require_left_out(self, model: str) -> None:
-        """InputError unless the training of the model in a folder left these test proteins out."""
+    def doubts(self, model: str) -> dict[str, str]:
+        """Why it is not on record that a model, or one it started from, never saw the test."""
         path = Path(model) / "training.json"
         if not path.is_file():
-            raise InputError(
-                f"a record of its training required in {model}, got none; --part all measures"
-                " models that were trained elsewhere"
-            )
-        known = json.loads(path.read_text()).get("data", {})
+            return {model: "has no record of its training"}
+        known = json.loads(path.read_text())
         nothing = {"hard_sha256": hashlib.sha256().hexdigest()}  # of records without that part
-        keys = ("test_sha256", "hard_sha256")
-        if any((nothing | known).get(key) != (nothing | self.record)[key] for key in keys):
-            raise InputError(
-                f"the test proteins that {model} was trained without required, got others in"
-                f" {self.folder}; prepare the same file with --split-by, its split.json"
-            )
+        own, its = ({**nothing, **data} for data in (self.record, known.get("data", {})))
+        same = all(own[key] == its.get(key) for key in ("test_sha256", "hard_sha256"))
+        start = known.get("started_from")
+        earlier = self.doubts(start["name"]) if start else {}
+        return (
+            earlier
+            if same
+            else {model: "was trained without other test proteins, not these"} | earlier
+        )
 
     def sequences(self, name: str, most: int | None = None, seed: int = 0) -> list[str]:
         """Residues of a part, or of `most` of its proteins drawn at random."""
