@@ -248,7 +248,7 @@ class _State:
     """All that changes from step to step; a checkpoint is its record."""
 
     def __init__(self, student: Any, optimizers: list[Any], scaler: Any):
-        self.student, self.optimizers, self.scaler = student, optimizers, scaler
+        self.student, self.parts = student, [student, *optimizers, *([scaler] if scaler else [])]
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
 
@@ -261,22 +261,14 @@ class _State:
             self.best = {k: v.to("cpu", copy=True) for k, v in own_weights(self.student).items()}
 
     def record(self) -> Record:
-        return {
-            "student": own_weights(self.student),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "scaler": self.scaler.state_dict() if self.scaler else {},
-            "best": self.best,
-            "progress": asdict(self.progress),
-        }
+        parts = [part.state_dict() for part in self.parts]
+        return {"parts": parts, "best": self.best, "progress": asdict(self.progress)}
 
     def restore(self, record: Record | None) -> None:
         if record is None:
             return
-        self.student.load_state_dict(record["student"], strict=False)
-        for optimizer, saved in zip(self.optimizers, record["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        if self.scaler:
-            self.scaler.load_state_dict(record["scaler"])
+        for part, saved in zip(self.parts, record["parts"], strict=True):
+            part.load_state_dict(saved)
         self.progress, self.best = Progress(**record["progress"]), record["best"]
 
 
