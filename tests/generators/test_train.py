@@ -211,8 +211,3 @@ def test_initial_weights_depend_on_the_seed_and_leave_the_global_generator_alone
     a, b, c = (state(initial_student(teacher, 2, 2, 16, "random", seed)) for seed in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert torch.equal(before, torch.get_rng_state())
-
-
-def test_width_must_fit_the_heads():
-    with pytest.raises(InputError, match="n-embd=30 and n-head=4; 32"):
-        fresh(27, 2, 4, 30, 64, 0, 0)
