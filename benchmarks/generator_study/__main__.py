@@ -95,13 +95,13 @@ def conduct(preset: Preset, config: Config, bench: Bench) -> Record:
     """All phases, as JSON values."""
     outcomes = partial(make, bench=bench, work=config.work, workers=config.workers)
     rates, tried = pilots(preset, outcomes)
-    plain = Schedule(preset.steps, preset.batch_size, warmup=0.1)
+    plain = schedule(preset)
     first = next(iter(preset.sizes))
 
     def runs(size: str, objective: Objective, init: str) -> list[Run]:
-        schedule = replace(plain, learning_rate=rates[size, objective.alpha < 1, init])
+        own = replace(plain, learning_rate=rates[size, objective.alpha < 1, init])
         shape = preset.sizes[size]
-        return [Run(shape, objective, replace(schedule, seed=s), init) for s in range(preset.seeds)]
+        return [Run(shape, objective, replace(own, seed=s), init) for s in range(preset.seeds)]
 
     doses: Record = {}
     base = Objective()
@@ -144,7 +144,7 @@ def conduct(preset: Preset, config: Config, bench: Bench) -> Record:
 def pilots(preset: Preset, outcomes: Outcomes) -> tuple[dict[tuple[str, bool, str], float], Record]:
     """Best learning rate of each size, with and without teacher, random or slice."""
     places = [(s, taught, i) for s in preset.sizes for taught in (True, False) for i in INITS]
-    plain = Schedule(preset.steps, preset.batch_size, warmup=0.1, seed=PILOT)
+    plain = replace(schedule(preset), seed=PILOT)
     plan = [
         Run(
             preset.sizes[size],
@@ -166,6 +166,10 @@ def pilots(preset: Preset, outcomes: Outcomes) -> tuple[dict[tuple[str, bool, st
         for (size, taught, init), row in zip(places, losses)
     }
     return best, tried
+
+
+def schedule(preset: Preset) -> Schedule:
+    return Schedule(preset.steps, preset.batch_size, warmup=0.1, optimizer=preset.optimizer)
 
 
 INITS = ("random", "slice")
