@@ -32,9 +32,7 @@ PRESETS = {
         batch_size=4,
         rates=(2e-3, 5e-3),
     ),
-    "protgpt2": Preset(
-        SIZES, 5000, 64, (3e-4, 1e-3), "adamw", test_proteins=10_000, generate=1000
-    ),
+    "protgpt2": Preset(SIZES, 5000, 64, (3e-4, 1e-3), "adamw", test_proteins=10_000, generate=1000),
 }
 THRESHOLDS = {"tiny": 3.0, "small": 2.5, "medium": 2.0}  # student perplexity over teacher's
 CLAIM = (-0.25, -0.15)  # published change of perplexity by the enhancements on difficult proteins
