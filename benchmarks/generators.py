@@ -128,8 +128,7 @@ def coverage(trials: int) -> list[Record]:
                 rng = np.random.default_rng([n, trial])
                 confidence = 0.08 + 0.9 * rng.beta(1.0, 4.0, n)
                 correct = (rng.random(n) < confidence - gap).astype(float)
-                brier = (confidence - correct) ** 2
-                found.append(calibration(confidence, correct, brier, np.arange(n) // 20)["error"])
+                found.append(calibration(confidence, correct, np.arange(n) // 20)["error"])
             covered = np.mean([f["low"] <= gap <= f["high"] for f in found])
             values = [f["value"] for f in found]
             row = {"tokens": n, "gap": gap, "trials": trials, "covered": float(covered)}

@@ -95,13 +95,13 @@ def conduct(preset: Preset, config: Config, bench: Bench) -> Record:
     """All phases, as JSON values."""
     outcomes = partial(make, bench=bench, work=config.work, workers=config.workers)
     rates, tried = pilots(preset, outcomes)
-    plain = Schedule(preset.steps, preset.batch_size, warmup=0.1)
+    plain = schedule(preset)
     first = next(iter(preset.sizes))
 
     def runs(size: str, objective: Objective, init: str) -> list[Run]:
-        schedule = replace(plain, learning_rate=rates[size, objective.alpha < 1, init])
+        own = replace(plain, learning_rate=rates[size, objective.alpha < 1, init])
         shape = preset.sizes[size]
-        return [Run(shape, objective, replace(schedule, seed=s), init) for s in range(preset.seeds)]
+        return [Run(shape, objective, replace(own, seed=s), init) for s in range(preset.seeds)]
 
     doses: Record = {}
     base = Objective()
@@ -127,7 +127,7 @@ def conduct(preset: Preset, config: Config, bench: Bench) -> Record:
     effects = planned(y)
     return {
         "data": bench.prepared.summary() | {"test_proteins_used": len(bench.test)},
-        "teacher_left_these_out": left_out(bench, config.teacher),
+        "teacher_left_these_out": not bench.prepared.doubts(config.teacher),
         "strata": {name: int(mask.sum()) for name, mask in bench.strata.items()},
         "references": references(bench, shown_path(config.teacher)),
         "objective": asdict(base),
@@ -144,7 +144,7 @@ def conduct(preset: Preset, config: Config, bench: Bench) -> Record:
 def pilots(preset: Preset, outcomes: Outcomes) -> tuple[dict[tuple[str, bool, str], float], Record]:
     """Best learning rate of each size, with and without teacher, random or slice."""
     places = [(s, taught, i) for s in preset.sizes for taught in (True, False) for i in INITS]
-    plain = Schedule(preset.steps, preset.batch_size, warmup=0.1, seed=PILOT)
+    plain = replace(schedule(preset), seed=PILOT)
     plan = [
         Run(
             preset.sizes[size],
@@ -168,6 +168,10 @@ def pilots(preset: Preset, outcomes: Outcomes) -> tuple[dict[tuple[str, bool, st
     return best, tried
 
 
+def schedule(preset: Preset) -> Schedule:
+    return Schedule(preset.steps, preset.batch_size, warmup=0.1, optimizer=preset.optimizer)
+
+
 INITS = ("random", "slice")
 
 
@@ -185,7 +189,7 @@ def summary(outcomes: Sequence[Record]) -> Record:
         "perplexity": perplexity,
         "validation_nll": float(np.mean([o["validation_nll"] for o in outcomes])),
         "parameters": outcomes[0]["parameters"],
-        **{k: over_runs([o[k] for o in outcomes]) for k in ("calibration_error", "signed_gap")},
+        "calibration_error": over_runs([o["calibration_error"] for o in outcomes]),
     }
 
 
@@ -219,15 +223,6 @@ def dose_of_enhancements(bench: Bench, base: Objective) -> Record:
     top = torch.softmax(logits[:, :-1] / base.temperature, -1).amax(-1)[residues]
     moved, at = base.smoothing * (1 - top), torch.tensor([0.25, 0.5, 0.75])
     return {"weight": weights.quantile(at).tolist(), "smoothing": moved.quantile(at).tolist()}
-
-
-def left_out(bench: Bench, teacher: str) -> bool:
-    """Whether the teacher's own training is on record to have left these test proteins out."""
-    try:
-        bench.prepared.require_left_out(teacher)
-    except InputError:
-        return False
-    return True
 
 
 def finals(

@@ -9,6 +9,7 @@ from distil_rank.core.records import Record
 from distil_rank.core.tables import markdown, with_interval
 
 SCHEMA = "distil-rank/generator-study/3"
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon (the matrices) and AdamW"}
 WEAK = 0.3  # a teacher this little below token frequencies is called weak
 SPREAD = 0.05  # of the quartiles of the weights: below it they are called constant
 
@@ -63,7 +64,7 @@ The doses act as follows: quartiles over residues are {_list(study["dose_of_enha
 {_list(study["dose_of_enhancements"]["smoothing"])} for eps_t.{_dose(study)}
 
 Proteins: {data["source"]}, {data["n_train"]:,} for training, {data["test_proteins_used"]:,} of {data["n_test"]:,} test proteins, split by {data["split"]["method"]}. {split}
-Difficulty: thirds of the test proteins by the teacher's own perplexity{_hard(study)}. Every run has {preset["steps"]:,} steps of {preset["batch_size"]} proteins; run i of every cell shares its
+Difficulty: thirds of the test proteins by the teacher's own perplexity{_hard(study)}. Every run has {preset["steps"]:,} steps of {preset["batch_size"]} proteins by {OPTIMIZERS[preset.get("optimizer", "adamw")]}; run i of every cell shares its
 batches and random weights. Learning rates (of {_list(preset["rates"])}, one for each size, start, and with or without teacher), temperature and alpha
 are chosen on validation proteins: {"; ".join(f"{field} {base[field]:g}" for field in ("temperature", "alpha"))}. Effects are relative changes of
 perplexity with t intervals over runs; a word is given where Holm's corrected p over all {tests} contrasts is below .05, and

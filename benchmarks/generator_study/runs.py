@@ -14,7 +14,7 @@ from distil_rank.core.errors import InputError
 from distil_rank.core.records import Record
 from distil_rank.core.resume import Cache as Results
 from distil_rank.generators.calibration import calibration
-from distil_rank.generators.data import Encoded, of_rows
+from distil_rank.generators.data import Encoded, joined
 from distil_rank.generators.inherit import initial_student
 from distil_rank.generators.loss import Objective
 from distil_rank.generators.metrics import Scores, score
@@ -57,7 +57,7 @@ class Bench:
         self.validation, self.test, hard = (sample(self.prepared.part(p), most) for p in held_out)
         if len(self.test) < 3:
             raise InputError(f"three test proteins required in {data}, got {len(self.test)}")
-        self.measured = both(self.test, hard)
+        self.measured = joined([self.test, hard])
         self.source: Any = Cache(self.teacher, self.train) if cache else Live(self.teacher)
         self.scores = score(self.teacher, self.measured)
         self.strata = strata(self.scores, len(self.test))
@@ -82,13 +82,12 @@ class Bench:
             return found
         scores = score(student, self.measured)
         own = scores.protein < len(self.test)
-        tokens = (scores.confidence, scores.correct, scores.brier, scores.protein)
+        tokens = (scores.confidence, scores.correct, scores.protein)
         measured = calibration(*(values[own] for values in tokens))
         return found | {
             "parameters": parameters(student),
             "log_perplexity": by_stratum(scores.nll, scores.predictions, self.strata),
             "calibration_error": measured["error"]["value"],
-            "signed_gap": measured["signed_gap"]["value"],
         }
 
     def request(self, run: Run) -> list[Any]:
@@ -100,13 +99,6 @@ def sample(part: Encoded, most: int) -> Encoded:
     """At most so many proteins, drawn at random."""
     order = np.random.default_rng(4).permutation(len(part))[:most]
     return part.take(np.sort(order)) if len(part) > most else part
-
-
-def both(test: Encoded, hard: Encoded) -> Encoded:
-    """The test proteins, then those that are farther from the training ones."""
-    rows = [part.row(i) for part in (test, hard) for i in range(len(part))]
-    residues = np.concatenate([test.residues, hard.residues])
-    return of_rows(rows, residues, test.end, test.layout)
 
 
 def strata(scores: Scores, n_test: int) -> dict[str, Mask]:

@@ -38,7 +38,12 @@ def hub_errors(what: str, remedy: str) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError
 
     # the bases: what the HTTP client itself raises, whichever it is
-    errors: tuple[type[Exception], ...] = (OSError, ValueError, *HfHubHTTPError.__bases__)
+    errors: tuple[type[Exception], ...] = (
+        OSError,
+        ValueError,
+        ImportError,
+        *HfHubHTTPError.__bases__,
+    )
     try:
         yield
     except InputError:

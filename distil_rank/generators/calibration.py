@@ -26,27 +26,20 @@ Array = NDArray[np.float64]
 
 
 def calibration(
-    confidence: Array, correct: Array, brier: Array, protein: NDArray[np.int64], seed: int = 0
+    confidence: Array, correct: Array, protein: NDArray[np.int64], seed: int = 0
 ) -> Record:
-    """Calibration of the most probable token.
-
-    Of each token (n,): confidence, correct (0 or 1), Brier score and protein.
-    """
-    confidence, correct = np.asarray(confidence, float), np.asarray(correct, float)
+    """Calibration of the most probable token: confidence, correct (0 or 1) and protein (n,)."""
     if not len(confidence):
         raise InputError("at least one token required for calibration, got none; give proteins")
     place = bins_of(confidence)
     count = np.bincount(place).astype(float)
     gap = np.bincount(place, confidence - correct) / count
     deviation = deviations(confidence - correct, place, protein, seed)
-    ones = np.ones_like(confidence)
+    signed = ratio_interval(confidence - correct, np.ones_like(confidence), protein)
     return {
         "tokens": len(confidence),
         "error": calibration_error(gap, count / count.sum(), deviation),
-        "signed_gap": interval(
-            *ratio_interval(confidence - correct, ones, protein), False, target=0.0
-        ),
-        "brier": interval(*ratio_interval(np.asarray(brier, float), ones, protein), False),
+        "signed_gap": interval(*signed, False, target=0.0),
     }
 
 

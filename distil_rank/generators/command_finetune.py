@@ -10,26 +10,25 @@ cost and how much was only memorized (training against validation) stands in tra
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from distil_rank.generators.command_train import TrainingFlags, begin, run_training
 from distil_rank.generators.loss import Objective
 from distil_rank.generators.models import load, require_same_vocabulary, weights_sha256
 
-RATE = 3e-4
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainingFlags):
+    RATE: ClassVar[float] = 3e-4  # learning rate where none is given
+
     model: str  # a model by name, file or folder
     subset: int | None = None  # train on so many proteins drawn at random; None: on all
 
 
 def run(config: Config) -> None:
-    schedule = config.schedule(RATE)
-    prepared = begin(config, schedule)
+    prepared = begin(config)
     model, tokenizer = load(config.model)
     require_same_vocabulary(tokenizer, prepared.tokenizer)
     start = {"name": config.model, "weights_sha256": weights_sha256(model)}
     more = {"kind": "finetuned", "started_from": start}
-    given = (schedule, prepared, model, Objective(alpha=1.0), more)
-    run_training(config, *given, subset=config.subset)
+    run_training(config, prepared, model, Objective(alpha=1.0), more, subset=config.subset)

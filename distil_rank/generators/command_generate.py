@@ -9,76 +9,61 @@ run that was interrupted goes on with the next proteins when the same command is
 """
 
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
+from distil_rank.core.devices import pick_device
 from distil_rank.core.errors import InputError, at_least
+from distil_rank.core.records import require_writable
+from distil_rank.core.resume import Checkpoint
+from distil_rank.generators.models import load, weights_sha256
+from distil_rank.generators.sample import Dtype, Sampler, draw
+from distil_rank.proteins.fasta import Protein, write_fasta
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(Sampler):
     model: str  # a model by name, file or folder
     out: Path  # where to write
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 100  # proteins to write
-    max_new_tokens: int = 200  # longest protein written, in tokens
-    temperature: float = 1.0  # below 1: safer, above 1: more varied
-    top_k: int = 0  # draw among the k most probable tokens; 0: among all
-    top_p: float = 1.0  # draw among the most probable tokens of this joint probability
-    repetition_penalty: float = 1.0  # above 1: fewer repeats
-    prompt: str = ""  # residues that every protein begins with
     batch_size: int = 32  # proteins per step
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"  # arithmetic
+    dtype: Dtype = "float32"  # arithmetic
     seed: int = 0  # of everything random
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
 
 
 def run(config: Config) -> None:
-    from distil_rank.core.devices import pick_device
-    from distil_rank.core.records import require_writable
-    from distil_rank.core.resume import Checkpoint
-    from distil_rank.generators.models import load, weights_sha256
-    from distil_rank.generators.sample import Sampler
-    from distil_rank.proteins.fasta import Protein, write_fasta
-
     at_least(1, n=config.n, batch_size=config.batch_size)
     if config.out.is_dir():
         raise InputError(f"a file to write required, got the folder {config.out}; add a file name")
     device = pick_device(config.device)
-    sampler = Sampler(**{f.name: getattr(config, f.name) for f in fields(Sampler)})
-    sampler.check()
+    config.check()
     model, tokenizer = load(config.model)
-    sampler.start(tokenizer, model.config.n_positions)
+    config.start(tokenizer, model.config.n_positions)
     require_writable(config.out.parent)
-    request = (sampler, config.seed, config.dtype, config.batch_size, weights_sha256(model))
-    checkpoint = Checkpoint(config.out.with_name(config.out.name + ".partial"), request)
-    records = written(model.to(device), tokenizer, sampler, config, checkpoint)
-    kept = [r for r in records if r["sequence"]][: config.n]
-    if empty := sum(not r["sequence"] for r in records):
-        print(
-            f"note: {empty} empty protein{'s' * (empty > 1)} replaced by the next", file=sys.stderr
-        )
+    partial = config.out.with_name(config.out.name + ".partial")
+    checkpoint = Checkpoint(partial, config, weights_sha256(model))
+    records = written(model.to(device), tokenizer, config, checkpoint)
+    kept = [r for r in records if r["sequence"]]
+    if empty := len(records) - len(kept):
+        print(f"note: {empty} empty protein(s) replaced by the next", file=sys.stderr)
     write_fasta(config.out, (Protein(*header(r), r["sequence"]) for r in kept))
     checkpoint.clear()
     print(f"{config.out}: {len(kept)} proteins")
 
 
 def written(
-    model: Any, tokenizer: Any, sampler: Any, config: Config, checkpoint: Any
+    model: Any, tokenizer: Any, config: Config, checkpoint: Checkpoint
 ) -> list[dict[str, Any]]:
-    """Records of proteins, `config.n` of them not empty, saved after every batch.
-
-    InputError when the model writes nothing but empty ones.
-    """
-    from distil_rank.generators.sample import draw
-
+    """Records of proteins, `config.n` of them not empty, saved after every batch."""
     state = checkpoint.load() or {"drawn": []}
     records = state["drawn"]
     found, limit = sum(bool(r["sequence"]) for r in records), 10 * config.n + 100
     indices = range(len(records), limit)
-    drawing = draw(model, tokenizer, indices, sampler, config.seed, config.batch_size, config.dtype)
+    drawing = draw(model, tokenizer, indices, config, config.seed, config.batch_size, config.dtype)
     while found < config.n:
         if (drawn := next(drawing, None)) is None:
             raise InputError(

@@ -9,14 +9,32 @@
 take `--split-by random`, or `--held-out-fasta` with proteins that another program clustered.
 """
 
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from distil_rank.core.errors import InputError, above, at_least, at_most
+from distil_rank.core.records import (
+    Record,
+    atomic,
+    config_record,
+    environment,
+    read_json,
+    require_writable,
+    sha256,
+    shown_path,
+    write_json,
+)
+from distil_rank.generators import prepared
+from distil_rank.generators.data import amino_acid_tokenizer
+from distil_rank.generators.models import load_tokenizer
+from distil_rank.proteins.fasta import clean_proteins, read_fasta
 
 
 @dataclass(frozen=True)
@@ -36,8 +54,6 @@ class Config:
 
 
 def run(config: Config) -> None:
-    from distil_rank.core.records import atomic, require_writable, write_json
-
     levels = {"identity": config.identity, "hard_identity": config.hard_identity}
     above(0, train_size_prop=config.train_size_prop, **levels)
     at_most(1, train_size_prop=config.train_size_prop, **levels)
@@ -53,7 +69,8 @@ def run(config: Config) -> None:
     require_writable(config.out.parent)
     if config.out.exists():
         raise InputError(f"a new --out required, got {config.out}, which exists; choose another")
-    tokenizer = tokenizer_of(config.tokenizer)
+    own = config.tokenizer == "amino-acids"
+    tokenizer = amino_acid_tokenizer() if own else load_tokenizer(config.tokenizer)
     with atomic(config.out) as folder:
         folder.mkdir()
         record = fill(folder, config, tokenizer)
@@ -64,11 +81,8 @@ def run(config: Config) -> None:
     print(f"{config.out}: {counts}; {record['duplicates']} duplicates, {long}")
 
 
-def fill(folder: Path, config: Config, tokenizer: Any) -> dict[str, Any]:
+def fill(folder: Path, config: Config, tokenizer: Any) -> Record:
     """Write the folder's files; returns its record."""
-    from distil_rank.core.records import config_record, environment, read_json, sha256, shown_path
-    from distil_rank.generators import prepared
-
     given = list(clean(config.held_out_fasta)) if config.held_out_fasta else []
     read, made = partial(clean, config.fasta), None
     if given:
@@ -82,9 +96,8 @@ def fill(folder: Path, config: Config, tokenizer: Any) -> dict[str, Any]:
         distinct = list(dict.fromkeys(read()))
         wanted = (config.held_out, config.identity, config.seed, config.hard_identity)
         method, (part_of, made) = "cluster", prepared.by_cluster(distinct, *wanted)
-    sequences = (s for source in (read(), given) for s in source)
     how = (config.context, config.crop, config.train_size_prop, config.seed)
-    found = prepared.write(folder, sequences, part_of, tokenizer, *how)
+    found = prepared.write(folder, chain(read(), given), part_of, tokenizer, *how)
     if not any(part["proteins"] for part in found["parts"].values()):
         raise InputError(f"proteins up to --context {config.context} required, got none; raise it")
     return {
@@ -104,21 +117,10 @@ def fill(folder: Path, config: Config, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def clean(path: Path) -> Any:
+def clean(path: Path) -> Iterator[str]:
     """Cleaned sequences of a FASTA file, streaming."""
-    import sys
-
-    from distil_rank.proteins.fasta import clean_proteins, read_fasta
 
     def note(line: str) -> None:
         print(f"note: {line}", file=sys.stderr)
 
     return (protein.sequence for protein in clean_proteins(read_fasta(path), note))
-
-
-def tokenizer_of(name: str) -> Any:
-    """A tokenizer by name or folder, not the weights beside it."""
-    from distil_rank.generators.data import amino_acid_tokenizer
-    from distil_rank.generators.models import load_tokenizer
-
-    return amino_acid_tokenizer() if name == "amino-acids" else load_tokenizer(name)

@@ -23,8 +23,7 @@ class Config(ShapeFlags, TrainingFlags):
 
 def run(config: Config) -> None:
     shape = config.shape
-    prepared = begin(config, config.schedule())
+    prepared = begin(config)
     size, record = len(prepared.tokenizer), prepared.record
     student = fresh(size, *shape, record["context"], record["end"], config.seed)
-    objective, more = Objective(alpha=1.0), {"kind": "pretrained"}
-    run_training(config, config.schedule(), prepared, student, objective, more)
+    run_training(config, prepared, student, Objective(alpha=1.0), {"kind": "pretrained"})

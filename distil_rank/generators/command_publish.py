@@ -21,6 +21,7 @@ from distil_rank.core.errors import InputError, hub_errors
 from distil_rank.core.records import Record, atomic, read_json, require_writable
 from distil_rank.core.tables import markdown, with_interval
 from distil_rank.generators.command_evaluate import SCHEMA as EVALUATION
+from distil_rank.generators.models import load, weights_sha256
 from distil_rank.generators.train import SCHEMA as TRAINING
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
@@ -60,9 +61,8 @@ def run(config: Config) -> None:
         (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=1) + "\n")
         text = card(config.repo, training, evaluation, config.license)
         (folder / "README.md").write_text(text)
-        folder.chmod(0o755)
-        for path in folder.iterdir():  # whatever the umask: others read what is uploaded
-            path.chmod(0o644)
+        for path in (folder, *folder.iterdir()):  # whatever the umask: others read what is uploaded
+            path.chmod(0o755 if path.is_dir() else 0o644)
     if config.dry_run:
         print(f"{config.out}: {len(FILES) + 2} files; nothing was uploaded")
         return
@@ -73,70 +73,73 @@ def upload(folder: Path, repo: str, wanted: str) -> str:
     """Send the folder, then load what the hub gives back: it must have the hash of the weights."""
     from huggingface_hub import HfApi
 
-    from distil_rank.generators.models import load, weights_sha256
-
     api, message = HfApi(), "Weights, card and evaluation"
-    what, remedy = (
-        f"the hub and the right to write {repo}",
-        "log in, or use --dry-run to work offline",
-    )
-    with hub_errors(what, remedy), TemporaryDirectory() as fetched:
+    remedy = "log in, or use --dry-run to work offline"
+    with hub_errors(f"the hub and the right to write {repo}", remedy):
         api.create_repo(repo, exist_ok=True)
         done = api.upload_folder(folder_path=folder, repo_id=repo, commit_message=message)
-        api.snapshot_download(repo, revision=done.oid, local_dir=fetched)
-        found = weights_sha256(load(fetched)[0])
-        if found != wanted:
-            raise InputError(
-                f"weights {wanted[:12]} required in {repo} after the upload, got {found[:12]};"
-                " publish again"
-            )
+        with TemporaryDirectory() as fetched:
+            api.snapshot_download(repo, revision=done.oid, local_dir=fetched)
+            require_weights(Path(fetched), wanted, f"the upload to {repo}", "publish")
     return str(done)
+
+
+def require_weights(model: Path, wanted: str, what: str, remedy: str) -> None:
+    """InputError where the weights in a folder have another hash than `what` is of."""
+    found = weights_sha256(load(str(model))[0])
+    if found != wanted:
+        raise InputError(
+            f"{what} required to be of the weights in {model} ({found[:12]}), got one of other"
+            f" weights ({wanted[:12]}); {remedy} again"
+        )
 
 
 def records(model: Path, evaluation: Path) -> tuple[Record, Record]:
     """Training and evaluation of a student. InputError where one is missing or of other weights."""
-    from distil_rank.generators.models import load, weights_sha256
-
     missing = [name for name in FILES if not (model / name).is_file()]
     if missing:
         raise InputError(
             f"a folder that `generator train` finished required, {model} lacks {', '.join(missing)}"
         )
-    trained, evaluated = (
-        read_json(model / "training.json", TRAINING),
-        read_json(evaluation, EVALUATION),
-    )
-    own = weights_sha256(load(str(model))[0])
-    for what, path, other, remedy in (
-        ("an evaluation", evaluation, evaluated["student"]["weights_sha256"], "evaluate"),
-        ("a training record", model / "training.json", trained["weights_sha256"], "train"),
-    ):
-        if own != other:
-            raise InputError(
-                f"{what} of the weights in {model} ({own[:12]}) required, got one of other weights"
-                f" ({other[:12]}) in {path}; run `generator {remedy}` again"
-            )
+    trained = read_json(model / "training.json", TRAINING)
+    evaluated = read_json(evaluation, EVALUATION)
+    require_weights(model, trained["weights_sha256"], "a training record", "train")
+    require_weights(model, evaluated["student"]["weights_sha256"], "an evaluation", "evaluate")
     return trained, evaluated
 
 
 def card(repo: str, training: Record, evaluation: Record, license: str) -> str:
     """The model card with its model-index."""
-    from huggingface_hub import ModelCard
+    from huggingface_hub import EvalResult, ModelCardData
 
     student, source = evaluation["student"], evaluation["data"]["source"]
-    teacher = training.get("teacher", {}).get("name", "its teacher")
+    origin = training.get("teacher", training.get("started_from", {"name": "random weights"}))
     metrics = {name: reduce(getitem, path, evaluation) for name, path in SHOWN.items()}
+    place = {"task_type": "text-generation", "dataset_type": "proteins", "dataset_name": source}
+    results = [
+        EvalResult(**place, metric_type=name, metric_name=name, metric_value=metric["value"])
+        for name, metric in metrics.items()
+    ]
+    meta = ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["protein", "gpt2", "distillation"],
+        model_name=repo.split("/")[1],
+        eval_results=results,
+    )
     flags = {k: v for k, v in training["config"].items() if k not in ("out", "log_to", "device")}
     shown = [[name, with_interval(metric, ".4f")] for name, metric in metrics.items()]
     few = " (**underpowered**: fewer than 1,000)" if evaluation["underpowered"] else ""
-    text = f"""---
-{_metadata(repo, license, source, metrics)}
+    held = "held-out " if evaluation["left_out"]["student"] else "(**some may be of training**) "
+    return f"""---
+{meta.to_yaml()}
 ---
 
 # {repo}
 
-A GPT-2 for proteins with {student["parameters"]["total"]:,} parameters, distilled from
-{teacher} ({evaluation["compression"]["total"]:.1f} times smaller).
+A GPT-2 for proteins with {student["parameters"]["total"]:,} parameters, {training["kind"]} from
+{origin["name"]} ({evaluation["compression"]["total"]:.1f} times smaller than its teacher here).
 
 ```python
 from transformers import pipeline
@@ -147,7 +150,7 @@ generator("<|endoftext|>", max_length={min(200, student["shape"]["n_positions"])
 
 ## Evaluation
 
-On {evaluation["proteins"]:,} held-out proteins of {source}{few}.
+On {evaluation["proteins"]:,} {held}proteins of {source}{few}.
 
 {markdown([["metric", "value [95 % interval]"], *shown])}
 
@@ -161,30 +164,3 @@ On {evaluation["proteins"]:,} held-out proteins of {source}{few}.
 
 Weights (hash of names, shapes and values): `{student["weights_sha256"]}`
 """
-    return str(ModelCard(text))
-
-
-def _metadata(repo: str, license: str, source: str, metrics: dict[str, Record]) -> str:
-    """The head of the card as YAML, with the model-index."""
-    from huggingface_hub import EvalResult, ModelCardData
-
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type="proteins",
-            dataset_name=source,
-            metric_type=name.replace(" ", "_").lower(),
-            metric_name=name,
-            metric_value=round(metric["value"], 6),
-        )
-        for name, metric in metrics.items()
-    ]
-    meta = ModelCardData(
-        license=license,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["protein", "gpt2", "distillation"],
-        model_name=repo.split("/")[1],
-        eval_results=results,
-    )
-    return meta.to_yaml()

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -62,18 +62,6 @@ from distil_rank.generators.train import (
 
 
 @dataclass(frozen=True)
-class CommonFlags:
-    """What the commands that train share."""
-
-    data: Path  # folder that `generator prepare` made
-    out: Path  # where to write
-    steps: int = 1000  # steps of the optimizer
-    batch_size: int = 32  # proteins per step
-    seed: int = 0  # of everything random
-    device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
-
-
-@dataclass(frozen=True)
 class ShapeFlags:
     """The network of a new student."""
 
@@ -88,25 +76,34 @@ class ShapeFlags:
 
 
 @dataclass(frozen=True)
-class TrainingFlags(CommonFlags):
+class TrainingFlags:
     """What `train`, `pretrain` and `finetune` share."""
 
+    RATE: ClassVar[float] = 1e-3  # learning rate where none is given
+
+    data: Path  # folder that `generator prepare` made
+    out: Path  # where to write
+    steps: int = 1000  # steps of the optimizer
+    batch_size: int = 32  # proteins per step
+    seed: int = 0  # of everything random
+    device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
     accumulation: int = 1  # micro-batches per step and process
     learning_rate: float | None = None  # peak; None: the command's own, named in its help
     warmup: float = 0.05  # share of the steps with rising learning rate
     weight_decay: float = 0.01  # of the optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the matrices, learns from less data
     dtype: Dtype = "float32"  # arithmetic
+    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
+    compile: bool = False  # the student by torch.compile; needs a compiler
     evaluate_every: int = 500  # steps between validations
-    patience: int = 0  # validations without improvement before stopping; 0: never
     save_every: int = 200  # steps between checkpoints
     log_to: Literal["", "wandb", "trackio", "tensorboard"] = ""  # beside log.jsonl
     store_dtype: Literal["float32", "float16"] = "float32"  # of stored embeddings or weights
 
-    def schedule(self, learning_rate: float = 1e-3) -> Schedule:
-        """The flags as a schedule; `learning_rate` is that of a command where none is given."""
+    @property
+    def schedule(self) -> Schedule:
         given = {f.name: getattr(self, f.name) for f in fields(Schedule) if hasattr(self, f.name)}
-        rate = learning_rate if self.learning_rate is None else self.learning_rate
+        rate = self.RATE if self.learning_rate is None else self.learning_rate
         return Schedule(**given | {"learning_rate": rate})
 
 
@@ -134,10 +131,10 @@ def run(config: Config) -> None:
     config.objective.check()
     shape = config.shape
     if config.dry_run:
-        config.schedule().check()
+        config.schedule.check()
         print(expected(config, Prepared(config.data)))
         return
-    prepared = begin(config, config.schedule())
+    prepared = begin(config)
     teacher, tokenizer = load(config.teacher)
     require_same_vocabulary(tokenizer, prepared.tokenizer)
     student = initial_student(teacher, *shape, config.init, config.seed)
@@ -147,22 +144,21 @@ def run(config: Config) -> None:
         kept = config.teacher_cache
         return Cache(teacher, train, config.dtype) if kept else Live(teacher, config.dtype)
 
-    described = {
-        "name": config.teacher,
-        "weights_sha256": weights_sha256(teacher),
-        "parameters": parameters(teacher),
-    }
-    more = {"kind": "distilled", "objective": asdict(config.objective), "teacher": described}
-    given = (config.schedule(), prepared, student, config.objective, more)
-    run_training(config, *given, source)
+    origin = {"name": config.teacher, "weights_sha256": weights_sha256(teacher)}
+    described = {"teacher": origin | {"parameters": parameters(teacher)}}
+    more = {"kind": "distilled", "objective": asdict(config.objective), **described}
+    run_training(config, prepared, student, config.objective, more, source)
 
 
-def begin(flags: TrainingFlags, schedule: Schedule) -> Prepared:
+def begin(flags: TrainingFlags) -> Prepared:
     """Refuse what can be refused before a model is read; returns the proteins."""
-    schedule.check()
+    flags.schedule.check()
     if flags.log_to and importlib.util.find_spec(flags.log_to) is None:
         raise InputError(f"the package {flags.log_to} required for --log-to, got none; install it")
-    chief = make_accelerator(pick_device(flags.device), flags.dtype).is_main_process
+    device = pick_device(flags.device)
+    if flags.compile:
+        require_compiler(device)
+    chief = make_accelerator(device, flags.dtype).is_main_process
     prepared = Prepared(flags.data)
     if not chief:
         return prepared
@@ -170,14 +166,23 @@ def begin(flags: TrainingFlags, schedule: Schedule) -> Prepared:
     found = {path.name for path in folder.iterdir()}
     if "training.json" in found:
         raise InputError(f"a new --out required, got {folder} with a finished training")
-    if found - {"log.jsonl", CHECKPOINT, flags.log_to and "distil-rank"}:
+    # a log alone: a training that was killed; what else it left is written again
+    if "log.jsonl" not in found and found - {flags.log_to and "distil-rank"}:
         raise InputError(f"an empty or new --out required, got {folder} with other files")
     return prepared
 
 
+def require_compiler(device: torch.device) -> None:
+    """InputError where torch cannot compile."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(1, device=device))
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"a compiler required for --compile ({reason}); leave it out") from None
+
+
 def run_training(
     flags: TrainingFlags,
-    schedule: Schedule,
     prepared: Prepared,
     student: Any,
     objective: Objective,
@@ -186,7 +191,7 @@ def run_training(
     subset: int | None = None,
 ) -> None:
     """Fit on all training proteins or a subset, save and record; `more` goes into the record."""
-    device, folder = pick_device(flags.device), flags.out
+    device, folder, schedule = pick_device(flags.device), flags.out, flags.schedule
     train, validation = prepared.training_parts(student)
     if subset is not None:
         train = drawn(train, subset, flags.seed)
@@ -204,52 +209,43 @@ def run_training(
         file=sys.stderr,
     )
     before = mean_nll(student.to(device), validation, schedule.dtype)
-    progress = fit(
-        student,
-        train,
-        validation,
-        source(train),
-        objective,
-        schedule,
-        folder,
-        lambda values: accelerator.log(values, step=int(values["step"])),
-        request=[told, more],
-    )
+
+    def tell(values: dict[str, float]) -> None:
+        accelerator.log(values, step=int(values["step"]))
+
+    targets, request = source(train), [told, more]
+    given = (objective, schedule, folder, tell, request)
+    progress = fit(student, train, validation, targets, *given)
     accelerator.end_training()
-    if not accelerator.is_main_process:
-        return
-    some = train.take(range(min(len(train), len(validation))))
-    own = mean_nll(student, some, schedule.dtype)
-    proteins = progress.step * schedule.batch_size
-    report = {
+    if accelerator.is_main_process:
+        own = mean_nll(student, train.take(range(min(len(train), len(validation)))), schedule.dtype)
+        report = worth(before, own, progress, train, schedule)
+        finish(flags, prepared, student, progress, more | {"fit": report})
+
+
+def worth(
+    before: float, own: float, progress: Progress, train: Encoded, schedule: Schedule
+) -> Record:
+    """What a training was worth and what it cost, from losses before it and on its own proteins."""
+    tokens = progress.step * schedule.batch_size * train.lengths.mean()
+    return {
         "proteins": len(train),
         "validation_nll_before": before,
         "train_nll": own,
         "gap": progress.best_nll - own,  # what is gained on proteins that were trained on only
-        "cost": {"tokens": round(proteins * train.lengths.mean()), "seconds": progress.seconds},
+        "cost": {"tokens": round(tokens), "seconds": progress.seconds},
     }
-    more = more | {"fit": report}
+
+
+def finish(
+    flags: TrainingFlags, prepared: Prepared, student: Any, progress: Progress, more: Record
+) -> None:
+    """Write the weights, then the record, which makes the training a finished one."""
+    folder, fit = flags.out, more["fit"]
     stored = torch.float16 if flags.store_dtype == "float16" else torch.float32
     student.to("cpu", stored).float()  # what is on disk is what is hashed
     save(student, prepared.tokenizer, folder, stored)
-    write_json(folder / "training.json", _record(flags, prepared, student, progress, more))
-    (folder / CHECKPOINT).unlink(missing_ok=True)
-    found = f"{progress.best_nll:.4f} at step {progress.best_step}, {before:.4f} before"
-    print(f"{folder}: nats per token: validation {found}; training {own:.4f}")
-
-
-def drawn(train: Encoded, subset: int, seed: int) -> Encoded:
-    """So many of the training proteins, at random."""
-    at_least(1, subset=subset)
-    at_most(len(train), subset=subset)
-    order = torch.randperm(len(train), generator=generator(seed, "subset"))
-    return train.take(order[:subset].sort().values.numpy())
-
-
-def _record(
-    flags: TrainingFlags, prepared: Prepared, student: Any, progress: Progress, more: Record
-) -> Record:
-    return {
+    record = {
         "schema": SCHEMA,
         "config": config_record(flags),
         "data": {"folder": shown_path(flags.data)} | prepared.summary(),
@@ -265,3 +261,18 @@ def _record(
         "environment": environment(pick_device(flags.device)),
         "machine_dependent": ["fit.cost.seconds"],
     }
+    write_json(folder / "training.json", record)
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    found = f"{progress.best_nll:.4f} at step {progress.best_step}"
+    print(
+        f"{folder}: nats per token: validation {found}, {fit['validation_nll_before']:.4f} before;"
+        f" training {fit['train_nll']:.4f}"
+    )
+
+
+def drawn(train: Encoded, subset: int, seed: int) -> Encoded:
+    """So many of the training proteins, at random."""
+    at_least(1, subset=subset)
+    at_most(len(train), subset=subset)
+    order = torch.randperm(len(train), generator=generator(seed, "subset"))
+    return train.take(order[:subset].sort().values.numpy())

@@ -106,6 +106,16 @@ def of_rows(
     return Encoded(tokens, offsets, residues, end, layout)
 
 
+def joined(parts: Sequence[Encoded]) -> Encoded:
+    """The proteins of all parts, one part after the other; a single one stays where it lies."""
+    parts = [part for part in parts if len(part)] or parts[:1]
+    if len(parts) == 1:
+        return parts[0]
+    rows = [part.row(i) for part in parts for i in range(len(part))]
+    residues = np.concatenate([part.residues for part in parts])
+    return of_rows(rows, residues, parts[0].end, parts[0].layout)
+
+
 def encode(sequences: Sequence[str], tokenizer: Any) -> Encoded:
     """Tokenized proteins, of any length."""
     texts = [render(sequence) for sequence in sequences]

@@ -1,6 +1,7 @@
 """What a training will take: memory and time on a GPU, from closed forms.
 
     memory = 16 P_s + 4 P_t + (88 or 48) n L d + 40 n d_t + 4 V d + 64 MiB    bytes a device
+             with --gradient-checkpointing: 4 n L d + max(88 n d, 40 n d_t + 64 MiB) for the same
     time   = tokens (6 P_s + 2 P_t) / (devices, peak, utilization)
 
 P parameters, L layers, d width, V vocabulary, n tokens of a micro-batch; s student, t teacher. 16:
@@ -10,8 +11,8 @@ layer and feature were measured on a CPU and are held by a test; the utilization
 
 from typing import Any
 
+from distil_rank.core.errors import hub_errors
 from distil_rank.core.tables import markdown
-from distil_rank.generators.models import one_line
 from distil_rank.generators.prepared import Prepared
 
 UTILIZATION = 0.3  # of the peak, assumed
@@ -25,11 +26,16 @@ def gpt2_parameters(c: Any) -> int:
     return int(table + c.n_layer * (12 * c.n_embd**2 + 13 * c.n_embd) + 2 * c.n_embd)
 
 
-def working_bytes(student: Any, teacher: Any, tokens: int, half: bool) -> int:
+def working_bytes(
+    student: Any, teacher: Any, tokens: int, half: bool, checkpointing: bool = False
+) -> int:
     """Activations, loss and head gradient for a micro-batch of `tokens`, padding included."""
-    held = (48 if half else 88) * tokens * student.n_layer * student.n_embd
+    layer = (48 if half else 88) * tokens * student.n_embd
     head = 4 * student.vocab_size * student.n_embd
-    return held + 40 * tokens * teacher.n_embd + head + (64 << 20)
+    loss = 40 * tokens * teacher.n_embd + (64 << 20)
+    if checkpointing:  # states between layers; within one, then the loss or the layer
+        return 4 * tokens * student.n_layer * student.n_embd + max(layer, loss) + head
+    return student.n_layer * layer + loss + head
 
 
 def expected(flags: Any, data: Prepared) -> str:
@@ -39,7 +45,7 @@ def expected(flags: Any, data: Prepared) -> str:
     """
     from transformers import AutoConfig, GPT2Config
 
-    with one_line(f"a GPT-2 required, got {flags.teacher}"):
+    with hub_errors("a GPT-2", f"check {flags.teacher}"):
         teacher: Any = AutoConfig.from_pretrained(flags.teacher)
         if teacher.model_type != "gpt2":
             raise ValueError(f"a {teacher.model_type}")
@@ -54,7 +60,8 @@ def expected(flags: Any, data: Prepared) -> str:
     for name, (memory, bfloat16, tf32) in HARDWARE.items():
         for devices in (1, 8):
             micro = -(-flags.batch_size // (devices * flags.accumulation)) * context
-            needed = (16 * own + 4 * its + working_bytes(student, teacher, micro, half)) / 1e9
+            working = working_bytes(student, teacher, micro, half, flags.gradient_checkpointing)
+            needed = (16 * own + 4 * its + working) / 1e9
             peak = devices * UTILIZATION * 1e12 * (bfloat16 if half else tf32)
             rate = peak / (6 * own + 2 * its)
             fits = f"{needed:.1f} of {memory}{'' if needed < 0.9 * memory else ': too much'}"

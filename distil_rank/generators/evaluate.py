@@ -1,6 +1,5 @@
 """A student beside its teacher on held-out proteins: likelihood, calibration, writing, speed."""
 
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import torch
 
 from distil_rank.core.records import Metric, Record
 from distil_rank.generators import metrics, quality
+from distil_rank.generators.calibration import calibration
 from distil_rank.generators.data import Encoded
 from distil_rank.generators.family import membership
 from distil_rank.generators.models import Dtype, parameters, weights_sha256
@@ -34,7 +34,6 @@ class Bed:
     seed: int = 0
     dtype: Dtype = "float32"
     family: Sequence[str] = ()  # of which an HMM is made
-    max_new_tokens: int | None = None  # None: as many as the model's context holds
 
 
 class Measured(TypedDict):
@@ -73,7 +72,7 @@ def measure(model: Any, bed: Bed, teacher: Any = None) -> tuple[Measured, metric
         shape={name: getattr(model.config, name) for name in shape},
         perplexity=metrics.perplexity(found),
         bits_per_residue=metrics.bits_per_residue(found),
-        calibration=metrics.calibration_of(found, bed.seed),
+        calibration=calibration(found.confidence, found.correct, found.protein, bed.seed),
     )
     if bed.generate:
         record["generation"] = writing(model, bed)
@@ -82,14 +81,13 @@ def measure(model: Any, bed: Bed, teacher: Any = None) -> tuple[Measured, metric
 
 def writing(model: Any, bed: Bed) -> quality.Writing:
     """What the proteins that a model writes are like."""
-    sampler = Sampler(bed.max_new_tokens or model.config.n_positions - 1)
+    sampler = Sampler(model.config.n_positions - 1)
     drawn = list(draw(model, bed.tokenizer, range(bed.generate), sampler, bed.seed))
     texts, ended = [d.sequence for d in drawn], [d.ended for d in drawn]
     record = quality.describe(texts, ended, bed.natural, bed.training, bed.seed)
     if bed.family:
-        natural = quality.length_matched(
-            [len(text) for text in texts], bed.natural, np.random.default_rng([bed.seed, 23])
-        )
+        rng = np.random.default_rng([bed.seed, 23])
+        natural = quality.length_matched([len(text) for text in texts], bed.natural, rng)
         record["family"] = membership(texts, natural, bed.family, bed.seed)
     return record
 
@@ -119,40 +117,23 @@ def compare(
     return record
 
 
-@torch.no_grad()
 def writing_speed(models: dict[str, Any]) -> Record:
-    """Tokens per second of greedy writing with a cache on this machine, and size of the weights.
+    """Tokens per second of greedy writing with a cache, a batch size each.
 
     Medians of interleaved rounds, to be read as ratios.
     """
     found: dict[str, Record] = {name: {} for name in models}
     for size in BATCHES:
-        seconds: dict[str, list[float]] = {name: [] for name in models}
-        for repeat in range(ROUNDS + 1):
-            for name, model in models.items():
-                taken = _write(model, size)
-                if repeat:  # the first round warms up
-                    seconds[name].append(taken)
-        for name, times in seconds.items():
-            middle = statistics.median(times)
-            found[name][str(size)] = {
-                "tokens_per_second": size * TOKENS / middle,
-                "spread": (max(times) - min(times)) / middle,
-            }
-    for name, model in models.items():
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        found[name]["weights_mib"] = weights / 2**20
+        rounds = [[_seconds(m, size) for m in models.values()] for _ in range(ROUNDS + 1)]
+        for name, middle in zip(models, np.median(rounds[1:], 0)):  # the first round warms up
+            found[name][str(size)] = {"tokens_per_second": size * TOKENS / middle}
     return {"tokens_per_sequence": TOKENS, "repeats": ROUNDS, "models": found}
 
 
-def _write(model: Any, size: int) -> float:
-    device = next(model.parameters()).device
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
-    current, past = torch.full((size, 1), model.config.eos_token_id, device=device), None
-    wait(device)
+def _seconds(model: Any, size: int) -> float:
     start = time.perf_counter()
-    for _ in range(TOKENS):
-        out = model(input_ids=current, past_key_values=past, use_cache=True)
-        past, current = out.past_key_values, out.logits[:, -1:].argmax(-1)
-    wait(device)
+    given = torch.full((size, 1), model.config.eos_token_id, device=model.device)
+    how = {"attention_mask": torch.ones_like(given), "do_sample": False}
+    length = {"min_new_tokens": TOKENS, "max_new_tokens": TOKENS}
+    model.generate(given, pad_token_id=model.config.eos_token_id, **how, **length).cpu()
     return time.perf_counter() - start

@@ -1,6 +1,7 @@
 """Do written proteins belong to a family? A profile HMM of it finds them, or not (HMMER)."""
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from distil_rank.core.errors import InputError
@@ -17,11 +18,10 @@ def membership(
     generated: Sequence[str], natural: Sequence[str], family: Sequence[str], seed: int = 0
 ) -> Record:
     """Share of hits of an HMM of `family` among written, held-out and shuffled proteins."""
-    hmm, columns = profile(family[:MOST])
+    hmm, members = profile(family[:MOST])
     groups = {"generated": generated, "natural": natural, "shuffled": shuffled(natural, seed)}
-    found = {name: hits(hmm, group) for name, group in groups.items()}
-    record = {name: shares(sum(hit), len(hit), True) for name, hit in found.items()}
-    return {**record, "built_from": columns, "e_value": REACH, "database": DATABASE}
+    found = {name: shares(hits(hmm, group), len(group)) for name, group in groups.items()}
+    return {**found, "built_from": members, "e_value": REACH, "database": DATABASE}
 
 
 def profile(family: Sequence[str]) -> tuple[Any, int]:
@@ -35,24 +35,19 @@ def profile(family: Sequence[str]) -> tuple[Any, int]:
     order = sorted(range(len(family)), key=lambda i: len(family[i]))
     pipeline = pyhmmer.plan7.Pipeline(alphabet, incE=REACH, seed=42)
     search = pipeline.iterate_seq(block[order[len(order) // 2]], block)
-    result = next(search)
-    for _ in range(ROUNDS - 1):
+    for result in islice(search, ROUNDS):
         if result.converged:
             break
-        result = next(search)
     return result.hmm, len(result.hits.included)
 
 
-def hits(hmm: Any, sequences: Sequence[str]) -> list[bool]:
-    """Whether the HMM finds each protein."""
+def hits(hmm: Any, sequences: Sequence[str]) -> int:
+    """How many proteins the HMM finds; an empty one is not found."""
     import pyhmmer
 
-    kept = [i for i, sequence in enumerate(sequences) if sequence]
     pipeline = pyhmmer.plan7.Pipeline(hmm.alphabet, Z=DATABASE, incE=REACH, E=REACH, seed=42)
-    block = digital([sequences[i] for i in kept], hmm.alphabet)
-    found = {int(hit.name) for hit in pipeline.search_hmm(hmm, block) if hit.included}
-    names = {i: number for number, i in enumerate(kept)}
-    return [i in names and names[i] in found for i in range(len(sequences))]
+    block = digital([sequence for sequence in sequences if sequence], hmm.alphabet)
+    return sum(hit.included for hit in pipeline.search_hmm(hmm, block))
 
 
 def digital(sequences: Sequence[str], alphabet: Any) -> Any:

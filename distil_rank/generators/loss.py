@@ -17,7 +17,7 @@ with their count, not means: whoever accumulates divides once, by the count of t
 the split into micro-batches changes nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,9 +36,7 @@ class Objective:
     """What the student is asked to imitate."""
 
     temperature: float = 2.0  # tau: softens both distributions
-    alpha: float = (
-        0.5  # share of the cross-entropy to the tokens; the rest: divergence from teacher
-    )
+    alpha: float = 0.5  # share of the cross-entropy to the tokens; the rest: of the divergence
     uncertainty: bool = False  # weight positions by the teacher's entropy
     calibration: bool = False  # smooth the teacher where it is unsure
     smoothing: float = 0.1  # lambda of the calibration smoothing
@@ -65,7 +63,7 @@ class Hidden(NamedTuple):
         """Rows worked on together."""
         return max(1, (CHUNK if self.weight is None else WIDE_CHUNK) // self.vocabulary)
 
-    def logits(self, rows: Tensor | slice = slice(None)) -> Tensor:
+    def logits(self, rows: Tensor) -> Tensor:
         """Logits (n, V) of some rows of flattened states (m, d)."""
         chosen = self.states[rows]
         return chosen if self.weight is None else chosen @ self.weight.to(chosen.dtype).T
@@ -104,7 +102,7 @@ def distillation_sums(
     rows = F.pad(counted, (0, 1)).flatten().nonzero()[:, 0]  # of the flattened (b l, V) logits
     targets = tokens.flatten()[rows + 1]
     flat: Hidden | None = None
-    weights = None
+    weights = torch.ones(len(rows), device=rows.device)
     if teacher is None:
         objective = Objective(alpha=1.0)
     else:
@@ -126,13 +124,12 @@ def distillation_sums(
 def entropy(logits: Tensor | Hidden, rows: Tensor | None = None) -> Tensor:
     """Entropy of softmax(logits) in nats, (n, V) -> (n,), or of the chosen rows only, in chunks."""
     source = logits if isinstance(logits, Hidden) else Hidden(logits.detach())
-    states = source.states
-    rows = torch.arange(len(states), device=states.device) if rows is None else rows
-    found = torch.zeros(len(rows), dtype=_working_dtype(states), device=states.device)
-    for part in _chunks(len(rows), source.step):
-        log_p = torch.log_softmax(source.logits(rows[part]).to(found.dtype), dim=-1)
-        found[part] = -(log_p.exp() * log_p).sum(-1)
-    return found
+    dtype, found = _working_dtype(source.states), []
+    rows = torch.arange(len(source.states)) if rows is None else rows
+    for chosen in rows.split(source.step):
+        log_p = torch.log_softmax(source.logits(chosen).to(dtype), dim=-1)
+        found.append(-(log_p.exp() * log_p).sum(-1))
+    return torch.cat(found)
 
 
 def position_weights(entropies: Tensor, counted: Tensor, residues: Tensor | None = None) -> Tensor:
@@ -161,43 +158,31 @@ class _Distil(torch.autograd.Function):
         teacher: Hidden | None,  # (b l, ...)
         rows: Tensor,  # (n,) into b l
         targets: Tensor,  # (n,)
-        weights: Tensor | None,  # (n,)
+        weights: Tensor,  # (n,)
         objective: Objective,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        tau, alpha = objective.temperature, objective.alpha
+        tau, alpha, wanted = objective.temperature, objective.alpha, ctx.needs_input_grad[0]
         dtype = _working_dtype(states)
         student = Hidden(states.flatten(0, 1), None if weight is None else weight.to(states.dtype))
         hard_sum = torch.zeros((), dtype=torch.float64, device=states.device)
         soft_sum = hard_sum.clone()
-        gradient = torch.zeros_like(student.states) if ctx.needs_input_grad[0] else None
-        by_weight = None
-        if weight is not None and ctx.needs_input_grad[1]:
-            by_weight = torch.zeros_like(weight)
+        gradient = torch.zeros_like(student.states) if wanted else None
+        by_weight = torch.zeros_like(weight) if wanted and weight is not None else None
         if teacher is not None and teacher.weight is not None:
             teacher = Hidden(teacher.states, teacher.weight.to(teacher.states.dtype))
-        for part in _chunks(len(rows), student.step):
-            chosen = rows[part]
+        pieces = (rows, targets[:, None], weights.to(dtype)[:, None])
+        for chosen, picked, w in zip(*(piece.split(student.step) for piece in pieces)):
             z = student.logits(chosen).to(dtype)
             log_q1 = torch.log_softmax(z, dim=-1)
-            picked = targets[part, None]
             hard_sum -= log_q1.gather(1, picked).sum(dtype=torch.float64)
-            slope = None
-            if gradient is not None and alpha > 0:
-                slope = log_q1.exp()
-                slope.scatter_add_(1, picked, slope.new_full(picked.shape, -1.0)).mul_(alpha)
+            slope = log_q1.exp() if wanted else log_q1
+            slope.scatter_add_(1, picked, slope.new_full(picked.shape, -1.0)).mul_(alpha)
             if teacher is not None and alpha < 1:
-                log_q = log_q1 if tau == 1 else torch.log_softmax(z.div_(tau), dim=-1)
-                q = log_q.exp()
+                log_q = torch.log_softmax(z.div_(tau), dim=-1)
                 p, log_p = _teacher_rows(teacher, chosen, dtype, objective)
-                soft = log_p.sub_(log_q).mul_(p).sum(-1)
-                w = None if weights is None else weights[part].to(dtype)
-                soft_sum += (soft if w is None else w * soft).sum(dtype=torch.float64)
-                if gradient is not None:
-                    difference = q.sub_(p).mul_((1 - alpha) * tau)
-                    if w is not None:
-                        difference.mul_(w[:, None])
-                    slope = difference if slope is None else slope.add_(difference)
-            if gradient is not None and slope is not None:
+                soft_sum += log_p.sub_(log_q).mul_(p).mul_(w).sum(dtype=torch.float64)
+                slope.add_(log_q.exp_().sub_(p).mul_((1 - alpha) * tau * w))
+            if gradient is not None:
                 slope = slope.to(gradient.dtype)
                 gradient[chosen] = slope if student.weight is None else slope @ student.weight
                 if by_weight is not None:
@@ -234,8 +219,3 @@ def _teacher_rows(
 
 def _working_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _chunks(rows: int, step: int) -> Iterator[slice]:
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))

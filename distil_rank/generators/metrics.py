@@ -3,24 +3,17 @@
 One pass of the model gives `Scores`; every metric is a function of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from distil_rank.core.intervals import ratio_interval
-from distil_rank.core.records import Metric, Record, interval
-from distil_rank.generators.calibration import calibration
+from distil_rank.core.records import Metric, interval
 from distil_rank.generators.data import Encoded
-from distil_rank.generators.loss import (
-    Hidden,
-    Objective,
-    distillation_sums,
-    predictions,
-)
+from distil_rank.generators.loss import Hidden, Objective, distillation_sums, predictions
 from distil_rank.generators.models import Dtype, autocast
 from distil_rank.generators.teachers import Teacher
 
@@ -35,9 +28,8 @@ class Scores:
     predictions: Array
     residues: Array
     kl: Array | None  # of the teacher from the model, at temperature 1
-    confidence: Array  # (m,), as the three below
+    confidence: Array  # (m,), as the two below
     correct: Array
-    brier: Array
     protein: NDArray[np.int64]
 
 
@@ -53,7 +45,7 @@ def score(
     model.eval()
     device, n = next(model.parameters()).device, len(proteins)
     nll, kl = np.zeros(n), np.zeros(n)
-    tokenwise: list[tuple[Array, ...]] = []  # confidence, correct, Brier score, protein
+    tokenwise: list[tuple[Any, ...]] = []  # confidence, correct, protein
     for batch in proteins.in_order_of_length(batch_size):
         tokens, mask = (x.to(device) for x in proteins.batch(batch))
         with autocast(device, dtype):
@@ -65,11 +57,15 @@ def score(
             z, y = logits[row, :-1][counted[row]], tokens[row, 1:][counted[row]]
             log_q = torch.log_softmax(z, -1)
             nll[i] = -float(log_q.gather(1, y[:, None]).sum(dtype=torch.float64))
-            tokenwise.append((*_most_probable(log_q, y), np.full(len(y), i)))
+            top, guess = log_q.max(-1)
+            found = (top.exp().double().cpu().numpy(), (guess == y).double().cpu().numpy())
+            tokenwise.append((*found, np.full(len(y), i)))
             if targets is not None:
                 own = slice(row, row + 1)
-                kl[i] = _divergence(targets, own, logits[own], tokens[own], mask[own])
-    confidence, correct, brier, protein = (np.concatenate(part) for part in zip(*tokenwise))
+                given = Hidden(targets.states[own], targets.weight)
+                plain = Objective(temperature=1.0, alpha=0.0)
+                kl[i] = distillation_sums(logits[own], given, tokens[own], mask[own], plain).soft
+    confidence, correct, protein = (np.concatenate(part) for part in zip(*tokenwise))
     return Scores(
         nll,
         (proteins.lengths - 1).astype(float),
@@ -77,34 +73,19 @@ def score(
         None if teacher is None else kl,
         confidence,
         correct,
-        brier,
         protein,
     )
 
 
-def _most_probable(log_q: Tensor, y: Tensor) -> tuple[Array, Array, Array]:
-    """Confidence, whether it is right, and Brier score of the most probable token (l,)."""
-    top, guess = log_q.max(-1)
-    q = log_q.exp()
-    brier = q.square().sum(-1) - 2 * q.gather(1, y[:, None])[:, 0] + 1
-    confidence, correct, brier = (x.double().cpu() for x in (top.exp(), guess == y, brier))
-    return confidence.numpy(), correct.numpy(), brier.numpy()
-
-
-def _divergence(targets: Hidden, own: slice, logits: Tensor, tokens: Tensor, mask: Tensor) -> float:
-    """KL of the teacher from the model, summed over one protein, in nats."""
-    given = Hidden(targets.states[own], targets.weight)
-    return float(distillation_sums(logits, given, tokens, mask, Objective(1.0, 0.0)).soft)
-
-
 def perplexity(scores: Scores) -> Metric:
     """exp of the mean negative log-likelihood per predicted token, interval over proteins."""
-    return _exponential(_over_proteins(scores.nll, scores.predictions))
+    value, low, high = np.exp(_over_proteins(scores.nll, scores.predictions)).tolist()
+    return interval(value, low, high, False)
 
 
 def perplexity_ratio(student: Scores, teacher: Scores) -> Metric:
     """Student's perplexity over the teacher's on the same proteins, paired."""
-    return _exponential(_over_proteins(student.nll - teacher.nll, student.predictions))
+    return perplexity(replace(student, nll=student.nll - teacher.nll))
 
 
 def bits_per_residue(scores: Scores) -> Metric:
@@ -120,13 +101,3 @@ def divergence_from_teacher(student: Scores) -> Metric:
 
 def _over_proteins(sums: Array, sizes: Array) -> tuple[float, float, float]:
     return ratio_interval(sums, sizes, np.arange(len(sums)))
-
-
-def _exponential(bounds: tuple[float, float, float]) -> Metric:
-    value, low, high = np.exp(bounds).tolist()
-    return interval(value, low, high, higher_is_better=False)
-
-
-def calibration_of(scores: Scores, seed: int = 0) -> Record:
-    """Calibration of the most probable token."""
-    return calibration(scores.confidence, scores.correct, scores.brier, scores.protein, seed)

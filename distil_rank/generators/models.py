@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from distil_rank.core.errors import InputError, at_least, few
+from distil_rank.core.errors import InputError, at_least, few, hub_errors
 from distil_rank.core.randomness import generator
 from distil_rank.core.records import atomic
 
@@ -34,13 +33,9 @@ def load(name: str) -> tuple[Any, Any]:
         logging.disable_progress_bar()
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise InputError(f"a model folder with config.json required, got {name}; check the path")
-    with one_line(f"a GPT-2 with safetensors required, got {name}"):
-        options: dict[str, Any] = {
-            "dtype": torch.float32,
-            "use_safetensors": True,
-            "output_loading_info": True,
-        }
-        found: Any = GPT2LMHeadModel.from_pretrained(name, **options)
+    with hub_errors("a GPT-2 with safetensors", f"check {name}"):
+        how: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True}
+        found: Any = GPT2LMHeadModel.from_pretrained(name, **how, output_loading_info=True)
         model, info = found
     if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
         raise InputError(f"all weights of a GPT-2 required, got {name} without {few(missing)}")
@@ -55,20 +50,11 @@ def load_tokenizer(name: str) -> Any:
     """A fast tokenizer from a folder or the Hugging Face hub."""
     from transformers import AutoTokenizer
 
-    with one_line(f"a tokenizer required, got {name}"):
+    with hub_errors("a tokenizer", f"check {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name)
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise InputError(f"a tokenizer of the fast kind with an end token required, got {name}")
     return tokenizer
-
-
-@contextmanager
-def one_line(required: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
-        raise InputError(f"{required} ({reason}); check it") from None
 
 
 def require_same_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any) -> None:
@@ -89,33 +75,20 @@ def fresh(
     from transformers import GPT2Config, GPT2LMHeadModel
 
     check_shape(layers, heads, width)
-    shape: dict[str, Any] = {
-        "n_positions": context,
-        "n_layer": layers,
-        "n_head": heads,
-        "n_embd": width,
-    }
-    config = GPT2Config(
-        vocab_size=vocabulary,
-        bos_token_id=end,
-        eos_token_id=end,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        **shape,
-    )
+    config: Any = GPT2Config(vocab_size=vocabulary, bos_token_id=end, eos_token_id=end)
+    config.n_layer, config.n_head, config.n_embd, config.n_positions = layers, heads, width, context
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
     with torch.random.fork_rng(devices=[]):  # transformers draws from the global generator
         torch.manual_seed(generator(seed, "initial weights").initial_seed())
-        return GPT2LMHeadModel(config)
+        return GPT2LMHeadModel(config).eval()
 
 
 def check_shape(layers: int, heads: int, width: int) -> None:
     at_least(1, n_layer=layers, n_head=heads, n_embd=width)
     if width % heads:
-        below, above = width // heads * heads or heads, (width // heads + 1) * heads
         raise InputError(
-            f"n-embd must be divisible by n-head, got n-embd={width} and n-head={heads}; "
-            f"{below} or {above} would do"
+            f"n-embd must be divisible by n-head, got n-embd={width} and n-head={heads};"
+            f" {(width // heads + 1) * heads} would do"
         )
 
 
@@ -124,20 +97,16 @@ def make_optimizers(student: Any, kind: str, weight_decay: float) -> list[torch.
 
     Muon (Jordan 2024) with updates scaled to the size of AdamW's (Liu et al. 2025), torch's own.
     """
-    adamw: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": weight_decay}
-    adamw["fused"] = student.device.type == "cuda"
-    if kind == "adamw":
-        groups = [{"params": list(student.parameters()), "scale": 1.0}]
-        return [torch.optim.AdamW(groups, **adamw)]
-    inner = [p for p in student.transformer.h.parameters() if p.ndim == 2]
+    inner = [p for p in student.transformer.h.parameters() if p.ndim == 2 and kind == "muon"]
     known = {id(p) for p in inner}
-    outer = [p for p in student.parameters() if id(p) not in known]
+    outer = {"params": [p for p in student.parameters() if id(p) not in known], "scale": 1.0}
+    adamw: dict[str, Any] = {"betas": (0.9, 0.95), "fused": student.device.type == "cuda"}
     muon: dict[str, Any] = {"adjust_lr_fn": "match_rms_adamw"}
-    muon["weight_decay"] = weight_decay
-    return [
-        torch.optim.Muon([{"params": inner, "scale": MUON_RATE}], **muon),
-        torch.optim.AdamW([{"params": outer, "scale": 1.0}], **adamw),
-    ]
+    made: list[Any] = [torch.optim.AdamW([outer], weight_decay=weight_decay, **adamw)]
+    if inner:
+        group = {"params": inner, "scale": MUON_RATE}
+        made.append(torch.optim.Muon([group], weight_decay=weight_decay, **muon))
+    return made
 
 
 def parameters(model: nn.Module) -> dict[str, int]:

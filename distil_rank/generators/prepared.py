@@ -15,18 +15,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from distil_rank.core.errors import InputError
 from distil_rank.core.records import Record, read_json, write_json
-from distil_rank.generators.data import Encoded, encode, of_rows, parse
+from distil_rank.generators.data import Encoded, encode, layout_of, parse
 
 SCHEMA, SPLIT = "distil-rank/generator-data/1", "distil-rank/generator-split/2"
 PARTS = ("train", "validation", "test", "hard")
@@ -95,26 +96,6 @@ def by_cluster(
     )
 
 
-class Writer:
-    """The files of one part, appended to batch by batch."""
-
-    def __init__(self, folder: Path, part: str, dtype: Any):
-        self.file = (folder / f"{part}.tokens").open("wb")
-        self.index_path, self.dtype = folder / f"{part}.index.npy", dtype
-        self.index = [np.empty((2, 0), np.int32)]
-
-    def add(self, tokens: NDArray[Any], lengths: NDArray[Any], residues: NDArray[Any]) -> None:
-        tokens.astype(self.dtype).tofile(self.file)
-        self.index.append(np.stack([lengths, residues]).astype(np.int32))
-
-    def close(self) -> Record:
-        self.file.close()
-        index = np.concatenate(self.index, axis=1)
-        np.save(self.index_path, index)
-        proteins, (tokens, residues) = index.shape[1], index.sum(1, dtype=np.int64).tolist()
-        return {"proteins": proteins, "tokens": tokens, "residues": residues}
-
-
 def write(
     folder: Path,
     sequences: Iterable[str],
@@ -128,40 +109,44 @@ def write(
     """One pass over cleaned sequences into files; returns what it came to."""
     counts = Counter(dict.fromkeys(("read", "duplicates", "too_long", "left_out_by_share"), 0))
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.int32)
-    writers = {part: Writer(folder, part, dtype) for part in PARTS}
     kept: dict[str, list[str]] = {part: [] for part in PARTS[1:]}
-    tests, between = {part: hashlib.sha256() for part in PARTS[2:]}, dict.fromkeys(PARTS[2:], b"")
-    encoded = encode([], tokenizer)
+    tests, begun = {part: hashlib.sha256() for part in PARTS[2:]}, set()
+    index = {part: array("i") for part in PARTS}  # tokens and residues of each protein
     chosen = _chosen(sequences, part_of, share, seed, counts)
-    while batch := list(islice(chosen, AT_ONCE)):
-        encoded = encode([sequence for sequence, _ in batch], tokenizer)
-        lengths, residues = encoded.lengths, encoded.residues.copy()
-        long = lengths > context
-        counts["too_long"] += int(long.sum())
-        for i in np.flatnonzero(long).tolist() if crop else ():
-            residues[i] = len(parse(tokenizer.decode(encoded.row(i)[:context]))[0])
-        place = np.arange(len(encoded.tokens)) - np.repeat(encoded.offsets[:-1], lengths)
-        short, fits = np.minimum(lengths, context), place < context
-        parts = np.array([part for _, part in batch])
-        for part, writer in writers.items():
-            own = (parts == part) & (crop | ~long)
-            tokens = encoded.tokens[np.repeat(own, lengths) & fits]
-            writer.add(tokens, short[own], residues[own])
-            for i in np.flatnonzero(parts == part).tolist() if part in kept else ():
-                kept[part].append(digest(batch[i][0]))  # longer ones too: kept from training
-                if own[i] and part in tests:
-                    tests[part].update(between[part] + batch[i][0].encode())
-                    between[part] = b"\n"
-    found = {part: writer.close() for part, writer in writers.items()}
+    with ExitStack() as stack:
+        files = {p: stack.enter_context((folder / f"{p}.tokens").open("wb")) for p in PARTS}
+        while batch := list(islice(chosen, AT_ONCE)):
+            encoded = encode([sequence for sequence, _ in batch], tokenizer)
+            for i, (sequence, part) in enumerate(batch):
+                if part in kept:
+                    kept[part].append(digest(sequence))  # longer ones too: kept from training
+                row, residues = encoded.row(i), int(encoded.residues[i])
+                if len(row) > context:
+                    counts["too_long"] += 1
+                    if not crop:
+                        continue
+                    row = row[:context]
+                    residues = len(parse(tokenizer.decode(row))[0])
+                files[part].write(row.astype(dtype).tobytes())
+                index[part].extend((len(row), residues))
+                if part in tests:
+                    tests[part].update(b"\n" * (part in begun) + sequence.encode())
+                    begun.add(part)
+    parts = {}
+    for part, flat in index.items():
+        pairs = np.array(flat, np.int32).reshape(-1, 2).T.copy()
+        np.save(folder / f"{part}.index.npy", pairs)
+        tokens, residues = pairs.sum(1, dtype=np.int64).tolist()
+        parts[part] = {"proteins": len(flat) // 2, "tokens": tokens, "residues": residues}
     write_json(folder / "split.json", {"schema": SPLIT, **kept})
     tokenizer.save_pretrained(folder)
     return {
-        "parts": found,
+        "parts": parts,
         **counts,
         "context": context,
         "dtype": dtype.name,
-        "end": encoded.end,
-        "layout": list(encoded.layout),
+        "end": int(tokenizer.eos_token_id),
+        "layout": list(layout_of(tokenizer)),
         **{f"{part}_sha256": found.hexdigest() for part, found in tests.items()},
     }
 
@@ -208,15 +193,6 @@ class Prepared:
         layout = tuple(self.record["layout"])
         return Encoded(whole, offsets, residues, self.record["end"], layout)
 
-    def joined(self, names: Sequence[str]) -> Encoded:
-        """Some parts as one."""
-        parts = [part for part in map(self.part, names) if len(part)]
-        if len(parts) == 1:
-            return parts[0]
-        rows = [part.row(i) for part in parts for i in range(len(part))]
-        residues = np.concatenate([part.residues for part in parts])
-        return of_rows(rows, residues, parts[0].end, parts[0].layout)
-
     def training_parts(self, model: Any) -> tuple[Encoded, Encoded]:
         """Training and validation proteins, not empty, that the model can read."""
         self.require(model)
@@ -238,22 +214,22 @@ class Prepared:
                 f" prepare them with --context {most}"
             )
 
-    def require_left_out(self, model: str) -> None:
-        """InputError unless the training of the model in a folder left these test proteins out."""
+    def doubts(self, model: str) -> dict[str, str]:
+        """Why it is not on record that a model, or one it started from, never saw the test."""
         path = Path(model) / "training.json"
         if not path.is_file():
-            raise InputError(
-                f"a record of its training required in {model}, got none; --part all measures"
-                " models that were trained elsewhere"
-            )
-        known = json.loads(path.read_text()).get("data", {})
+            return {model: "has no record of its training"}
+        known = json.loads(path.read_text())
         nothing = {"hard_sha256": hashlib.sha256().hexdigest()}  # of records without that part
-        keys = ("test_sha256", "hard_sha256")
-        if any((nothing | known).get(key) != (nothing | self.record)[key] for key in keys):
-            raise InputError(
-                f"the test proteins that {model} was trained without required, got others in"
-                f" {self.folder}; prepare the same file with --split-by, its split.json"
-            )
+        own, its = ({**nothing, **data} for data in (self.record, known.get("data", {})))
+        same = all(own[key] == its.get(key) for key in ("test_sha256", "hard_sha256"))
+        start = known.get("started_from")
+        earlier = self.doubts(start["name"]) if start else {}
+        return (
+            earlier
+            if same
+            else {model: "was trained without other test proteins, not these"} | earlier
+        )
 
     def sequences(self, name: str, most: int | None = None, seed: int = 0) -> list[str]:
         """Residues of a part, or of `most` of its proteins drawn at random."""

@@ -1,7 +1,7 @@
 """What a set of written proteins is like: valid, ended, as long as natural ones, new, diverse."""
 
 from collections.abc import Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,16 +12,8 @@ from distil_rank.proteins.fasta import AMINO_ACIDS
 
 Array = NDArray[np.float64]
 BOOTSTRAPS = 1000
-WORD = 4  # residues of the words counted as repeats
 QUANTILES = [0.05, 0.25, 0.5, 0.75, 0.95]  # of lengths
 SMALL_KL = 0.05  # nats: amino acids as in nature
-
-
-class Lengths(TypedDict):
-    quantiles: list[float]
-    generated: list[float]
-    natural: list[float]
-    kolmogorov_smirnov: float
 
 
 class Writing(TypedDict):
@@ -30,12 +22,9 @@ class Writing(TypedDict):
     n: int
     validity: Metric
     ended: Metric
-    lengths: Lengths
-    repeated_words: Metric
-    repeated_words_natural: Metric
+    lengths: dict[str, list[float]]
     amino_acid_kl: NotRequired[Record]
     novelty: NotRequired[Record]
-    exact_copies: NotRequired[int]
     diversity: NotRequired[float]
     family: NotRequired[Record]
 
@@ -47,31 +36,25 @@ def describe(
     training: Sequence[str],
     seed: int = 0,
 ) -> Writing:
-    """All metrics of a set of written proteins: valid, ended, long, new, diverse, repetitive."""
-    from scipy.stats import ks_2samp
-
+    """All metrics of a set of written proteins."""
     n = len(generated)
     valid = [s for s in generated if s and not set(s) - set(AMINO_ACIDS)]
-    lengths, natural_lengths = ([len(s) for s in part] for part in (generated, natural))
-    matched = length_matched(lengths, natural, np.random.default_rng([seed, 21]))
+    lengths = {
+        name: np.quantile([len(s) for s in part], QUANTILES).tolist()
+        for name, part in (("generated", generated), ("natural", natural))
+    }
     found = Writing(
         n=n,
-        validity=shares(len(valid), n, True),
-        ended=shares(sum(ended), n, True),
-        lengths=Lengths(
-            quantiles=QUANTILES,
-            generated=np.quantile(lengths, QUANTILES).tolist(),
-            natural=np.quantile(natural_lengths, QUANTILES).tolist(),
-            kolmogorov_smirnov=float(ks_2samp(lengths, natural_lengths).statistic),
-        ),
-        repeated_words=mean([repeated(s) for s in generated], False),
-        repeated_words_natural=mean([repeated(s) for s in matched], False),
+        validity=shares(len(valid), n),
+        ended=shares(sum(ended), n),
+        lengths={"quantiles": QUANTILES, **lengths},
     )
     if valid:
         found["amino_acid_kl"] = amino_acid_divergence(valid, natural, seed)
         if training:
-            found["novelty"] = novelty(valid, [s for s in matched if s], training, seed)
-            found["exact_copies"] = len(set(valid) & set(training))
+            rng = np.random.default_rng([seed, 21])
+            matched = length_matched([len(s) for s in valid], natural, rng)
+            found["novelty"] = novelty(valid, matched, training, seed)
         found["diversity"] = diversity(valid)
     return found
 
@@ -105,22 +88,20 @@ def amino_acid_divergence(
 
     The plain value is above 0 also for equal frequencies, by about what resampling adds to it: that
     much is taken off. The interval is of the verdict's question, so it holds the value.
-    `noise_floor` is the plain divergence between two natural samples of these lengths.
     """
     rng = np.random.default_rng([seed, 20])
     lengths = [len(s) for s in generated]
     tenfold = [s for _ in range(10) for s in length_matched(lengths, natural, rng)]
     reference = composition(tenfold).sum(0)
-    counts, control = composition(generated), composition(length_matched(lengths, natural, rng))
+    counts = composition(generated)
     rows = rng.integers(len(counts), size=(BOOTSTRAPS, len(counts)))
     drawn = divergence(np.stack([counts[r].sum(0) for r in rows]), reference)
     plain = float(divergence(counts.sum(0), reference))
     value = max(0.0, 2 * plain - float(drawn.mean()))
     low, high = percentile_interval(2 * plain - drawn)
     low, high = max(0.0, min(low, value)), max(high, value)
-    floor = float(divergence(control.sum(0), reference))
     met = {"target": SMALL_KL, "met": value < SMALL_KL, "certain": not low < SMALL_KL <= high}
-    return {**interval(value, low, high, False), "plain": plain, "noise_floor": floor, **met}
+    return {**interval(value, low, high, False), **met}
 
 
 def nearest_identity(queries: Sequence[str], targets: Sequence[str], same: bool = False) -> Array:
@@ -151,8 +132,8 @@ def novelty(
 ) -> Record:
     """1 - identity to the nearest training protein, with held-out and shuffled proteins beside."""
     controls = {"natural": natural, "shuffled": shuffled(natural, seed)}
-    own = mean(1 - nearest_identity(generated, training), True)
-    found = {name: mean(1 - nearest_identity(s, training), True) for name, s in controls.items()}
+    own = mean(1 - nearest_identity(generated, training))
+    found = {name: mean(1 - nearest_identity(s, training)) for name, s in controls.items()}
     return {**own, **found, "nearest_of": len(training)}
 
 
@@ -169,21 +150,14 @@ def diversity(generated: Sequence[str]) -> float:
     return float(1 - nearest_identity(generated, generated, same=True).mean())
 
 
-def repeated(sequence: str) -> float:
-    """Share of a protein's words of 4 residues that occurred before in it."""
-    words = [sequence[i : i + WORD] for i in range(len(sequence) - WORD + 1)]
-    return 1 - len(set(words)) / len(words) if words else 0.0
-
-
-def shares(hits: int, n: int, higher_is_better: bool) -> Metric:
+def shares(hits: int, n: int) -> Metric:
     """A proportion with Wilson's 95 % interval."""
     from statsmodels.stats.proportion import proportion_confint
 
     low, high = proportion_confint(hits, n, method="wilson")
-    return interval(hits / n, float(low), float(high), higher_is_better, n=n)
+    return interval(hits / n, float(low), float(high), True, n=n)
 
 
-def mean(values: Sequence[float] | NDArray[Any], higher_is_better: bool) -> Metric:
+def mean(values: Array) -> Metric:
     """A mean with its Student t interval."""
-    array = np.asarray(values, dtype=float)
-    return interval(float(array.mean()), *t_interval(array), higher_is_better, n=len(array))
+    return interval(float(values.mean()), *t_interval(values), True, n=len(values))

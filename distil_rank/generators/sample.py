@@ -28,11 +28,11 @@ class Sampler:
     ProtGPT2's authors use top_k 950, repetition_penalty 1.2.
     """
 
-    max_new_tokens: int = 200  # longest text written, in tokens
+    max_new_tokens: int = 200  # longest protein written, in tokens
     temperature: float = 1.0  # below 1: safer, above 1: more varied
     top_k: int = 0  # draw among the k most probable tokens; 0: among all
     top_p: float = 1.0  # draw among the most probable tokens of this joint probability
-    repetition_penalty: float = 1.0  # divides positive logits of tokens used, multiplies negative
+    repetition_penalty: float = 1.0  # above 1: fewer repeats
     prompt: str = ""  # residues that every protein begins with
 
     def check(self) -> None:

@@ -17,7 +17,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 from distil_rank.core.errors import InputError, above, at_least, at_most
 from distil_rank.core.records import Record
@@ -55,16 +57,17 @@ class Schedule:
     clip: float = 1.0  # largest norm of the gradient
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: the matrices' gradients made orthogonal
     dtype: Dtype = "float32"
+    gradient_checkpointing: bool = False  # activations are computed again, not kept
+    compile: bool = False
     evaluate_every: int = 0  # steps between validations; 0: at the end only
-    patience: int = 0  # validations without improvement before stopping; 0: never stop early
     save_every: int = 0  # steps between checkpoints; 0: none
     seed: int = 0
 
     def check(self) -> None:
         """Raise InputError on values outside their range."""
         at_least(1, steps=self.steps, batch_size=self.batch_size, accumulation=self.accumulation)
-        at_least(0, weight_decay=self.weight_decay, evaluate_every=self.evaluate_every)
-        at_least(0, patience=self.patience, save_every=self.save_every, warmup=self.warmup)
+        at_least(0, weight_decay=self.weight_decay, warmup=self.warmup)
+        at_least(0, evaluate_every=self.evaluate_every, save_every=self.save_every)
         at_most(1, warmup=self.warmup)
         above(0, learning_rate=self.learning_rate)
 
@@ -85,6 +88,10 @@ class Schedule:
             batches = epoch_batches(lengths, self.batch_size, self.seed, epoch)
             yield from batches[max(0, first - start) : self.steps - start]
 
+    def validates(self, step: int) -> bool:
+        """Whether a validation follows step 1, 2, ... steps."""
+        return step == self.steps or bool(self.evaluate_every and step % self.evaluate_every == 0)
+
 
 @dataclass
 class Progress:
@@ -93,7 +100,6 @@ class Progress:
     step: int = 0
     best_nll: float = math.inf
     best_step: int = 0
-    stale: int = 0  # validations since the best
     logged: int = 0  # bytes of log.jsonl
     validations: list[list[float]] = field(default_factory=list)  # [step, nll]
     seconds: float = 0.0  # in all sessions
@@ -136,43 +142,44 @@ def fit(
         accelerator.prepare(o)
         for o in make_optimizers(student, schedule.optimizer, schedule.weight_decay)
     ]
-    state, checkpoint = _State(student, optimizers, accelerator.scaler), None
+    state, kept = _State(student, optimizers, accelerator.scaler), None
     if folder is not None and schedule.save_every:
         data = [part.sha256 for part in (train, validation) if part is not None]
         known = (schedule, objective, weights_sha256(student), *data, request)
-        checkpoint = Checkpoint(folder / CHECKPOINT, *known)
-        state.restore(checkpoint.load())
+        kept = Checkpoint(folder / CHECKPOINT, *known)
+        state.restore(kept.load())
     progress = state.progress
     log = _log(folder if accelerator.is_main_process else None, progress.logged)
     tell = partial(_tell, log, report)
-    student.eval()
+    set_mode(student, schedule)
     start = time.perf_counter() - progress.seconds
-    for batch in _bar(schedule, train.lengths, progress.step):
-        rate = schedule.rate(progress.step)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["scale"]
+    shown = {"initial": progress.step, "total": schedule.steps, "unit": "step", "leave": False}
+    batches = schedule.batches(train.lengths, progress.step)
+    for batch in tqdm(batches, disable=not sys.stderr.isatty(), **shown):
         means = _gradient(accelerator, student, train, batch, source, objective, schedule)
-        norm = accelerator.clip_grad_norm_(student.parameters(), schedule.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        update = _update(accelerator, student, optimizers, schedule, progress.step)
         progress.step, progress.seconds = progress.step + 1, time.perf_counter() - start
-        tell(step=progress.step, **means, learning_rate=rate, gradient_norm=float(norm))
-        due = progress.step == schedule.steps or _every(schedule.evaluate_every, progress.step)
-        if validation is not None and due:
+        tell(step=progress.step, **means, **update)
+        if validation is not None and schedule.validates(progress.step):
             nll = mean_nll(student, validation, schedule.dtype)
             tell(step=progress.step, validation_nll=nll)
             state.judge(nll)
-        if checkpoint and log and _every(schedule.save_every, progress.step):
+        if kept and log and progress.step % schedule.save_every == 0:
             progress.logged = log.tell()
-            checkpoint.save(state.record())
-        if schedule.patience and progress.stale >= schedule.patience:
-            break
+            kept.save(state.record())
     if log:
         log.close()
     student.load_state_dict(state.best, strict=False)  # without the head, tied to the embeddings
     return progress
+
+
+def set_mode(student: Any, schedule: Schedule) -> None:
+    """No dropout; checkpointing and compilation where asked for."""
+    student.eval()  # in which transformers' own checkpointing does nothing
+    for block in student.transformer.h if schedule.gradient_checkpointing else ():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if schedule.compile:
+        student.transformer.compile()
 
 
 def _gradient(
@@ -210,12 +217,25 @@ def _gradient(
     return dict(zip(("loss", "hard", "soft"), means.tolist()))
 
 
+def _update(
+    accelerator: Any, student: Any, optimizers: list[Any], schedule: Schedule, step: int
+) -> dict[str, float]:
+    """One step of the optimizers; returns the rate and the gradient's norm before clipping."""
+    rate = schedule.rate(step)
+    norm = accelerator.clip_grad_norm_(student.parameters(), schedule.clip)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"learning_rate": rate, "gradient_norm": float(norm)}
+
+
 @torch.no_grad()
 def mean_nll(
     model: Any, proteins: Encoded, dtype: Dtype = "float32", batch_size: int = 64
 ) -> float:
     """Mean negative log-likelihood per predicted token, in nats."""
-    model.eval()
     nll, count = 0.0, 0
     for batch in proteins.in_order_of_length(batch_size):
         tokens, mask = (x.to(model.device) for x in proteins.batch(batch))
@@ -224,22 +244,11 @@ def mean_nll(
     return nll / count
 
 
-def _every(interval: int, step: int) -> bool:
-    return bool(interval) and step % interval == 0
-
-
-def _bar(schedule: Schedule, lengths: NDArray[np.int64], first: int) -> Iterable[Any]:
-    from tqdm import tqdm
-
-    shown = {"initial": first, "total": schedule.steps, "unit": "step", "leave": False}
-    return tqdm(schedule.batches(lengths, first), disable=not sys.stderr.isatty(), **shown)
-
-
 class _State:
     """All that changes from step to step; a checkpoint is its record."""
 
     def __init__(self, student: Any, optimizers: list[Any], scaler: Any):
-        self.student, self.optimizers, self.scaler = student, optimizers, scaler
+        self.student, self.parts = student, [student, *optimizers, *([scaler] if scaler else [])]
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
 
@@ -247,28 +256,19 @@ class _State:
         """Note a validation; keep the weights if they are the best so far."""
         progress = self.progress
         progress.validations.append([progress.step, nll])
-        progress.stale += 1
         if nll < progress.best_nll:
-            progress.best_nll, progress.best_step, progress.stale = nll, progress.step, 0
+            progress.best_nll, progress.best_step = nll, progress.step
             self.best = {k: v.to("cpu", copy=True) for k, v in own_weights(self.student).items()}
 
     def record(self) -> Record:
-        return {
-            "student": own_weights(self.student),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "scaler": self.scaler.state_dict() if self.scaler else {},
-            "best": self.best,
-            "progress": asdict(self.progress),
-        }
+        parts = [part.state_dict() for part in self.parts]
+        return {"parts": parts, "best": self.best, "progress": asdict(self.progress)}
 
     def restore(self, record: Record | None) -> None:
         if record is None:
             return
-        self.student.load_state_dict(record["student"], strict=False)
-        for optimizer, saved in zip(self.optimizers, record["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        if self.scaler:
-            self.scaler.load_state_dict(record["scaler"])
+        for part, saved in zip(self.parts, record["parts"], strict=True):
+            part.load_state_dict(saved)
         self.progress, self.best = Progress(**record["progress"]), record["best"]
 
 

@@ -2,8 +2,6 @@
 
 import math
 
-import torch
-
 
 def softmax(z):
     top = max(z)
@@ -12,15 +10,7 @@ def softmax(z):
 
 
 def objective_by_hand(
-    student,
-    teacher,
-    tokens,
-    mask,
-    tau,
-    alpha,
-    uncertainty,
-    calibration,
-    smoothing,
+    student, teacher, tokens, mask, tau, alpha, uncertainty, calibration, smoothing
 ):
     """Mean loss over real predictions, from nested lists; no tensor operation is used."""
     student, teacher, tokens, mask = (x.tolist() for x in (student, teacher, tokens, mask))
@@ -43,12 +33,3 @@ def objective_by_hand(
             hard -= math.log(softmax(z_s[t])[token[t + 1]])
             count += 1
     return (alpha * hard + (1 - alpha) * tau**2 * soft) / count
-
-
-def objective_direct(student, teacher, tokens, tau, alpha):
-    """The plain objective as anyone would write it with torch; mean over all predictions."""
-    log_q = torch.log_softmax(student[:, :-1] / tau, dim=-1)
-    p = torch.softmax(teacher[:, :-1] / tau, dim=-1)
-    soft = (p * (p.log() - log_q)).sum(-1).mean()
-    hard = torch.nn.functional.cross_entropy(student[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-    return alpha * hard + (1 - alpha) * tau**2 * soft

@@ -11,7 +11,12 @@ from dataclasses import replace
 import pytest
 
 from distil_rank.core.errors import InputError
-from distil_rank.generators import command_finetune, command_pretrain, command_train
+from distil_rank.generators import (
+    command_finetune,
+    command_pretrain,
+    command_publish,
+    command_train,
+)
 from distil_rank.generators.models import load, weights_sha256
 from distil_rank.generators.prepared import Prepared
 from distil_rank.generators.train import CHECKPOINT
@@ -37,30 +42,26 @@ def command(data, out, steps=60):
     return [sys.executable, "-m", "distil_rank", "generator", "pretrain", *given]
 
 
+def assert_same_files(found, wanted):
+    for name in ("model.safetensors", "log.jsonl"):
+        assert (found / name).read_bytes() == (wanted / name).read_bytes(), name
+
+
 def test_teacher_student_and_finetuned_student_of_toys(tmp_path, data):
     command_pretrain.run(pretraining(data, tmp_path / "teacher"))
     given = {"data": data, "steps": 2, "batch_size": 8}
     teacher = str(tmp_path / "teacher")
-    distilled = command_train.Config(
-        teacher=teacher,
-        out=tmp_path / "student",
-        teacher_cache=True,
-        store_dtype="float16",
-        **SHAPE,
-        **given,
-    )
-    command_train.run(distilled)
-    tuning = command_finetune.Config(
-        model=str(tmp_path / "student"), out=tmp_path / "tuned", subset=5, **given
-    )
+    more = {"teacher_cache": True, "store_dtype": "float16", **SHAPE, **given}
+    student, tuned = tmp_path / "student", tmp_path / "tuned"
+    command_train.run(command_train.Config(teacher=teacher, out=student, **more))
+    tuning = command_finetune.Config(model=str(student), out=tuned, subset=5, **given)
     for subset, message in ((0, "--subset must be at least 1"), (999, "--subset must be at most")):
         with pytest.raises(InputError, match=message):
             command_finetune.run(replace(tuning, subset=subset))
     command_finetune.run(tuning)  # the refused ones do not block it
-    records = [
-        json.loads((tmp_path / n / "training.json").read_text())
-        for n in ("teacher", "student", "tuned")
-    ]
+    assert Prepared(data).doubts(str(tuned)) == {}  # and of what it started from
+    folders = (tmp_path / "teacher", student, tuned)
+    records = [json.loads((folder / "training.json").read_text()) for folder in folders]
     assert [r["kind"] for r in records] == ["pretrained", "distilled", "finetuned"]
     assert records[1]["teacher"]["weights_sha256"] == records[0]["weights_sha256"]
     assert records[2]["started_from"]["weights_sha256"] == records[1]["weights_sha256"]
@@ -68,21 +69,8 @@ def test_teacher_student_and_finetuned_student_of_toys(tmp_path, data):
     assert report["proteins"] == 5 and report["cost"]["tokens"] > 0 < report["cost"]["seconds"]
     assert report["gap"] == records[2]["validation_nll"] - report["train_nll"]
     assert report["validation_nll_before"] == pytest.approx(records[1]["validation_nll"], abs=1e-3)
-    assert weights_sha256(load(str(tmp_path / "student"))[0]) == records[1]["weights_sha256"]
-    kept = {"config.json", "log.jsonl", "model.safetensors", "tokenizer.json"}
-    assert {p.name for p in (tmp_path / "student").iterdir()} == kept | {
-        "tokenizer_config.json",
-        "training.json",
-    }
-
-
-def test_a_training_records_the_test_proteins_that_it_left_out(tmp_path, data):
-    command_pretrain.run(pretraining(data, tmp_path / "m", 1))
-    Prepared(data).require_left_out(str(tmp_path / "m"))
-    record = json.loads((tmp_path / "m" / "training.json").read_text())["data"]
-    assert record["n_test"] == len(Prepared(data).part("test")) and record["folder"].endswith(
-        "data"
-    )
+    assert weights_sha256(load(str(student))[0]) == records[1]["weights_sha256"]
+    assert {p.name for p in student.iterdir()} == {*command_publish.FILES, "log.jsonl"}
 
 
 def test_an_output_folder_is_never_taken_over_or_emptied(tmp_path, data):
@@ -109,6 +97,23 @@ def test_a_run_that_failed_early_does_not_block_the_corrected_command(tmp_path, 
     assert (tmp_path / "m" / "training.json").exists()
 
 
+@pytest.mark.parametrize("torn", ["save", "write_json"])
+def test_a_training_killed_while_it_is_stored_goes_on(tmp_path, data, monkeypatch, torn):
+    more = {"evaluate_every": 4, "save_every": 5}
+    command_pretrain.run(pretraining(data, tmp_path / "whole", **more))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(command_train, torn, killed)
+        command_pretrain.run(pretraining(data, tmp_path / "m", **more))
+    (tmp_path / "m" / f"{CHECKPOINT}.1.tmp").touch()  # as a kill while it is written leaves
+    assert not (tmp_path / "m" / "training.json").exists()
+    command_pretrain.run(pretraining(data, tmp_path / "m", **more))
+    assert_same_files(tmp_path / "m", tmp_path / "whole")
+
+
 BAD = [
     ({"batch_size": 0}, "--batch-size must be at least 1"),
     ({"weight_decay": -1.0}, "--weight-decay must be at least 0"),
@@ -118,7 +123,9 @@ BAD = [
     ({"accumulation": 0}, "--accumulation must be at least 1"),
     ({"warmup": 1.5}, "--warmup must be at most 1"),
     ({"alpha": 1.5}, "--alpha must be at most 1"),
-    ({"n_embd": 30}, "n-embd must be divisible by n-head"),
+    ({"tau": float("nan")}, "--tau must be above 0"),
+    ({"smoothing": -0.1}, "--smoothing must be at least 0"),
+    ({"n_embd": 30}, "n-embd must be divisible by n-head, got n-embd=30 and n-head=4; 32"),
     ({}, "data.json"),
     ({"dtype": "float16"}, "--dtype"),
     ({"device": "mps"}, "--device"),
@@ -151,24 +158,15 @@ def test_killed_and_resumed_is_bit_equal_to_uninterrupted(tmp_path, data):
     assert not (tmp_path / "torn" / "training.json").exists()
     assert (tmp_path / "torn" / CHECKPOINT).exists()
     subprocess.run(command(data, tmp_path / "torn"), check=True, **quiet)
-    for name in ("model.safetensors", "log.jsonl"):
-        assert (tmp_path / "torn" / name).read_bytes() == (
-            tmp_path / "whole" / name
-        ).read_bytes(), name
+    assert_same_files(tmp_path / "torn", tmp_path / "whole")
 
 
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(tmp_path, data):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    both = command(data, tmp_path / "one", 8), torchrun + command(data, tmp_path / "two", 8)[1:]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    python, *two = command(data, tmp_path / "two", 8)
+    both = command(data, tmp_path / "one", 8), [python, *torchrun, *two]
     for line in both:
         subprocess.run(line, check=True, capture_output=True, env=environment)
     one, two = (

@@ -10,23 +10,27 @@ from distil_rank.generators.estimate import gpt2_parameters, working_bytes
 from distil_rank.generators.loss import Objective, distillation_sums
 from distil_rank.generators.models import fresh, save
 from distil_rank.generators.teachers import Live, read
+from distil_rank.generators.train import Schedule, set_mode
 from tests.generators.conftest import prepare, write_toy_fasta
 
 
-@pytest.mark.parametrize("shape,half", [((4, 4, 256), False), ((2, 4, 512), True)])
-def test_parameters_are_exact_and_memory_is_within_a_third(shape, half):
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("shape,half", [((12, 4, 128), False), ((2, 4, 512), True)])
+def test_parameters_are_exact_and_memory_is_within_a_third(shape, half, checkpointing):
     student, teacher = fresh(5000, *shape, 128, 0, 0).eval(), fresh(5000, 2, 4, 256, 128, 0, 1)
     own = sum(p.numel() for p in student.parameters())
     assert gpt2_parameters(student.config) == own
     tokens, mask = torch.zeros(4, 128, dtype=torch.long), torch.ones(4, 128, dtype=torch.long)
     source = Live(teacher)
+    set_mode(student, Schedule(1, gradient_checkpointing=checkpointing))
 
     def step():
         targets = source.targets(np.arange(4), tokens, mask)
         logits = read(student, tokens, "bfloat16" if half else "float32")
         distillation_sums(logits, targets, tokens, mask, Objective()).loss.backward()
 
-    wanted = 4 * own + working_bytes(student.config, teacher.config, tokens.numel(), half)
+    given = (student.config, teacher.config, tokens.numel(), half, checkpointing)
+    wanted = 4 * own + working_bytes(*given)
     assert peak_bytes(step) == pytest.approx(wanted, rel=1 / 3)
 
 

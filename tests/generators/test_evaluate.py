@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from distil_rank.__main__ import main
 from distil_rank.core.errors import InputError
-from distil_rank.generators import command_evaluate, command_generate, metrics, sample
+from distil_rank.generators import command_evaluate, command_generate, metrics
 from distil_rank.generators.data import amino_acid_tokenizer
 from distil_rank.generators.evaluate import Bed, compare
 from distil_rank.generators.models import fresh, load, parameters, save, weights_sha256
@@ -58,7 +58,7 @@ def test_bits_per_residue_do_not_depend_on_the_tokenisation():
     empty, lengths = np.empty(0), np.array([len(s) for s in sequences], float)
 
     def bits(nll, tokens):
-        none = (None, empty, empty, empty, empty.astype(int))
+        none = (None, empty, empty, empty.astype(int))
         return metrics.bits_per_residue(metrics.Scores(np.array(nll), tokens, lengths, *none))
 
     a, b = bits(single, lengths), bits([pair_nll(s) for s in sequences], lengths / 2)
@@ -115,10 +115,10 @@ def test_a_model_without_some_of_its_weights_is_refused(folders):
         load(str(folders / "student"))
 
 
-def test_the_test_part_is_only_measured_where_the_training_left_it_out(folders):
+def test_the_test_part_is_only_measured_where_the_training_left_it_out(folders, capsys):
     fasta = write_toy_fasta(folders / "toy.fasta", 80)
     prepared = Prepared(prepare(fasta, folders / "data"))
-    with pytest.raises(InputError, match="a record of its training"):
+    with pytest.raises(InputError, match="no record of its training"):
         evaluation(folders, part="test")
     with pytest.raises(InputError, match="a file to write required"):
         evaluation(folders, out=folders)
@@ -126,21 +126,26 @@ def test_the_test_part_is_only_measured_where_the_training_left_it_out(folders):
     (folders / "student" / "training.json").write_text(json.dumps(record))
     found = evaluation(folders, part="test", seed=1, generate=3)
     assert found["proteins"] == len(prepared.part("test")) == found["data"]["n_test"]
+    assert found["left_out"] == {"student": True, "teacher": False}
+    said = capsys.readouterr().err
+    assert said.count("note:") == 1 and "teacher has no record of its training" in said
     prepare(fasta, folders / "other", seed=1)
-    with pytest.raises(InputError, match="got others"):
+    with pytest.raises(InputError, match="other test proteins"):
         evaluation(folders, part="test", data=folders / "other")
+    assert evaluation(folders)["left_out"] == {"student": False, "teacher": False}
+    assert "--part all" in capsys.readouterr().err
 
 
 def test_generate_resumes_and_its_batch_size_changes_nothing(folders, monkeypatch):
     def generate(out, **more):
         given = {"n": 9, "max_new_tokens": 39, "dtype": "float64", "device": "cpu"} | more
-        config = command_generate.Config(str(folders / "student"), folders / out, **given)
-        command_generate.run(config)
+        model = str(folders / "student")
+        command_generate.run(command_generate.Config(model=model, out=folders / out, **given))
         return (folders / out).read_bytes()
 
     whole = generate("whole.fasta", batch_size=9)
     assert generate("single.fasta", batch_size=1) == whole
-    original = sample.draw
+    original = command_generate.draw
 
     def interrupted(*arguments):
         for count, drawn in enumerate(original(*arguments)):
@@ -148,11 +153,12 @@ def test_generate_resumes_and_its_batch_size_changes_nothing(folders, monkeypatc
                 raise KeyboardInterrupt
             yield drawn
 
-    monkeypatch.setattr(sample, "draw", interrupted)
+    monkeypatch.setattr(command_generate, "draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
         generate("torn.fasta", batch_size=2)
     started = []
-    monkeypatch.setattr(sample, "draw", lambda *a: started.append(a[2].start) or original(*a))
+    noted = lambda *a: started.append(a[2].start) or original(*a)  # noqa: E731
+    monkeypatch.setattr(command_generate, "draw", noted)
     with pytest.raises(InputError, match="of another"):
         generate("torn.fasta", batch_size=2, seed=1)
     assert generate("torn.fasta", batch_size=2) == whole and started == [4]

@@ -128,20 +128,22 @@ def test_long_proteins_are_left_out_or_cut_by_tokens_and_counted(tmp_path):
 def test_a_model_is_only_measured_on_proteins_that_its_training_left_out(tmp_path):
     fasta = write_fasta(tmp_path / "a.fasta", toy_sequences(200))
     prepared = Prepared(prepare(fasta, tmp_path / "a"))
-    with pytest.raises(InputError, match="a record of its training"):
-        prepared.require_left_out(str(tmp_path))
-    record = {"data": prepared.summary()}
-    (tmp_path / "training.json").write_text(json.dumps(record))
-    prepared.require_left_out(str(tmp_path))
+    model = str(tmp_path)
+    assert "no record" in prepared.doubts(model)[model]
+    (tmp_path / "training.json").write_text(json.dumps({"data": prepared.summary()}))
+    assert prepared.doubts(model) == {}
     for name, more in (
         ("seed", {"seed": 1}),
         ("share", {"held_out": 0.1}),
         ("long", {"context": 40}),
     ):
-        with pytest.raises(InputError, match="got others"):
-            Prepared(prepare(fasta, tmp_path / name, **more)).require_left_out(str(tmp_path))
+        assert "other" in Prepared(prepare(fasta, tmp_path / name, **more)).doubts(model)[model]
     prepare(fasta, tmp_path / "less", train_size_prop=0.5)
-    Prepared(tmp_path / "less").require_left_out(str(tmp_path))
+    assert Prepared(tmp_path / "less").doubts(model) == {}
+    (tmp_path / "tuned").mkdir()  # what a model started from may have seen the test proteins too
+    started = {"data": prepared.summary(), "started_from": {"name": "elsewhere"}}
+    (tmp_path / "tuned" / "training.json").write_text(json.dumps(started))
+    assert list(prepared.doubts(str(tmp_path / "tuned"))) == ["elsewhere"]
 
 
 def test_damaged_folders_and_models_that_do_not_fit_are_refused(tmp_path, tokenizer):

@@ -120,22 +120,17 @@ def test_an_hmm_of_a_family_finds_its_members_and_no_others():
     assert shares == [pytest.approx(15 / 21), 1.0, 0.0] and found["built_from"] >= 38
 
 
-def test_repeats_of_known_sequences():
-    assert quality.repeated("ACDEFGHIKL") == 0 == quality.repeated("ACD")
-    assert quality.repeated("AAAAAAAA") == pytest.approx(0.8)
-
-
 def test_amino_acid_divergence_knows_its_noise():
     rng = np.random.default_rng(0)
     natural = toy_sequences(600, 3, 40, 120)
     alike = quality.amino_acid_divergence(toy_sequences(150, 4, 40, 120), natural)
-    assert alike["value"] < 4 * alike["noise_floor"] and alike["low"] == 0 and alike["met"]
+    assert alike["value"] < 0.005 and alike["low"] == 0 and alike["met"]
     skewed = ["".join(rng.choice(list("AAAACDEFGHIKLMNPQRSTVWY"), 60)) for _ in range(150)]
     found = quality.amino_acid_divergence(skewed, natural)
     p = np.full(20, 1 / 23)
     p[0] = 4 / 23
     truth = (p * np.log(p * 20)).sum()
-    assert found["low"] <= truth <= found["high"] and found["low"] > found["noise_floor"]
+    assert 0.05 < found["low"] <= truth <= found["high"]
     assert found["low"] <= found["value"] <= found["high"] and not found["met"] and found["certain"]
 
 
@@ -151,7 +146,7 @@ def test_description_counts_what_is_wrong():
     written, ended = ["ACDEFGHIKL", "AAAAAAAAAA", "AXA", ""], [True, True, False, True]
     found = quality.describe(written, ended, natural, natural)
     shares = [found[name]["value"] for name in ("validity", "ended")]
-    assert shares == [0.5, 0.75] and found["exact_copies"] == 0
+    assert shares == [0.5, 0.75]
     assert found["validity"]["low"] < 0.5 < found["validity"]["high"]
     nothing = quality.describe(["", "X"], [True, True], natural, natural)
     assert nothing["validity"]["value"] == 0 and "novelty" not in nothing

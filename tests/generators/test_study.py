@@ -22,7 +22,15 @@ from tests.generators.conftest import prepare, write_toy_fasta
 
 SHAPE = (1, 2, 16)
 TOY = design.Preset(
-    {"tiny": SHAPE}, 2, 8, (1e-2, 1e-4), 2, (1, 2), (0.5, 0.1), test_proteins=10, generate=3
+    {"tiny": SHAPE},
+    2,
+    8,
+    (1e-2, 1e-4),
+    seeds=2,
+    temperatures=(1, 2),
+    alphas=(0.5, 0.1),
+    test_proteins=10,
+    generate=3,
 )
 
 
