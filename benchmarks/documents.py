@@ -26,6 +26,7 @@ BLOCKS = {
     "compress-frontier": ("tables_compress.frontier", "SCHEMA"),
     "heads": ("tables_heads.sizes", "SCHEMA"),
     "heads-across": ("tables_heads.across", "SCHEMA"),
+    "heads-times": ("tables_heads.times", "SCHEMA"),
     "heads-few": ("tables_heads.few_rows", "SCHEMA"),
     "nested": ("tables_nested.documentation", "SCHEMA"),
     "nested-benchmark": ("tables_nested.benchmark", "BENCHMARK"),
