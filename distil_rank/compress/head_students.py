@@ -103,7 +103,7 @@ def _students(
             eight = form == MAP_INT8
             size = {"bytes": int(before / ratio)} if eight else {"speedup": ratio}
             try:
-                small, found = compress_head(head, x, metric=METRICS[form], int8=eight, **size)  # type: ignore[arg-type]
+                small, found = compress_head(head, x, val, metric=METRICS[form], int8=eight, **size)  # type: ignore[arg-type]
             except InputError:  # no such student is that small
                 continue
             ranks = [layer.rank for layer in found.layers]
