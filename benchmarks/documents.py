@@ -29,6 +29,7 @@ BLOCKS = {
     "headline": ("tables_heads.headline", "SCHEMA"),
     "heads": ("tables_heads.sizes", "SCHEMA"),
     "heads-across": ("tables_heads.across", "SCHEMA"),
+    "heads-times": ("tables_heads.times", "SCHEMA"),
     "heads-few": ("tables_heads.few_rows", "SCHEMA"),
     "nested": ("tables_nested.documentation", "SCHEMA"),
     "nested-benchmark": ("tables_nested.benchmark", "BENCHMARK"),

@@ -2,6 +2,7 @@
 
     python -m benchmarks.heads                            # writes benchmarks/results/heads.json
     python -m benchmarks.heads "one narrow layer"         # renews or adds one class of students
+    python -m benchmarks.heads times                      # FLOPs, bytes, milliseconds: idle machine
     python -m benchmarks.heads head.onnx train.pt val.pt  # another head: prints its table
 
 Public heads and data: $DISTIL_RANK_DATA or ../shared/data beside the checkout.
@@ -11,6 +12,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,17 @@ from torch import Tensor, nn
 from benchmarks.compress import DATA
 from distil_rank.compress.head_certificate import flops
 from distil_rank.compress.head_function import split
-from distil_rank.compress.head_students import FORMS, compare
-from distil_rank.compress.heads import compress_head
+from distil_rank.compress.head_students import FLOOR, FORMS, INT8, METRICS, compare
+from distil_rank.compress.heads import WHOLE, compress_head
+from distil_rank.compress.quantise import Int8LowRank, QuantLinear, module_bytes
 from distil_rank.core.agreement import function_kept
-from distil_rank.core.errors import one_line_errors
+from distil_rank.core.devices import threads
+from distil_rank.core.errors import InputError, one_line_errors
 from distil_rank.core.functions import distill_function
 from distil_rank.core.heads import load_head
-from distil_rank.core.linear import linear
+from distil_rank.core.latency import interleaved, quartiles
+from distil_rank.core.linear import LowRankLinear, linear
+from distil_rank.core.narrow import PartGELU
 from distil_rank.core.randomness import generator
 from distil_rank.core.records import ROOT, Record, environment, read_json, sha256, write_json
 from distil_rank.core.weights import read_state_dict
@@ -39,6 +45,7 @@ RATIOS = (2, 4, 5, 8, 10, 16)  # weights before / after
 CELLS = [f"ProteinCLIP 8M x {data}" for data in ("peptides", "viral", "GB1")]
 CELLS.append("HatSpot towers x activation domains")
 FEW = (20, 50, 340)  # proteins
+BATCHES, ROUNDS = (1, 512), 50  # of times
 CLIP, TOWERS = "heads/proteinclip_esm2_6.onnx", "heads/hatspot_towers_650m.safetensors"
 FILES = {
     "ProteinCLIP 8M": CLIP,
@@ -84,12 +91,15 @@ def rows_of(name: str) -> tuple[Tensor, Tensor]:
     return x[order[:100]], x[order[100:]]
 
 
+def head_of(name: str) -> nn.Sequential:
+    return towers() if name.startswith("HatSpot") else load_head(DATA / CLIP).whole
+
+
 def cell(name: str, forms: Sequence[str] = FORMS) -> Record:
     """One head on one data set."""
-    data = name.partition(" x ")[2]
-    head = towers() if name.startswith("HatSpot") else load_head(DATA / CLIP).whole
     start = time.process_time()
-    found = compare(head, *rows_of(data), ratios=RATIOS, forms=forms)
+    rows = rows_of(name.partition(" x ")[2])
+    found = compare(head_of(name), *rows, ratios=RATIOS, forms=forms)
     return {**found, "processor_seconds": time.process_time() - start}
 
 
@@ -133,6 +143,77 @@ def few_rows(head: nn.Sequential, x: Tensor, val: Tensor, rank: int) -> list[Rec
     return records
 
 
+def shaped(parts: Sequence[nn.Module], student: Record) -> nn.Module:
+    """The student's shape, which its bytes and times depend on, without its weights."""
+    form, ranks = student["student"], iter(student.get("ranks", ()))
+    eight = "int8" in form
+    if METRICS.get(form) in WHOLE:
+        before, f, after = split(parts)
+        (d_in, d_out), rank = ends(f), next(ranks)
+        if eight:
+            return nn.Sequential(before, Int8LowRank.empty(d_in, d_out, rank, True), after)
+        if METRICS[form] == "narrow" and (bent := student.get("bent", rank // 8)):
+            inner = nn.Linear(d_in, rank), PartGELU(rank - bent), nn.Linear(rank, d_out)
+            return nn.Sequential(before, *inner, after)
+        return nn.Sequential(before, low_rank(d_in, d_out, rank), after)
+    made = []
+    for part in parts:
+        if isinstance(part, nn.Linear):
+            shape = part.in_features, part.out_features
+            if form == INT8:
+                part = QuantLinear.empty(*shape, 8, True)
+            elif rank := next(ranks):
+                part = low_rank(*shape, rank)
+        made.append(part)
+    return nn.Sequential(*made)
+
+
+def ends(f: nn.Sequential) -> tuple[int, int]:
+    layers = [part for part in f if isinstance(part, nn.Linear)]
+    return layers[0].in_features, layers[-1].out_features
+
+
+def low_rank(d_in: int, d_out: int, rank: int) -> LowRankLinear:
+    return LowRankLinear(torch.ones(rank, d_in), torch.ones(d_out, rank), torch.ones(d_out))
+
+
+def timed(known: Record, head: nn.Sequential, done: Record) -> None:
+    """FLOPs, bytes and milliseconds, beside the dense head's, of every student of one cell."""
+    parts = list(head.float())
+    inputs = [torch.randn(n, ends(head)[0], generator=generator(0, "times")) for n in BATCHES]
+    known["flops"], known["bytes"] = 2 * flops(parts), module_bytes(head)
+    for student in known["students"]:
+        if student["student"] == FLOOR:
+            continue
+        made = shaped(parts, student).eval()
+        student["flops"] = round(known["flops"] / student["weights_ratio"])
+        student["bytes"] = module_bytes(made)
+        shape = f"{made} {student['bytes']} {student.get('bent')}"
+        if shape not in done:  # students of other data may have it too
+            done[shape] = []
+            for x in inputs:
+                samples = interleaved([partial(m, x) for m in (head, made)], x, ROUNDS)
+                ratio = quartiles(samples[:, 0] / samples[:, 1], True)
+                ms = {
+                    key: quartiles(column, False)
+                    for key, column in zip(("dense_ms", "ms"), samples.T)
+                }
+                done[shape].append({"batch": len(x), **ms, "speedup": ratio})
+        student["times"] = done[shape]
+
+
+def with_times() -> Record:
+    """The record with what every student costs, by its shape: nothing is fitted again."""
+    record, done = read_json(RESULT, SCHEMA), dict[str, Any]()
+    with torch.inference_mode(), threads(1):
+        for name, known in record["cells"].items():
+            timed(known, head_of(name), done)
+            print(name, flush=True)
+    record["times"] = {"rounds": ROUNDS, "threads": 1, "environment": environment()}
+    record["machine_dependent"] = ["environment", "processor_seconds", "times"]
+    return record
+
+
 def main(arguments: list[str]) -> None:
     from benchmarks.tables_heads import draw, sizes
 
@@ -141,10 +222,14 @@ def main(arguments: list[str]) -> None:
         print(sizes({"cells": {f"{arguments[0]} x {arguments[1]}": compare(head, x, val)}}))
         return
     passport = environment()  # before anything is written
-    if unknown := set(arguments) - set(FORMS):
-        raise SystemExit(f"students out of {', '.join(FORMS)} required, got {', '.join(unknown)}")
-    record = renewed(arguments) if arguments else everything()
-    record |= {"schema": SCHEMA, "environment": passport}
+    if unknown := set(arguments) - {*FORMS, "times"}:
+        known = ", ".join((*FORMS, "times"))
+        raise InputError(f"students out of {known} required, got {', '.join(unknown)}")
+    if arguments == ["times"]:
+        record = with_times()
+    else:
+        record = renewed(arguments) if arguments else everything()
+        record |= {"schema": SCHEMA, "environment": passport}
     write_json(RESULT, record)
     draw(record)
     print(sizes(record))

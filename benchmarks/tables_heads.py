@@ -1,12 +1,13 @@
 """What the benchmark of heads found, as markdown and as a figure: functions of its JSON record."""
 
 from pathlib import Path
+from statistics import median
 
 from distil_rank.compress.head_students import FORMS
 from distil_rank.core.agreement import NAMES
 from distil_rank.core.figures import PALETTE, QUIET, drawn
 from distil_rank.core.records import ROOT, Record
-from distil_rank.core.tables import markdown, with_interval
+from distil_rank.core.tables import markdown, number, with_interval
 
 SCHEMA = "distil-rank/benchmark-heads/1"
 FIGURE = ROOT / "benchmarks" / "results" / "heads.png"
@@ -76,6 +77,34 @@ def few_rows(record: Record) -> str:
         }
         rows.append([str(n), *(kept[form] for form in forms)])
     return markdown(rows)
+
+
+def times(record: Record) -> str:
+    """What the smallest student that keeps 95 % of the function costs, beside the dense head."""
+    if "times" not in record:
+        return "Not measured yet."
+    heads = ["kept", "FLOPs", "bytes", "ms, batch 1", "ms, batch 512"]
+    rows = [["head x data", "student", *heads]]
+    for name, cell in record["cells"].items():
+        timed = [s for s in cell["students"] if "times" in s]
+        good = [s for s in timed if s["kept"]["value"] >= KEPT]
+        dense = [median(s["times"][i]["dense_ms"]["median"] for s in timed) for i in range(2)]
+        cost = [f"{cell['flops']:,}", f"{cell['bytes']:,}", *map(number, dense)]
+        rows.append([name, "dense", "1", *cost])
+        for form in FORMS:
+            if found := [s for s in good if s["student"] == form]:
+                best = max(found, key=ratio)
+                ms = [f"{number(t['ms']['median'])} ({faster(t)})" for t in best["times"]]
+                cost = [f"{best['flops']:,}", f"{best['bytes']:,}", *ms]
+                rows.append([name, form, f"{best['kept']['value']:.3f}", *cost])
+    found = record["times"]
+    machine = f"{found['threads']} thread of {found['environment']['cpu']}"
+    note = f"In brackets: times faster than the dense head, medians of {found['rounds']} pairs"
+    return f"{markdown(rows)}\n\n{note}; {machine}, commit {found['environment']['commit'][:12]}."
+
+
+def faster(time: Record) -> str:
+    return f"{time['speedup']['median']:.2f}x"
 
 
 def draw(record: Record, path: Path = FIGURE) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distil_rank.core.errors import InputError
-from distil_rank.core.records import ROOT
 
 # summary file -> module whose draw(folder) makes its figures and returns a path
 REPORTS = {
@@ -21,7 +20,7 @@ REPORTS = {
 
 @dataclass(frozen=True)
 class Config:
-    results: Path = ROOT / "results"  # folder to search for summaries
+    results: Path = Path("results")  # folder to search for summaries
 
 
 def run(config: Config) -> None:

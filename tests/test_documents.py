@@ -20,7 +20,7 @@ DEFINITIONS |= {"CC-BY-4.0", "0.1.0", ".0"}
 # published figures of ESM-2 650M that synthetic embeddings match (docs/methods.md names the source)
 PUBLISHED = {".402", ".532", ".710", ".808", ".87", "6.85", "2.03", "3.08"}
 NUMBER = re.compile(r"\d*\.\d+|\d+(?:\.\d+)? ?%|\d{1,3}(?:,\d{3})+")
-COMMAND = re.compile(r"(?:python main\.py|python -m |distil-rank |make )[^\n`]*")
+COMMAND = re.compile(r"(?:python main\.py|python -m |torchrun |distil-rank |make )[^\n`]*")
 
 each_document = pytest.mark.parametrize(
     "document", documents(), ids=lambda path: str(path.relative_to(ROOT))
@@ -57,7 +57,8 @@ def commands(document):
     for i, part in enumerate(re.split(r"^```", text, flags=re.M)):
         (blocks if i % 2 else prose).append(part.partition("\n")[2] if i % 2 else part)
     lines = "\n".join(blocks).splitlines() + re.findall(r"`([^`\n]*)`", "".join(prose))
-    found = [line.strip() for line in lines if COMMAND.match(line.strip())]
+    lines = [line.strip().removeprefix("$ ") for line in lines]
+    found = [line for line in lines if COMMAND.match(line)]
     return [shlex.split(line, comments=True) for line in found if "COMMAND" not in line]
 
 
@@ -69,6 +70,8 @@ def understood(arguments):
             return all(word in targets or "=" in word for word in words)
         case ["python", "main.py", *flags]:
             return parsed(main.Config, flags)
+        case ["torchrun", *words]:
+            return understood(["distil-rank", *words[words.index("distil_rank") + 1 :]])
         case ["python", "-m", module, *_]:
             return importlib.util.find_spec(module) is not None
         case ["distil-rank", *words]:

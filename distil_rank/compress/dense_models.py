@@ -60,13 +60,8 @@ def load_dense(name: str, device: torch.device | str = "cpu") -> Dense:
 
 
 def _from_folder(folder: Path) -> nn.Module:
-    try:
-        import transformers
-    except ImportError:
-        raise InputError(
-            "the package transformers required for this model;"
-            " pip install 'distil-rank[transformers]'"
-        ) from None
+    import transformers
+
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:

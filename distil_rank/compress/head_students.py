@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from distil_rank.compress.head_certificate import flops, fvu_interval
 from distil_rank.compress.head_function import split
 from distil_rank.compress.heads import compress_head, parts_of
-from distil_rank.compress.quantise import module_bytes, rounded
+from distil_rank.compress.quantise import QuantLinear, module_bytes, rounded
 from distil_rank.compress.sites import evaluating
 from distil_rank.compress.tasks import choose_metric, load_labels, task_change
 from distil_rank.core.agreement import function_kept, measure_for
 from distil_rank.core.errors import InputError
 from distil_rank.core.heads import UnitNorm
-from distil_rank.core.linear import linear
 from distil_rank.core.lowrank import leading_eigenpairs
 from distil_rank.core.moments import Moments
+from distil_rank.core.narrow import NarrowCertificate
 from distil_rank.core.records import Metric
 
 LAYERS, OUTPUT, MAP = "layer by layer", "layer by layer, output metric", "one map"
@@ -43,6 +43,7 @@ class Student(TypedDict, total=False):
     weights_ratio: float
     bytes_ratio: float
     ranks: list[int | None]
+    bent: int  # of a narrow layer's features
     kept: Metric
     fvu: Metric
     task: Metric
@@ -102,19 +103,21 @@ def _students(
             eight = form == MAP_INT8
             size = {"bytes": int(before / ratio)} if eight else {"speedup": ratio}
             try:
-                small, found = compress_head(head, x, metric=METRICS[form], int8=eight, **size)  # type: ignore[arg-type]
+                small, found = compress_head(head, x, val, metric=METRICS[form], int8=eight, **size)  # type: ignore[arg-type]
             except InputError:  # no such student is that small
                 continue
             ranks = [layer.rank for layer in found.layers]
             if ranks not in known:
                 known.append(ranks)
                 sizes = found.flops_ratio, before / found.bytes_after
-                yield _student(form, *sizes, ranks, ratio), small(val)
+                student = _student(form, *sizes, ranks, ratio)
+                if isinstance(found.function, NarrowCertificate):
+                    student["bent"] = found.function.bent
+                yield student, small(val)
     if INT8 in forms:
         eight_bits = [_rounded(part) if isinstance(part, nn.Linear) else part for part in parts]
-        matrices = [p for p in head.parameters() if p.ndim == 2]
-        small_bytes = sum(p.numel() + 8 * len(p) for p in matrices)  # a scale and a bias a row
-        yield _student(INT8, 1.0, before / small_bytes), nn.Sequential(*eight_bits)(val)
+        small = nn.Sequential(*eight_bits)
+        yield _student(INT8, 1.0, before / module_bytes(small)), small(val)
     if FLOOR in forms:
         first, f, last = split(parts)
         y = f(first(val)).double()
@@ -141,7 +144,6 @@ def _student(
     return found
 
 
-def _rounded(layer: nn.Linear) -> nn.Linear:
+def _rounded(layer: nn.Linear) -> QuantLinear:
     """The layer with weights rounded to eight bits, a scale a row."""
-    integers, scale = rounded(layer.weight.detach())
-    return linear(integers.float() * scale[:, None], layer.bias)
+    return QuantLinear(*rounded(layer.weight.detach()), layer.bias, layer.in_features)

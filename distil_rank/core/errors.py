@@ -7,6 +7,12 @@ from contextlib import contextmanager
 
 # what a disk or a folder refuses: the user's to cure, not a defect of the program
 _REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+# extra of pyproject.toml -> the packages it brings; `generators` has the first one's too
+_EXTRAS = {
+    "transformers": ("transformers", "tokenizers"),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "generators": ("accelerate", "pyopal", "pyhmmer"),
+}
 
 
 class InputError(ValueError):
@@ -15,9 +21,20 @@ class InputError(ValueError):
 
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """InputError becomes one line on standard error and exit status 2, Ctrl-C status 130."""
+    """InputError becomes one line on standard error and exit status 2, Ctrl-C status 130.
+
+    So does a package that is not here because its extra was not installed.
+    """
     try:
         yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        extra = next((extra for extra, packages in _EXTRAS.items() if package in packages), None)
+        if extra is None:
+            raise
+        remedy = f"pip install 'distil-rank[{'generators' if 'generator' in program else extra}]'"
+        _line(program, f"the package {package} required, got none; {remedy}")
+        raise SystemExit(2) from None
     except OSError as error:
         if error.errno not in _REFUSED:
             raise

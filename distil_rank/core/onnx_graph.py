@@ -78,10 +78,8 @@ class Graph:
 
 def read_onnx(path: Path, output: str | None = None) -> tuple[list[nn.Module], bool]:
     """Layers in order, and whether the head reads inputs of unit length; InputError."""
-    try:
-        import onnx
-    except ImportError:
-        raise InputError(f"the package onnx required to read {path}; pip install onnx") from None
+    import onnx
+
     if not path.is_file():
         raise InputError(f"an existing file required, got {path}; check the path")
     try:
