@@ -7,7 +7,7 @@
 Proteins of human, yeast and E. coli are drawn, split (a fifth held out) and searched: each held-out
 protein against all of training, by MMseqs2 at -s 7.5. A near relative is what `proteins.splits`
 calls so; the E value is that of a database of the training proteins. `every_pair` aligns all pairs
-of the small set (pyswrd), in which low complexity is not masked: of the split, and of one at random.
+of the small set (pyswrd), low complexity not masked, for the split and for one at random.
 """
 
 import os
