@@ -1,27 +1,31 @@
 """How many held-out proteins have a near relative in training, by a search of its own.
 
-    python -m benchmarks.split_recall   # writes benchmarks/results/split_recall.json; 20 minutes
+    python -m benchmarks.split_recall          # writes benchmarks/results/split_recall.json
+    python -m benchmarks.split_recall --pairs  # its part `every_pair` again, minutes
+
 
 Proteins of human, yeast and E. coli are drawn, split (a fifth held out) and searched: each held-out
-protein against all of training, by MMseqs2 at -s 7.5 and, of the small set, by aligning every pair
-(pyswrd). A near relative is what `proteins.splits` calls so; the E value is that of a database of
-the training proteins.
+protein against all of training, by MMseqs2 at -s 7.5. A near relative is what `proteins.splits`
+calls so; the E value is that of a database of the training proteins. `every_pair` aligns all pairs
+of the small set (pyswrd), low complexity not masked, for the split and for one at random.
 """
 
 import os
 import random
 import resource
+import sys
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distil_rank.core.records import ROOT, Record, environment, sha256, write_json
+from distil_rank.core.records import ROOT, Record, environment, read_json, sha256, write_json
 from distil_rank.proteins.fasta import clean_sequence, read_fasta
 from distil_rank.proteins.splits import EVALUE, by_mmseqs, by_swrd, near, split
 
 DATA = Path(os.environ.get("DISTIL_RANK_DATA", ROOT.parent / "shared" / "data")) / "proteins"
+RESULT, SCHEMA = ROOT / "benchmarks" / "results" / "split_recall.json", "split-recall/2"
 SOURCE, COUNTS = "human_yeast_ecoli.fasta.gz", (2019, 20000)
 
 
@@ -51,9 +55,6 @@ def measured(sequences: list[str]) -> Record:
         "clusters": drawn.clusters,
         "val_with_a_relative_in_train": found,
         "share": found / len(val),
-        "by_every_pair": with_a_relative(sequences, train, val, True)
-        if len(sequences) == COUNTS[0]
-        else None,
         "seconds": round(took, 1),
         "processor_seconds": round(processor, 1),
         "peak_megabytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10,
@@ -61,20 +62,36 @@ def measured(sequences: list[str]) -> Record:
     }
 
 
-def main() -> None:
+def at_random(count: int) -> tuple[NDArray, NDArray]:
+    """Training and held-out positions of a split without clusters."""
+    order = np.random.default_rng(0).permutation(count)
+    return order[count // 5 :], order[: count // 5]
+
+
+def by_every_pair(sequences: list[str]) -> Record:
+    """Held-out proteins with a near relative in training: of the split, and of one at random."""
+    parts = {"split": tuple(split(sequences, [0.2]).parts), "random": at_random(len(sequences))}
+    found = {name: with_a_relative(sequences, *part, pairs=True) for name, part in parts.items()}
+    shares = {name: found[name] / len(part[1]) for name, part in parts.items()}
+    return {"proteins": len(sequences), "share": shares, "environment": environment()}
+
+
+def main(only_pairs: bool) -> None:
     every = sorted({clean_sequence(protein.sequence) for protein in read_fasta(DATA / SOURCE)})
-    record: Record = {"schema": "split-recall/2", "data": {SOURCE: sha256(DATA / SOURCE)}}
-    record |= {"environment": environment(), "splits": []}
-    for count in COUNTS:
-        sequences = random.Random(0).sample(every, count)
-        record["splits"].append(measured(sequences))
-        write_json(ROOT / "benchmarks" / "results" / "split_recall.json", record)
-    order = np.random.default_rng(0).permutation(COUNTS[0])  # a split without clusters
-    cut = COUNTS[0] // 5
-    found = with_a_relative(random.Random(0).sample(every, COUNTS[0]), order[cut:], order[:cut])
-    record["random"] = {"proteins": COUNTS[0], "n_val": cut, "share": found / cut}
-    write_json(ROOT / "benchmarks" / "results" / "split_recall.json", record)
+    small, large = (random.Random(0).sample(every, count) for count in COUNTS)
+    record: Record = {"schema": SCHEMA, "data": {SOURCE: sha256(DATA / SOURCE)}}
+    if only_pairs:
+        record = read_json(RESULT, SCHEMA)
+    else:
+        record |= {"environment": environment(), "splits": []}
+        for sequences in (small, large):
+            record["splits"].append(measured(sequences))
+            write_json(RESULT, record)
+        train, val = at_random(len(small))
+        share = with_a_relative(small, train, val) / len(val)
+        record["random"] = {"proteins": len(small), "n_val": len(val), "share": share}
+    write_json(RESULT, record | {"every_pair": by_every_pair(small)})
 
 
 if __name__ == "__main__":
-    main()
+    main("--pairs" in sys.argv[1:])
