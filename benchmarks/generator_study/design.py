@@ -30,7 +30,7 @@ PRESETS = {
         sizes={"tiny": (1, 2, 32), "small": (2, 2, 48), "medium": (2, 3, 96)},
         steps=300,  # as many proteins as 150 of 8, and better: AdamW left the sizes alike there
         batch_size=4,
-        rates=(2e-3, 5e-3),
+        rates=(3e-3, 6e-3),
     ),
     "protgpt2": Preset(SIZES, 5000, 64, (3e-4, 1e-3), "adamw", test_proteins=10_000, generate=1000),
 }
