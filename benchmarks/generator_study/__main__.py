@@ -232,7 +232,7 @@ def finals(
     plan: dict[tuple[str, str], list[Run]],
     table: dict[str, Record],
 ) -> Record:
-    """A student of each size, of the cell best on validation, with all metrics."""
+    """A student of each size, of the cell best on validation, trained longer: all metrics."""
     training = bench.prepared.sequences("train", NEAREST_OF)
     texts = bench.tokenizer.batch_decode([bench.test.row(i) for i in range(len(bench.test))])
     natural = [parse(text)[0] for text in texts]
@@ -245,6 +245,8 @@ def finals(
 
     def final(size: str) -> Record:
         run = plan[size, best[size]][0]
+        steps = preset.final_times * run.schedule.steps
+        run = replace(run, schedule=replace(run.schedule, steps=steps))
         asked = [bench.request(run), preset.generate, NEAREST_OF]
         measured = lambda: compare(bench.student(run), bench.teacher, bed, known())  # noqa: E731
         made = results.json("final", asked, measured)

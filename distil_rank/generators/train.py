@@ -239,7 +239,7 @@ def _update(
 
 @torch.no_grad()
 def mean_nll(
-    model: Any, proteins: Encoded, dtype: Dtype = "float32", batch_size: int = 64
+    model: Any, proteins: Encoded, dtype: Dtype = "float32", batch_size: int = 32
 ) -> float:
     """Mean negative log-likelihood per predicted token, in nats."""
     nll, count = 0.0, 0
