@@ -24,7 +24,7 @@ from benchmarks.generator_study.contrasts import claims, over_runs, planned
 from benchmarks.generator_study.design import PILOT, PRESETS, THRESHOLDS, Preset, cells
 from benchmarks.generator_study.figures import draw
 from benchmarks.generator_study.paper import SCHEMA, paper
-from benchmarks.generator_study.runs import Bench, Run, by_stratum, make
+from benchmarks.generator_study.runs import Bench, Run, by_stratum, make, spread
 from distil_rank.core.devices import pick_device
 from distil_rank.core.errors import InputError, at_least, one_line_errors
 from distil_rank.core.records import (
@@ -232,23 +232,27 @@ def finals(
     plan: dict[tuple[str, str], list[Run]],
     table: dict[str, Record],
 ) -> Record:
-    """A student of each size, of the cell best on validation, with all metrics."""
+    """A student of each size, of the cell best on validation, trained longer: all metrics."""
     training = bench.prepared.sequences("train", NEAREST_OF)
     texts = bench.tokenizer.batch_decode([bench.test.row(i) for i in range(len(bench.test))])
     natural = [parse(text)[0] for text in texts]
     given = (bench.tokenizer, bench.test, natural, training, preset.generate)
-    bed, results, found = Bed(*given, family=training), Results(config.work), {}
+    bed, results = Bed(*given, family=training), Results(config.work)
     known = cache(lambda: measure(bench.teacher, bed))  # once, and not where all was made before
-    for size, of in table.items():
-        cell = min(of, key=lambda name: of[name]["validation_nll"])
-        run = plan[size, cell][0]
+    best = {
+        size: min(of, key=lambda name: of[name]["validation_nll"]) for size, of in table.items()
+    }
 
-        def measured(run: Run = run) -> Record:
-            return {**compare(bench.student(run), bench.teacher, bed, known())}
+    def final(size: str) -> Record:
+        run = plan[size, best[size]][0]
+        steps = preset.final_times * run.schedule.steps
+        run = replace(run, schedule=replace(run.schedule, steps=steps))
+        asked = [bench.request(run), preset.generate, NEAREST_OF]
+        measured = lambda: compare(bench.student(run), bench.teacher, bed, known())  # noqa: E731
+        made = results.json("final", asked, measured)
+        return {"cell": best[size], "threshold": THRESHOLDS.get(size), **made}
 
-        record = results.json("final", [bench.request(run), preset.generate, NEAREST_OF], measured)
-        found[size] = {"cell": cell, "threshold": THRESHOLDS.get(size), **record}
-    return found
+    return dict(zip(table, spread(final, [*table][::-1], config.workers)[::-1]))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ class Preset:
     temperatures: tuple[float, ...] = (1, 2, 4, 8)
     alphas: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)  # beside 1, no teacher
     test_proteins: int = 200  # at most, of test, hard test and validation each
+    final_times: int = 1  # a final student has so many times the steps of a run
     generate: int = 100  # proteins that a final student writes
 
 
@@ -30,7 +31,8 @@ PRESETS = {
         sizes={"tiny": (1, 2, 32), "small": (2, 2, 48), "medium": (2, 3, 96)},
         steps=300,  # as many proteins as 150 of 8, and better: AdamW left the sizes alike there
         batch_size=4,
-        rates=(2e-3, 5e-3),
+        rates=(3e-3, 6e-3),
+        final_times=5,
     ),
     "protgpt2": Preset(SIZES, 5000, 64, (3e-4, 1e-3), "adamw", test_proteins=10_000, generate=1000),
 }

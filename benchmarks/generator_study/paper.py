@@ -94,7 +94,7 @@ elsewhere the smallest effect that would have been found with a probability of 8
 
 ![Strata]({figures}/strata.png)
 
-**Table 5. One student of each size, from the cell best on validation**
+**Table 5. One student of each size, from the cell best on validation{_longer(preset)}**
 
 {_finals(study)}
 
@@ -114,6 +114,11 @@ Negative results:
 
 {_weak(teacher, alone)}One teacher, one family of proteins and short training: what a longer one would change is not known. Intervals are over runs
 (weights and batches), not over proteins, which share relatives.{time} Commit {str(environment["commit"])[:12]}, {environment["device"]}, {environment["threads"]} thread(s)."""
+
+
+def _longer(preset: Record) -> str:
+    times = preset.get("final_times", 1)
+    return f", trained {times} times as long" if times > 1 else ""
 
 
 def _all(study: Record, contrast: str) -> str:

@@ -1,7 +1,7 @@
 """The single runs: a student trained and scored, kept as JSON by what it depends on."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -119,23 +119,30 @@ def by_stratum(nll: Any, predictions: Any, masks: dict[str, Mask]) -> dict[str, 
 def make(runs: Sequence[Run], bench: Bench, work: Path, workers: int) -> list[Record]:
     """Outcomes of the runs, in order; those in `work` are read, the others made and kept."""
     results, requests = Results(work), {run: bench.request(run) for run in runs}
+
+    def outcome(run: Run) -> Record:
+        return results.json("run", requests[run], lambda: bench.outcome(run))
+
     missing = [run for run, known in requests.items() if not results.path("run", known).is_file()]
     print(f"{len(missing)} of {len(requests)} runs to make", file=sys.stderr)
-    if workers > 1 and len(missing) > 1:
-        import multiprocessing
-
-        global _shared
-        _shared = bench, results
-        # forked processes share what is loaded; the longest runs first
-        missing.sort(key=lambda run: run.shape, reverse=True)
-        with multiprocessing.get_context("fork").Pool(workers, torch.set_num_threads, (1,)) as pool:
-            pool.map(_make_one, missing, chunksize=1)
-    return [results.json("run", requests[run], lambda run=run: bench.outcome(run)) for run in runs]  # type: ignore[misc]
+    spread(outcome, sorted(missing, key=lambda run: run.shape, reverse=True), workers)
+    return [outcome(run) for run in runs]
 
 
-_shared: tuple[Bench, Results]
+def spread(work: Callable[[Any], Any], items: Sequence[Any], workers: int) -> list[Any]:
+    """work(item) of every item, the first ones first, in processes that share what is loaded."""
+    import multiprocessing
+
+    if workers == 1 or len(items) < 2:
+        return [work(item) for item in items]
+    global _work
+    _work = work
+    with multiprocessing.get_context("fork").Pool(workers, torch.set_num_threads, (1,)) as pool:
+        return pool.map(_call, items, chunksize=1)
 
 
-def _make_one(run: Run) -> None:
-    bench, results = _shared
-    results.json("run", bench.request(run), lambda: bench.outcome(run))
+_work: Callable[[Any], Any]
+
+
+def _call(item: Any) -> Any:
+    return _work(item)

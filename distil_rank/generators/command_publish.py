@@ -113,7 +113,7 @@ def card(repo: str, training: Record, evaluation: Record, license: str) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     student, source = evaluation["student"], evaluation["data"]["source"]
-    origin = training.get("teacher", training.get("started_from", {"name": "random weights"}))
+    origin = training.get("teacher") or training.get("started_from") or {"name": "random weights"}
     metrics = {name: reduce(getitem, path, evaluation) for name, path in SHOWN.items()}
     place = {"task_type": "text-generation", "dataset_type": "proteins", "dataset_name": source}
     results = [

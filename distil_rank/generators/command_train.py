@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -40,7 +40,6 @@ from distil_rank.generators.data import Encoded
 from distil_rank.generators.estimate import expected
 from distil_rank.generators.loss import Objective
 from distil_rank.generators.models import (
-    Dtype,
     check_shape,
     load,
     parameters,
@@ -75,36 +74,20 @@ class ShapeFlags:
         return self.n_layer, self.n_head, self.n_embd
 
 
-@dataclass(frozen=True)
-class TrainingFlags:
+@dataclass(frozen=True, kw_only=True)
+class TrainingFlags(Schedule):
     """What `train`, `pretrain` and `finetune` share."""
-
-    RATE: ClassVar[float] = 1e-3  # learning rate where none is given
 
     data: Path  # folder that `generator prepare` made
     out: Path  # where to write
-    steps: int = 1000  # steps of the optimizer
-    batch_size: int = 32  # proteins per step
-    seed: int = 0  # of everything random
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
-    accumulation: int = 1  # micro-batches per step and process
-    learning_rate: float | None = None  # peak; None: the command's own, named in its help
-    warmup: float = 0.05  # share of the steps with rising learning rate
-    weight_decay: float = 0.01  # of the optimizer
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the matrices, learns from less data
-    dtype: Dtype = "float32"  # arithmetic
-    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
-    compile: bool = False  # the student by torch.compile; needs a compiler
-    evaluate_every: int = 500  # steps between validations
-    save_every: int = 200  # steps between checkpoints
     log_to: Literal["", "wandb", "trackio", "tensorboard"] = ""  # beside log.jsonl
     store_dtype: Literal["float32", "float16"] = "float32"  # of stored embeddings or weights
 
     @property
     def schedule(self) -> Schedule:
-        given = {f.name: getattr(self, f.name) for f in fields(Schedule) if hasattr(self, f.name)}
-        rate = self.RATE if self.learning_rate is None else self.learning_rate
-        return Schedule(**given | {"learning_rate": rate})
+        given = {f.name: getattr(self, f.name) for f in fields(Schedule)}
+        return Schedule(**given | {"learning_rate": self.peak})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,7 @@ class Comparison(TypedDict):
     ratio: Metric
     kl_to_teacher: Metric
     compression: dict[str, float]
-    speed: NotRequired[Record]
+    speed: Record
 
 
 def measure(model: Any, bed: Bed, teacher: Any = None) -> tuple[Measured, metrics.Scores]:
@@ -97,13 +97,12 @@ def compare(
     teacher: Any,
     bed: Bed,
     known: tuple[Measured, metrics.Scores] | None = None,
-    speed: bool = True,
 ) -> Comparison:
     """All metrics of a student beside its teacher; `known` is what `measure` found for it."""
     own_record, own = measure(student, bed, teacher)
     its_record, its = known or measure(teacher, bed)
     large, small = its_record["parameters"], own_record["parameters"]
-    record = Comparison(
+    return Comparison(
         underpowered=len(bed.natural) < ENOUGH,
         proteins=len(bed.natural),
         student=own_record,
@@ -111,10 +110,8 @@ def compare(
         ratio=metrics.perplexity_ratio(own, its),
         kl_to_teacher=metrics.divergence_from_teacher(own),
         compression={name: large[name] / max(1, small[name]) for name in large},
+        speed=writing_speed({"student": student, "teacher": teacher}),
     )
-    if speed:
-        record["speed"] = writing_speed({"student": student, "teacher": teacher})
-    return record
 
 
 def writing_speed(models: dict[str, Any]) -> Record:

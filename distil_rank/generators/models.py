@@ -112,10 +112,8 @@ def make_optimizers(student: Any, kind: str, weight_decay: float) -> list[torch.
 def parameters(model: nn.Module) -> dict[str, int]:
     """Parameters with and without the embeddings of tokens and positions (the head is tied)."""
     total = sum(p.numel() for p in model.parameters())
-    tables = {
-        id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)
-    }
-    return {"total": total, "without_embeddings": total - sum(tables.values())}
+    tables = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
+    return {"total": total, "without_embeddings": total - tables}
 
 
 def save(model: Any, tokenizer: Any, folder: str | Path, dtype: torch.dtype | None = None) -> None:

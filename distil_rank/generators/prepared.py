@@ -214,22 +214,18 @@ class Prepared:
                 f" prepare them with --context {most}"
             )
 
-    def doubts(self, model: str) -> dict[str, str]:
+    def doubts(self, model: str, weights: str | None = None) -> dict[str, str]:
         """Why it is not on record that a model, or one it started from, never saw the test."""
         path = Path(model) / "training.json"
-        if not path.is_file():
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        if not known or weights not in (None, known.get("weights_sha256")):
             return {model: "has no record of its training"}
-        known = json.loads(path.read_text())
         nothing = {"hard_sha256": hashlib.sha256().hexdigest()}  # of records without that part
         own, its = ({**nothing, **data} for data in (self.record, known.get("data", {})))
         same = all(own[key] == its.get(key) for key in ("test_sha256", "hard_sha256"))
+        found = {} if same else {model: "was trained without other test proteins, not these"}
         start = known.get("started_from")
-        earlier = self.doubts(start["name"]) if start else {}
-        return (
-            earlier
-            if same
-            else {model: "was trained without other test proteins, not these"} | earlier
-        )
+        return found | (self.doubts(start["name"], start["weights_sha256"]) if start else {})
 
     def sequences(self, name: str, most: int | None = None, seed: int = 0) -> list[str]:
         """Residues of a part, or of `most` of its proteins drawn at random."""

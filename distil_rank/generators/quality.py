@@ -1,4 +1,4 @@
-"""What a set of written proteins is like: valid, ended, as long as natural ones, new, diverse."""
+"""What a set of written proteins is like: valid, ended, natural in composition, new, diverse."""
 
 from collections.abc import Sequence
 from typing import NotRequired, TypedDict
@@ -12,7 +12,6 @@ from distil_rank.proteins.fasta import AMINO_ACIDS
 
 Array = NDArray[np.float64]
 BOOTSTRAPS = 1000
-QUANTILES = [0.05, 0.25, 0.5, 0.75, 0.95]  # of lengths
 SMALL_KL = 0.05  # nats: amino acids as in nature
 
 
@@ -22,7 +21,6 @@ class Writing(TypedDict):
     n: int
     validity: Metric
     ended: Metric
-    lengths: dict[str, list[float]]
     amino_acid_kl: NotRequired[Record]
     novelty: NotRequired[Record]
     diversity: NotRequired[float]
@@ -39,16 +37,7 @@ def describe(
     """All metrics of a set of written proteins."""
     n = len(generated)
     valid = [s for s in generated if s and not set(s) - set(AMINO_ACIDS)]
-    lengths = {
-        name: np.quantile([len(s) for s in part], QUANTILES).tolist()
-        for name, part in (("generated", generated), ("natural", natural))
-    }
-    found = Writing(
-        n=n,
-        validity=shares(len(valid), n),
-        ended=shares(sum(ended), n),
-        lengths={"quantiles": QUANTILES, **lengths},
-    )
+    found = Writing(n=n, validity=shares(len(valid), n), ended=shares(sum(ended), n))
     if valid:
         found["amino_acid_kl"] = amino_acid_divergence(valid, natural, seed)
         if training:

@@ -57,20 +57,14 @@ class Live:
         """Logits (b, l, V) for tokens padded on the right; those of padding mean nothing."""
         lengths = mask.sum(1)
         widths = ((lengths + WIDTH - 1) // WIDTH * WIDTH).clamp_max(self.model.config.n_positions)
-        found: Tensor | None = None
+        found, length = {}, tokens.shape[1]
         for width in widths.unique().tolist():
             rows = (widths == width).nonzero()[:, 0]
-            padding = max(0, width - tokens.shape[1])
-            padded = F.pad(tokens[rows], (0, padding))[:, :width]
+            padded = F.pad(tokens[rows], (0, max(0, width - length)))[:, :width]
             states, weight = read(self.model, padded, self.dtype)
-            states = states[:, : tokens.shape[1]]
-            if len(rows) == len(tokens):
-                return Hidden(states, weight)
-            if found is None:
-                found = states.new_zeros(*tokens.shape, states.shape[-1])
-            found[rows, : states.shape[1]] = states
-        assert found is not None
-        return Hidden(found, weight)
+            states = F.pad(states[:, :length], (0, 0, 0, max(0, length - width)))
+            found |= dict(zip(rows.tolist(), states))
+        return Hidden(torch.stack([found[row] for row in range(len(tokens))]), weight)
 
 
 class Cache:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, ClassVar, Literal, TextIO
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ from distil_rank.generators.teachers import Teacher, read
 
 SCHEMA = "distil-rank/generator-training/1"  # of training.json
 CHECKPOINT = "checkpoint.pt"
+CLIP = 1.0  # largest norm of the gradient
 FINAL_RATE = 0.1  # the learning rate falls along a cosine to this share of its peak
 Report = Callable[[dict[str, float]], None]
 
@@ -48,20 +49,25 @@ Report = Callable[[dict[str, float]], None]
 class Schedule:
     """How long and how fast; part of what makes two runs comparable."""
 
-    steps: int
-    batch_size: int = 32  # proteins per step, over all micro-batches and processes
+    RATE: ClassVar[float] = 1e-3  # learning rate where none is given
+
+    steps: int = 1000  # steps of the optimizer
+    batch_size: int = 32  # proteins per step
     accumulation: int = 1  # micro-batches per step and process
-    learning_rate: float = 1e-3  # peak
+    learning_rate: float | None = None  # peak; None: the command's own, named in its help
     warmup: float = 0.05  # share of the steps with rising learning rate
-    weight_decay: float = 0.01
-    clip: float = 1.0  # largest norm of the gradient
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: the matrices' gradients made orthogonal
-    dtype: Dtype = "float32"
-    gradient_checkpointing: bool = False  # activations are computed again, not kept
-    compile: bool = False
-    evaluate_every: int = 0  # steps between validations; 0: at the end only
-    save_every: int = 0  # steps between checkpoints; 0: none
-    seed: int = 0
+    weight_decay: float = 0.01  # of the optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the matrices, learns from less data
+    dtype: Dtype = "float32"  # arithmetic
+    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
+    compile: bool = False  # the student by torch.compile; needs a compiler
+    evaluate_every: int = 500  # steps between validations
+    save_every: int = 200  # steps between checkpoints
+    seed: int = 0  # of everything random
+
+    @property
+    def peak(self) -> float:
+        return self.RATE if self.learning_rate is None else self.learning_rate
 
     def check(self) -> None:
         """Raise InputError on values outside their range."""
@@ -75,10 +81,10 @@ class Schedule:
         """Learning rate of step 0, 1, ... steps - 1: linear warm-up, then cosine to a tenth."""
         rising = max(1, round(self.warmup * self.steps))
         if step < rising:
-            return self.learning_rate * (step + 1) / rising
+            return self.peak * (step + 1) / rising
         along = (step - rising) / max(1, self.steps - rising)
         cosine = 0.5 * (1 + math.cos(math.pi * along))
-        return self.learning_rate * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
+        return self.peak * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
 
     def batches(self, lengths: NDArray[np.int64], first: int) -> Iterator[NDArray[np.int64]]:
         """The proteins of step `first` and of all that follow."""
@@ -222,7 +228,7 @@ def _update(
 ) -> dict[str, float]:
     """One step of the optimizers; returns the rate and the gradient's norm before clipping."""
     rate = schedule.rate(step)
-    norm = accelerator.clip_grad_norm_(student.parameters(), schedule.clip)
+    norm = accelerator.clip_grad_norm_(student.parameters(), CLIP)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
@@ -233,7 +239,7 @@ def _update(
 
 @torch.no_grad()
 def mean_nll(
-    model: Any, proteins: Encoded, dtype: Dtype = "float32", batch_size: int = 64
+    model: Any, proteins: Encoded, dtype: Dtype = "float32", batch_size: int = 32
 ) -> float:
     """Mean negative log-likelihood per predicted token, in nats."""
     nll, count = 0.0, 0

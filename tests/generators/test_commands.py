@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 
@@ -130,6 +131,7 @@ BAD = [
     ({"dtype": "float16"}, "--dtype"),
     ({"device": "mps"}, "--device"),
     ({"log_to": "wandb"}, "the package wandb required"),
+    ({"compile": True}, "a compiler required for --compile"),
 ]
 
 
@@ -138,6 +140,7 @@ def test_bad_flags_are_refused_before_anything_is_read_or_written(
     tmp_path, monkeypatch, bad, message
 ):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else name)
+    monkeypatch.setattr("torch.compile", Mock(side_effect=RuntimeError("none found")))
     given = {"teacher": "none", "data": tmp_path / "none", "out": tmp_path / "m"}
     with pytest.raises(InputError, match=message):
         command_train.run(command_train.Config(**given | bad))

@@ -141,7 +141,8 @@ def test_a_model_is_only_measured_on_proteins_that_its_training_left_out(tmp_pat
     prepare(fasta, tmp_path / "less", train_size_prop=0.5)
     assert Prepared(tmp_path / "less").doubts(model) == {}
     (tmp_path / "tuned").mkdir()  # what a model started from may have seen the test proteins too
-    started = {"data": prepared.summary(), "started_from": {"name": "elsewhere"}}
+    start = {"name": "elsewhere", "weights_sha256": ""}
+    started = {"data": prepared.summary(), "started_from": start}
     (tmp_path / "tuned" / "training.json").write_text(json.dumps(started))
     assert list(prepared.doubts(str(tmp_path / "tuned"))) == ["elsewhere"]
 

@@ -44,7 +44,7 @@ def test_a_dry_run_leaves_what_would_be_uploaded(config):
     names = {p.name for p in config.out.iterdir()}
     assert names == {*command_publish.FILES, "README.md", "evaluation.json"}
     text = (config.out / "README.md").read_text()
-    for part in ("model-index", "license: mit", "underpowered"):
+    for part in ("model-index", "license: mit", "underpowered", "some may be of training"):
         assert part in text
     with pytest.raises(InputError, match="empty or new"):
         command_publish.run(config)

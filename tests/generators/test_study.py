@@ -30,6 +30,7 @@ TOY = design.Preset(
     temperatures=(1, 2),
     alphas=(0.5, 0.1),
     test_proteins=10,
+    final_times=2,
     generate=3,
 )
 
@@ -89,7 +90,11 @@ def test_every_table_has_its_controls_and_every_contrast_a_verdict(conducted, pl
     least = min(cells, key=lambda name: cells[name]["validation_nll"])
     assert final["cell"] == least and final["student"]["generation"]["n"] == 3
     text = paper(found)
-    assert text.count("no teacher") >= 4 and text.count("token frequencies") >= 4
+    assert (
+        "trained 2 times as long" in text
+        and text.count("no teacher") >= 4
+        and text.count("token frequencies") >= 4
+    )
 
 
 def test_rates_are_chosen_by_pilots_of_another_seed_that_never_see_the_test(conducted, place):
