@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from benchmarks import repack
 from distil_rank.core.errors import InputError, one_line_errors
-from distil_rank.core.records import ROOT, read_json, require_writable, sha256
+from distil_rank.core.records import ROOT, atomic_files, read_json, require_writable, sha256
 from distil_rank.core.tables import markdown
 
 SETS = ROOT / "benchmarks" / "real_data.toml"
@@ -97,17 +97,16 @@ def place(s: Set, folder: Path) -> str:
     if target.is_file() and content(target) == s.sha256:
         return "kept"
     sources = [download(address, require_writable(folder / DOWNLOADS)) for address in s.addresses]
-    made = folder / DOWNLOADS / target.name
-    getattr(repack, s.made)(sources, made)
-    if (found := content(made)) != s.sha256:
-        for path in (made, *sources):
-            path.unlink()
-        raise InputError(
-            f"content {s.sha256[:12]} required in {s.path}, got {found[:12]} from {s.repository};"
-            " the downloads are removed: run it again"
-        )
-    require_writable(target.parent)
-    made.replace(target)
+    with atomic_files(require_writable(target.parent)) as fresh:
+        made = fresh / target.name
+        getattr(repack, s.made)(sources, made)
+        if (found := content(made)) != s.sha256:
+            for path in sources:
+                path.unlink()
+            raise InputError(
+                f"content {s.sha256[:12]} required in {s.path}, got {found[:12]} from"
+                f" {s.repository}; the downloads are removed: run it again"
+            )
     return "made"
 
 
@@ -115,16 +114,17 @@ def download(address: str, folder: Path) -> Path:
     """The file behind an address, which goes on where it was interrupted."""
     name = hashlib.sha256(address.encode()).hexdigest()[:12]
     path = folder / f"{name}{''.join(Path(address).suffixes[-2:])}"
-    part = path.with_name(f"{path.name}.part")
-    if path.is_file():
+    whole = path.with_name(f"{path.name}.whole")
+    if path.is_file() and whole.is_file():
         return path
-    start = part.stat().st_size if part.is_file() else 0
+    whole.unlink(missing_ok=True)
+    start = path.stat().st_size if path.is_file() else 0
     request = Request(address, headers={"Range": f"bytes={start}-"} if start else {})
     try:
         with urlopen(request, timeout=60) as answer:
             start = start if answer.status == 206 else 0  # else it comes as a whole
             total = start + int(answer.headers.get("Content-Length", 0))
-            with part.open("ab" if start else "wb") as file:
+            with path.open("ab" if start else "wb") as file:
                 bar = tqdm(
                     total=total, initial=start, unit="B", unit_scale=True, leave=False, disable=None
                 )
@@ -133,14 +133,15 @@ def download(address: str, folder: Path) -> Path:
                         bar.update(file.write(block))
     except (OSError, ValueError) as error:
         if getattr(error, "code", None) == 416:  # it was whole, or longer than the file there
-            part.unlink()
+            path.unlink()
         raise InputError(
             f"{address} required, got: {error}; what arrived is kept: run it again"
         ) from None
-    if part.stat().st_size < total:
-        got = f"{part.stat().st_size} of {total} bytes"
+    if path.stat().st_size < total:
+        got = f"{path.stat().st_size} of {total} bytes"
         raise InputError(f"{address} required, got {got}; they are kept: run it again")
-    return part.replace(path)
+    whole.touch()
+    return path
 
 
 def blocks(answer: object) -> Iterator[bytes]:

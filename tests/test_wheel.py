@@ -121,11 +121,12 @@ def make_data(folder: Path) -> None:
     parts = {"train": x[:400], "val": x[400:], "x_val": x[400:], "x": x, "embeddings": x}
     for name, rows in parts.items():
         torch.save(rows, folder / f"{name}.pt")
-    for study in ("peptides", "gb1"):
-        (folder / study).mkdir()
+    peptides, gb1 = (folder / "data" / f"esm2_8m_{name}" for name in ("peptides", "gb1"))
+    for place in (peptides, gb1):
+        place.mkdir(parents=True)
     for name, rows in (("train", x[:400]), ("val", x[400:])):
-        torch.save(rows, folder / "peptides" / f"embeddings_{name}.pt")
-        np.savez(folder / "gb1" / f"{name.replace('val', 'valid')}.npz", X=rows.numpy())
+        torch.save(rows, peptides / f"embeddings_{name}.pt")
+        np.savez(gb1 / f"{name.replace('val', 'valid')}.npz", X=rows.numpy())
     layer = nn.Linear(320, 320).state_dict()
     named = {f"classifier.dense.{name}": tensor for name, tensor in layer.items()}
     save_file(named, folder / "head.safetensors")
