@@ -12,6 +12,7 @@ Bioinformatics 33, 2017). Data: $DISTIL_RANK_DATA or ../shared/data beside the c
 """
 
 import copy
+import itertools
 import os
 import resource
 import sys
@@ -31,9 +32,10 @@ from distil_rank.compress.architectures import PHASES, Architecture
 from distil_rank.compress.calibration import collect, measure
 from distil_rank.compress.dense_models import load_dense
 from distil_rank.compress.evaluate import compare, cost, masked_divergence
-from distil_rank.compress.models import compress_model, quantise_model, replaced
+from distil_rank.compress.models import compress_model, quantise_model
+from distil_rank.compress.neurons import PrunedMLP, find_mlps, selected
 from distil_rank.compress.quantise import GROUP, rounded
-from distil_rank.compress.sites import Batch, Read, Site, find_sites, observe, trace
+from distil_rank.compress.sites import Batch, Read, Site, find_sites, observe, replaced, trace
 from distil_rank.compress.storage import WEIGHTS, save
 from distil_rank.core.intervals import t_interval
 from distil_rank.core.linear import LowRankLinear, linear
@@ -57,9 +59,10 @@ FILES = {
 FEW = 4  # rows a feature, below which a layer is drawn to the weight's own prior
 RATIOS, DRAWS = (0.3, 0.5), 3
 PROTEINS, RESIDUES, TESTS = 40, 110, 24
+FISHER = ("Fisher", "Fisher, sequential", "Fisher, neurons", "Fisher, neurons, sequential")
 MODELS = {
-    "nano-128": ("uniform", "budget", "plain SVD", "Fisher", "Fisher, sequential"),
-    "nano-256": ("budget", "Fisher"),
+    "nano-128": ("uniform", "budget", "plain SVD", *FISHER),
+    "nano-256": ("budget", "Fisher", "Fisher, neurons"),
 }
 SMALLER = {"nano-128": "nano-64", "nano-256": "nano-128"}
 METRICS = ("logits_kl", "hidden_fvu", "perplexity_after")
@@ -249,20 +252,15 @@ def models(names: list[str]) -> Record:
         dense, architecture, _, digest, _ = load_dense(name)
         held_out = architecture.batches(tests)
         shown = architecture.calibration(held_out)
-        sites = trace(dense, shown, find_sites(dense))
         records: list[Record] = []
         for draw, chosen in enumerate(draws):
             batches = architecture.calibration(architecture.batches(chosen))
             for ratio in RATIOS:
                 for method in methods:
-                    small = student(method, dense, architecture, batches, sites, ratio)
-                    parts = {s.name: small.get_submodule(s.name) for s in sites}
-                    low_rank = {k: m for k, m in parts.items() if isinstance(m, LowRankLinear)}
-                    losses = measure(dense, low_rank, shown, sites)
+                    small, fvu = student(method, dense, architecture, batches, shown, ratio)
                     whole = compare(architecture, dense, small, held_out)
-                    record = {"draw": draw, "ratio": ratio, "method": method}
+                    record = {"draw": draw, "ratio": ratio, "method": method, "layer_fvu": fvu}
                     record["parameters"] = sum(p.numel() for p in small.parameters())
-                    record["layer_fvu"] = sum(x.fvu for x in losses.values()) / len(sites)
                     records.append(record | {key: whole[key] for key in METRICS})
                     print(record, whole["logits_kl"], whole["hidden_fvu"], flush=True)
         pairs = [(ratio, m) for ratio in RATIOS for m in methods if m != "budget"]
@@ -290,25 +288,30 @@ def student(
     dense: nn.Module,
     architecture: Architecture,
     batches: list[Batch],
-    sites: list[Site],
+    shown: list[Batch],
     ratio: float,
-) -> nn.Module:
-    options: dict[str, Any] = {"loss": architecture.loss, "sequential": "sequential" in method}
+) -> tuple[nn.Module, float | None]:
+    """The compressed model and the mean FVU of its layers on the batches shown."""
+    options: dict[str, Any] = {"loss": architecture.loss, "neurons": "neurons" in method}
+    options["sequential"] = "sequential" in method
     if not method.startswith("Fisher"):
         options = {"loss": None, "method": "budget" if method == "budget" else "uniform"}
-    small, report = compress_model(dense, batches, ratio, **options)
+    small, report = compress_model(dense, batches, ratio, held_out=shown, **options)
     if method not in BASELINES:
-        return small
-    return baseline_model(method, dense, batches, sites, {x.name: x.rank for x in report.layers})
+        return small, report.mean_fvu
+    sites = trace(dense, batches, find_sites(dense))
+    ranks = {x.name: x.rank for x in report.layers}
+    return baseline_model(method, dense, batches, shown, sites, ranks)
 
 
 def baseline_model(
     method: str,
     model: nn.Module,
     batches: list[Batch],
+    shown: list[Batch],
     sites: list[Site],
     ranks: Mapping[str, int | None],
-) -> nn.Module:
+) -> tuple[nn.Module, float]:
     """The model compressed by a reference method, its bias refitted, at these ranks."""
     rows: dict[str, list[Tensor]] = {s.name: [] for s in sites}
     for batch in batches:
@@ -326,7 +329,8 @@ def baseline_model(
             weight = site.weight.double()
             factors = BASELINES[method](weight, bias.double(), x, rank, refit=True)
             students[site.name] = LowRankLinear(*(f.float() for f in factors)).eval()
-    return replaced(model, students)
+    losses = measure(model, students, shown, sites)
+    return replaced(model, students), sum(x.fvu for x in losses.values()) / len(sites)
 
 
 def against(records: list[Record], ratio: float, method: str) -> Record:
@@ -405,14 +409,16 @@ def forms(
     for bits in (8, 4):
         yield f"dense, int{bits}", quantise_model(dense, batches, bits)[0], None
     yield "dense, int3", *three_bits(dense, batches)
-    for ratio in (0.5, 0.3, 0.1):
-        small, _ = compress_model(dense, batches, ratio, loss=architecture.loss)
-        yield f"low rank {ratio:g}, float16", halved(small), None
+    for ratio, neurons in itertools.product((0.5, 0.3, 0.1), (False, True)):
+        options = {"loss": architecture.loss, "neurons": neurons}
+        small, _ = compress_model(dense, batches, ratio, **options)
+        form = f"{'neurons and ' * neurons}low rank {ratio:g}"
+        yield f"{form}, float16", halved(small), None
         for bits in (8, 4):
-            yield f"low rank {ratio:g}, int{bits}", quantise_model(small, batches, bits)[0], None
+            yield f"{form}, int{bits}", quantise_model(small, batches, bits)[0], None
     yield f"{SMALLER[name]}, float16", load_dense(SMALLER[name]).model, None
     yield "best block dropped, float16", block_dropped(dense, architecture, batches), None
-    yield "half of the neurons, float16", neurons_kept(dense, batches, 0.5), None
+    yield "half of the neurons, float16", neurons_kept(dense, architecture, batches), None
 
 
 def halved(model: nn.Module) -> nn.Module:
@@ -447,23 +453,19 @@ def block_dropped(dense: nn.Module, architecture: Architecture, batches: list[Ba
     return min(found)[2]
 
 
-def neurons_kept(dense: nn.Module, batches: list[Batch], share: float) -> nn.Module:
-    """MLPs of fewer neurons: those of most variance in the output, the others regressed on them."""
-    small = copy.deepcopy(dense)
-    names = [n for n, part in dense.named_modules() if n.endswith(".fc2")]
-    sites = trace(dense, batches, [Site(n, dense.get_submodule(n)) for n in names])
-    for statistics in collect(dense, batches, sites, inputs_only=True):
-        (site,) = statistics.sites
-        C, mean = statistics.moments.covariance, statistics.moments.mean
-        W = site.weight.double()
-        kept = (C.diagonal() * W.square().sum(0)).topk(round(share * len(C))).indices.sort().values
-        ridge = 1e-4 * C.diagonal().mean() * torch.eye(len(kept))
-        onto = torch.linalg.solve(C[kept][:, kept] + ridge, C[kept]).T  # (d_ff, k)
-        bias = site.bias + W @ (mean - onto @ mean[kept])
-        block = small.get_submodule(site.name.removesuffix(".fc2"))
-        block.fc1 = linear(block.fc1.weight[kept].clone(), block.fc1.bias[kept].clone())
-        block.fc2 = linear((W @ onto).float(), bias.float())
-    return small
+def neurons_kept(
+    dense: nn.Module, architecture: Architecture, batches: list[Batch], share: float = 0.5
+) -> nn.Module:
+    """MLPs of fewer neurons, whatever the rest of the model could give."""
+    sites = trace(dense, batches, find_sites(dense))
+    mlps = find_mlps(dense, batches, sites)
+    lasts = [mlp[-1] for mlp in mlps.values()]
+    parts: dict[str, nn.Module] = {}
+    for found in collect(dense, batches, lasts, inputs_only=True, loss=architecture.loss):
+        (site,) = found.sites
+        neurons = selected(site, found.moments, found.metrics[site.name])
+        parts |= PrunedMLP(mlps[site.name], *neurons.kept(round(share * site.d_in))).layers()
+    return replaced(dense, parts)
 
 
 LAYERS: dict[str, Callable[[], Record]] = {"cells": cells, "prior": prior, "large": large}

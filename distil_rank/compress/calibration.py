@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distil_rank.compress.fisher import Loss, metrics
+from distil_rank.compress.neurons import refitted, unpruned
 from distil_rank.compress.sites import Batch, Read, Site, observe, tokens_of
 from distil_rank.core.certificates import student_fvu
 from distil_rank.core.errors import InputError
-from distil_rank.core.linear import LowRankLinear
-from distil_rank.core.lowrank import Optimum, optimum, optimum_from_outputs
+from distil_rank.core.lowrank import Joint, Optimum, optimum, optimum_from_outputs
 from distil_rank.core.metric import damped
 from distil_rank.core.moments import Moments
 from distil_rank.core.prior import merged
@@ -121,7 +121,8 @@ def groups(
     group: list[Statistics] = []
     used = 0
     for members in readers.values():
-        shared = inputs_only or members[0].d_in ** 2 <= sum(s.d_out**2 for s in members)
+        of_inputs = inputs_only or any(s.of_inputs for s in members)
+        shared = of_inputs or members[0].d_in ** 2 <= sum(s.d_out**2 for s in members)
         units = [members] if shared else [[s] for s in members]
         for unit in units:
             dim = unit[0].d_in if shared else unit[0].d_out
@@ -152,20 +153,30 @@ def measure(
     sites: Sequence[Site],
     memory: int = MEMORY,
     loss: Loss | None = None,
+    neurons: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Fidelity]:
-    """What every student loses on the dense model's activations, and no student avoids."""
+    """What every student loses on the dense model's activations, and no student avoids.
+
+    neurons: which a student reads that does not read all.
+    """
     chosen = [s for s in sites if s.name in students]
     found = {}
     for statistics in collect(model, batches, chosen, 1, memory, inputs_only=True, loss=loss):
         moments = statistics.moments
         for site in statistics.sites:
-            student = cast(LowRankLinear, students[site.name])
-            best = statistics.solve(site, moments, student.rank)
-            fvu = lost = student_fvu(site, student, moments)
-            if site.name in statistics.metrics:
-                metric = damped(statistics.metrics[site.name])
-                lost = student_fvu(site, student, moments, best.variance, metric)
-            found[site.name] = Fidelity(fvu, lost, float(best.fvu[student.rank]))
+            student: Any = students[site.name]
+            metric = statistics.metrics.get(site.name)
+            metric = None if metric is None else damped(metric)
+            kept = (neurons or {}).get(site.name)
+            if kept is None:
+                floor = float(statistics.solve(site, moments, student.rank).fvu[student.rank])
+            else:
+                joint = Joint.of_layer(site.weight, site.bias, moments)
+                best = refitted(joint, kept, site.weight[:, kept])
+                floor = student_fvu(site, unpruned(*best, kept, site.d_in), moments, metric)
+                student = unpruned(student.weight, student.bias, kept, site.d_in)
+            fvu, lost = (student_fvu(site, student, moments, m) for m in (None, metric))
+            found[site.name] = Fidelity(fvu, lost, floor)
     return found
 
 

@@ -5,16 +5,17 @@
         --sequential --recover 300 --merge --out small/
 
 Every layer is fitted in the metric of what the model makes of its output: the likelihood's Fisher
-matrix, or the squared error of the hidden states of an encoder without a head. MODEL is a name
-(nano-64, esm2_t6_8M_UR50D), a fair-esm .pt file or a Hugging Face folder. The output folder has the
-weights (model.safetensors, as narrow as the source's), certificate.json, report.json, report.png
-and a README that loads them: `distil_rank.load("small/")` gives a torch module. Layers whose
-factors would not be smaller stay dense.
+matrix, or the squared error of the hidden states of an encoder without a head. An MLP may lose
+neurons instead of rank, where that loses less. MODEL is a name (nano-64, esm2_t6_8M_UR50D), a
+fair-esm .pt file or a Hugging Face folder. The output folder has the weights (model.safetensors, as
+narrow as the source's), certificate.json, report.json, report.png and a README that loads them:
+`distil_rank.load("small/")` gives a torch module. Layers whose factors would not be smaller stay
+dense.
 """
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from distil_rank.compress.dense_models import Dense, load_dense, weights_dtype
 from distil_rank.compress.evaluate import compare, cost, mutation_effects
 from distil_rank.compress.export import save_merged, save_onnx
 from distil_rank.compress.models import compress_model, quantise_model, rounded
+from distil_rank.compress.neurons import find_mlps
 from distil_rank.compress.recover import recover
 from distil_rank.compress.report import SCHEMA, draw, readme, summary
 from distil_rank.compress.sites import Batch, find_sites, trace
@@ -58,6 +60,7 @@ class Config:
     held_out: float = 0.1  # share of the proteins kept aside
     max_length: int = 1022  # longest protein in residues
     sequential: bool = False  # fit each block to what the compressed blocks before it do
+    neurons: bool = True  # drop neurons of an MLP where that loses less than low rank
     include: tuple[str, ...] = ("*",)  # name patterns of the layers to compress
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
     recover: int = 0  # steps of distillation of the factors afterwards
@@ -83,10 +86,6 @@ def run(config: Config) -> None:
     prior = None if config.prior is None else load_prior(config.prior, device)
     out = config.out
     require_writable(out if out.exists() else out.absolute().parent)
-    if config.moments_out is not None:
-        require_writable(config.moments_out.absolute().parent)
-        if config.moments_out.is_dir():
-            raise InputError(f"a file required for --moments-out, {config.moments_out} is a folder")
     checkpoint = recovery_checkpoint(config, dense, fitted) if config.recover else None
     if config.moments_out is not None:
         write_moments(config, model, batches)
@@ -98,6 +97,7 @@ def run(config: Config) -> None:
         loss=architecture.loss,
         sequential=config.sequential,
         prior=prior,
+        neurons=config.neurons,
     )
     record: Record = {"schema": SCHEMA, "compression": report.record()}
     if checkpoint is not None:
@@ -152,6 +152,10 @@ def checked(
         raise InputError("--int8 or --int4 required, got both; leave one out")
     at_least(0, recover=config.recover)
     at_least(1, max_length=config.max_length)
+    if config.moments_out is not None:
+        require_writable(config.moments_out.absolute().parent)
+        if config.moments_out.is_dir():
+            raise InputError(f"a file required for --moments-out, {config.moments_out} is a folder")
     dense = load_dense(config.model, device)
     require_other_folder(config.out, dense.source)
     architecture = dense.architecture
@@ -206,14 +210,16 @@ def write_moments(config: Config, model: nn.Module, batches: list[Batch]) -> Non
     """The dense model's moments on these proteins, for use as a prior elsewhere."""
     assert config.moments_out is not None
     sites = trace(model, batches, find_sites(model, config.include, config.exclude))
-    found = collect(model, batches, sites)
+    mlps = find_mlps(model, batches, sites) if config.neurons else {}
+    found = collect(model, batches, [replace(s, of_inputs=s.name in mlps) for s in sites])
     save_prior(config.moments_out, found, model=Path(config.model).name)
 
 
 def recovery_checkpoint(config: Config, dense: Dense, fitted: list[str]) -> Checkpoint:
     """Where --recover is saved now and then; InputError where another request left its state."""
     path = config.out.absolute().parent / f".{config.out.name}.recovery.pt"
-    found = Checkpoint(path, config_record(config), dense.sha256, fitted)
+    prior = None if config.prior is None else sha256(config.prior)
+    found = Checkpoint(path, config_record(config), dense.sha256, fitted, prior)
     found.load()
     return found
 

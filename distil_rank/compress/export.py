@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from distil_rank.compress.architectures import Architecture, describe
 from distil_rank.compress.dense_models import quiet_transformers
 from distil_rank.compress.hugging_face import as_transformers, tokenizer_files
-from distil_rank.compress.quantise import Int8LowRank, QuantLinear
+from distil_rank.compress.storage import SMALL
 from distil_rank.core.errors import InputError
 from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.records import atomic
@@ -22,28 +22,30 @@ from distil_rank.proteins.esm2 import ESM2
 
 
 def merged(module: nn.Module, dense: nn.Module) -> nn.Module:
-    """A copy of the dense model with W = B A and the students' biases: the compressed function."""
+    """A copy of the dense model with W = B A and the students' biases: the compressed function.
+
+    Neurons that are gone come back as zeros.
+    """
     result = copy.deepcopy(dense)
-    names = result.state_dict()
-    result.load_state_dict(
-        {k: v for k, v in module.state_dict().items() if k in names}, strict=False
-    )
+    known, found = result.state_dict(), module.state_dict()
+    same = {k: v for k, v in found.items() if k in known and known[k].shape == v.shape}
+    result.load_state_dict(same, strict=False)
     factored = {name for name, part in module.named_modules() if isinstance(part, LowRankLinear)}
     for name, part in module.named_modules():
-        if not isinstance(part, LowRankLinear | Int8LowRank | QuantLinear) or name[:-2] in factored:
+        if not isinstance(part, tuple(SMALL.values())) or name[:-2] in factored:
             continue
         layer: Any = result.get_submodule(name)
-        part = part.dequantised() if isinstance(part, Int8LowRank) else part
-        weight, bias = part.weight.double(), part.bias
+        weight, bias = cast(Any, part).weight.double(), cast(Any, part).bias
         if layer.bias is None and bias is not None:
             raise InputError(
                 f"a layer with bias required for a dense export, {name} has none;"
                 " keep the factors instead"
             )
         with torch.no_grad():
-            layer.weight.copy_(weight if isinstance(layer, nn.Linear) else weight.T)
+            whole = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
+            whole.zero_()[: len(weight), : weight.shape[1]] = weight
             if bias is not None:
-                layer.bias.copy_(bias)
+                layer.bias.zero_()[: len(bias)] = bias
     return result
 
 

@@ -77,7 +77,7 @@ def probed(model: nn.Module, batch: Batch, draws: torch.Generator) -> Tensor:
     """v . h for everything that the model returns, v normal: G is that of its squared error."""
     mask = read_mask(model, batch)
     total: Any = 0.0
-    for h in _outputs(call(model, batch)):
+    for h in outputs_of(call(model, batch)):
         v = torch.randn(h.shape, generator=draws).to(h)
         if mask is not None and h.shape[:2] == mask.shape:
             v = v * mask.reshape(*mask.shape, *[1] * (h.ndim - 2)).to(h)
@@ -87,7 +87,7 @@ def probed(model: nn.Module, batch: Batch, draws: torch.Generator) -> Tensor:
     return total
 
 
-def _outputs(found: Any) -> Iterator[Tensor]:
+def outputs_of(found: Any) -> Iterator[Tensor]:
     """Every floating-point tensor in what a model returns."""
     if isinstance(found, Tensor):
         if found.is_floating_point():
@@ -101,4 +101,4 @@ def _outputs(found: Any) -> Iterator[Tensor]:
     elif is_dataclass(found):
         parts = [getattr(found, field.name) for field in fields(found)]
     for part in parts:
-        yield from _outputs(part)
+        yield from outputs_of(part)

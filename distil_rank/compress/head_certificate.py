@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distil_rank.compress.head_layers import Fitted
-from distil_rank.compress.quantise import Int8Certificate, Int8LowRank, certify_int8
+from distil_rank.compress.quantise import Int8Certificate, certify_int8, dequantised
 from distil_rank.core.functions import FunctionCertificate
 from distil_rank.core.intervals import DRAWS, bootstrap_counts, percentile_interval
 from distil_rank.core.linear import LowRankLinear
@@ -136,7 +136,7 @@ def _certify(found: Fitted, held: Joint | None, lost: Metric | None) -> LayerCer
         note += "" if student is layer else "; refitted to its changed inputs"
         return LayerCertificate(str(target.place), *shape, None, note, held_out_fvu_interval=lost)
     joint = target.joint(found.reads)
-    stored = student if found.int8 is None else found.int8.dequantised()
+    stored = student if found.int8 is None else dequantised(found.int8)
     eight = None if found.int8 is None else certify_int8(student, found.int8, held or joint)
     rank = student.rank
     return LayerCertificate(
@@ -172,8 +172,6 @@ def flops(parts: Sequence[nn.Module]) -> int:
     for part in parts:
         if isinstance(part, LowRankLinear):
             weights += [part.A.weight, part.B.weight]
-        elif isinstance(part, Int8LowRank):
-            weights += [part.A, part.B]
         elif isinstance(part, nn.Linear):
             weights.append(part.weight)
     return sum(weight.numel() for weight in weights)

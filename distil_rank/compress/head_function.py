@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distil_rank.compress.head_certificate import LayerCertificate, flops
 from distil_rank.compress.head_layers import Request
-from distil_rank.compress.quantise import certify_int8, imitated, quantise
+from distil_rank.compress.quantise import certify_int8, dequantised, imitated, quantise
 from distil_rank.core.errors import InputError
 from distil_rank.core.functions import FunctionCertificate, distill_function, fvu
 from distil_rank.core.heads import UnitNorm
@@ -105,7 +105,7 @@ def whole_student(
             measured = Joint.of(Moments.of(torch.cat([held_out, f(held_out)], 1)), d_in)
         quantised = quantise(student, imitated(student, joint))
         new, eight = quantised, certify_int8(student, quantised, measured)
-        achieved, held_achieved = joint.fvu(quantised.dequantised()), eight.fvu
+        achieved, held_achieved = joint.fvu(dequantised(quantised)), eight.fvu
     layer = LayerCertificate(
         *("head", d_in, d_out, rank),
         note="the whole head as one map",

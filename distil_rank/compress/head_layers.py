@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from distil_rank.compress.quantise import Int8LowRank, imitated, module_bytes, quantise
+from distil_rank.compress.quantise import imitated, module_bytes, quantise
 from distil_rank.compress.ranks import Layer, allocate, largest_rank
 from distil_rank.core.certificates import require_linear
 from distil_rank.core.errors import InputError
@@ -206,7 +206,7 @@ class Fitted:
     target: Target
     reads: Tensor | None
     student: LowRankLinear | nn.Linear  # dense: refitted where its inputs have changed
-    int8: Int8LowRank | None = None
+    int8: LowRankLinear | None = None
 
 
 def fit(

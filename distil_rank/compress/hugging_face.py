@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from distil_rank.compress.quantise import Int8LowRank, QuantLinear
-from distil_rank.core.linear import LowRankLinear
+from distil_rank.compress.quantise import QuantLinear
+from distil_rank.core.linear import LowRankLinear, PrunedLinear
 from distil_rank.proteins.esm2 import ESM2, MASK, PAD, TOKENS
 from distil_rank.proteins.hugging_face import fair_esm_key
 
@@ -87,7 +87,7 @@ def as_transformers(model: ESM2) -> Any:
         ours = fair_esm_key(f"{name}.weight").removesuffix(".weight")
         with suppress(AttributeError):
             found = model.get_submodule(ours)
-            if isinstance(found, LowRankLinear | Int8LowRank | QuantLinear):
+            if isinstance(found, LowRankLinear | PrunedLinear | QuantLinear):
                 made.set_submodule(name, copy.deepcopy(found))
     state = model.state_dict()
     for name, tensor in made.state_dict().items():

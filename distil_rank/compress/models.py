@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -25,16 +25,18 @@ from distil_rank.compress.calibration import (
     measure,
 )
 from distil_rank.compress.fisher import Loss, probed
-from distil_rank.compress.quantise import QuantLinear
+from distil_rank.compress.neurons import Neurons, PrunedMLP, find_mlps, selected
+from distil_rank.compress.quantise import QuantLinear, on_integers
 from distil_rank.compress.ranks import METHODS, Asked, allocated, given, largest_rank
 from distil_rank.compress.sequential import sequential_students
-from distil_rank.compress.sites import Batch, Site, find_sites, trace
+from distil_rank.compress.sites import Batch, Site, find_sites, replaced, trace
 from distil_rank.compress.storage import savable
 from distil_rank.core.errors import InputError
-from distil_rank.core.linear import LowRankLinear
+from distil_rank.core.linear import LowRankLinear, PrunedLinear
 from distil_rank.core.lowrank import Optimum, require_finite
 from distil_rank.core.prior import FOLDS, Blend, blended_moments
 
+MOST = 1.5  # times its share of the budget, more neurons are not tried in an MLP
 UNREAD = 1e-30  # trace of the metric of a layer that nothing depends on
 
 
@@ -46,14 +48,15 @@ class LayerReport:
     d_in: int
     d_out: int
     rank: int | None  # None: dense
-    note: str  # why it stayed dense, or ""
+    note: str  # why it stayed dense, what is left of it, or ""
     parameters: int  # before, bias excluded
     parameters_after: int
     loss: float | None = None  # in the layer's metric, over that of a constant; the floor there
     held_out_loss: float | None = None  # as stored, on the dense model's held-out activations
-    held_out_floor: float | None = None  # no student of this rank is below it there
+    held_out_floor: float | None = None  # no student of this rank, or these neurons, is below it
     held_out_fvu: float | None = None  # the same error without the metric
     prior_weight: float | None = None
+    neurons: tuple[int, int] | None = None  # of an MLP, on its last layer: kept, of how many
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,11 @@ def compress_model(
     loss: Loss | None = probed,
     sequential: bool = False,
     prior: Prior | None = None,
+    neurons: bool = True,
     never_slower: bool = True,
     memory: int = MEMORY,
 ) -> tuple[nn.Module, ModelReport]:
-    """Copy of `model` with low-rank linear layers, and what was lost. The model is not changed.
+    """Copy of `model` with smaller linear layers, and what was lost. The model is not changed.
 
     The layers are those whose names match `include` and not `exclude`.
     ratio: their parameters after / before; or `ranks`, one for all or by name.
@@ -103,6 +107,7 @@ def compress_model(
     (see `fisher`); None: the sum of the layers' own FVUs.
     sequential: fit each block to what the compressed blocks before it do.
     prior: moments of other proteins by layer name, blended in where they help.
+    neurons: drop neurons of an MLP where that loses less than low rank (a ratio and a loss given).
     never_slower: layers whose factors would not be smaller stay dense.
 
     >>> import torch
@@ -116,28 +121,38 @@ def compress_model(
     _check(batches, ratio, ranks, method)
     sites = find_sites(model, include, exclude)
     run = trace(model, batches, sites)
+    mlps = find_mlps(model, batches, run) if neurons and loss and ratio is not None else {}
+    if prior:
+        mlps = {name: mlp for name, mlp in mlps.items() if prior.get(name, [""])[0] == "input"}
+    run = [replace(s, of_inputs=s.name in mlps) for s in run]
     groups = collect(model, batches, run, FOLDS if prior else 1, memory, loss=loss)
     metrics: dict[str, Tensor] | None = {} if sequential else None
-    solved, blends = _solved(len(run), groups, prior, ratio, ranks, never_slower, metrics)
+    solved, picked, blends = _solved(len(run), groups, prior, ratio, ranks, never_slower, metrics)
+    cut: dict[str, PrunedMLP] = {}
     if ranks is not None:
         allocation, chosen = None, given(run, ranks, never_slower)
         chosen = {name: rank if name in solved else None for name, rank in chosen.items()}
     else:
         assert ratio is not None
-        found = allocated(run, solved, ratio, method, None if loss is None else 1.0)
+        losses = {n: ([s.name for s in mlps[n]], x.losses.numpy()) for n, x in picked.items()}
+        found = allocated(run, solved, losses, ratio, method, None if loss is None else 1.0)
         allocation, chosen = found.record(), found.ranks
+        cut = {n: PrunedMLP(mlps[n], *picked[n].kept(k)) for n, k in found.neurons.items()}
     if sequential:
-        small = sequential_students(model, batches, run, chosen, solved, metrics or {})
+        small = sequential_students(model, batches, run, chosen, cut, solved, metrics or {})
     else:
         students = {s: solved[s.name].student(r) for s in run if (r := chosen[s.name])}
-        small = replaced(
-            model, {s.name: x.to(s.weight).train(s.module.training) for s, x in students.items()}
-        )
+        pruned = {name: x for mlp in cut.values() for name, x in mlp.layers().items()}
+        low_rank = {s.name: x.to(s.weight).train(s.module.training) for s, x in students.items()}
+        small = replaced(model, {**low_rank, **pruned})
+    lost = {name: float(solved[name].fvu[rank]) for name, rank in chosen.items() if rank}
+    lost |= {n: float(picked[n].losses[len(x.kept)] / picked[n].losses[0]) for n, x in cut.items()}
     held: Mapping[str, Fidelity] = {}
     if held_out is not None:
-        low_rank = {s.name: small.get_submodule(s.name) for s in run if chosen[s.name]}
-        held = measure(model, low_rank, list(held_out), run, memory, loss)
-    layers = [_layer_report(s, chosen, solved, held, blends) for s in sites]
+        parts = {name: small.get_submodule(name) for name in lost}
+        kept = {name: x.kept for name, x in cut.items()}
+        held = measure(model, parts, list(held_out), run, memory, loss, kept)
+    layers = [_layer_report(s, chosen, solved, lost, held, blends, cut) for s in sites]
     how = method if ranks is None else "given"
     small = savable(small)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
@@ -167,11 +182,12 @@ def _solved(
     ranks: Asked | None,
     never_slower: bool,
     metrics: dict[str, Tensor] | None,
-) -> tuple[dict[str, Optimum], dict[str, Blend]]:
+) -> tuple[dict[str, Optimum], dict[str, Neurons], dict[str, Blend]]:
     """Students of every rank of every layer that can shrink, and what was blended in."""
     from tqdm import tqdm
 
     solved: dict[str, Optimum] = {}
+    picked: dict[str, Neurons] = {}
     blends: dict[str, Blend] = {}
     with tqdm(total=count, unit="layer", desc="layers", disable=None) as bar:
         for statistics in groups:
@@ -197,7 +213,10 @@ def _solved(
                 metric = statistics.metrics.get(site.name)
                 if metric is None or float(metric.trace()) > UNREAD:
                     solved[site.name] = statistics.solve(site, moments, limit)
-    return solved, blends
+                    if site.of_inputs and metric is not None:
+                        most = int(MOST * (ratio or 1) * site.d_in)
+                        picked[site.name] = selected(site, moments, metric, most)
+    return solved, picked, blends
 
 
 def _rank_near(site: Site, ratio: float | None, ranks: Asked | None) -> int:
@@ -208,18 +227,11 @@ def _rank_near(site: Site, ratio: float | None, ranks: Asked | None) -> int:
     return max(1, min(rank or 1, site.d_in, site.d_out))
 
 
-def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
-    """Deep copy of the model with other modules at these names; what they replace is not copied."""
-    return copy.deepcopy(
-        model, {id(model.get_submodule(name)): part for name, part in modules.items()}
-    )
-
-
 def rounded(small: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Copy of a model with factors that `dtype` holds exactly: as narrow on disk as its source."""
     result = copy.deepcopy(small)
     for part in result.modules():
-        if isinstance(part, LowRankLinear):
+        if isinstance(part, LowRankLinear | PrunedLinear):
             with torch.no_grad():
                 for p in part.parameters():
                     p.copy_(p.to(dtype))
@@ -231,24 +243,34 @@ def _layer_report(
     site: Site,
     chosen: Mapping[str, int | None],
     solved: Mapping[str, Optimum],
+    losses: Mapping[str, float],
     held: Mapping[str, Fidelity],
     blends: Mapping[str, Blend],
+    cut: Mapping[str, PrunedMLP],
 ) -> LayerReport:
     name, rank, dense = site.name, chosen.get(site.name), site.parameters
-    if rank is None:
+    mlp = next((x for x in cut.values() if site.name in [s.name for s in x.sites]), None)
+    after, note, neurons = dense, "", None
+    if mlp is not None:
+        neurons = len(mlp.kept), mlp.sites[-1].d_in
+        note = f"{neurons[0]} of {neurons[1]} neurons kept"
+        after = dense * neurons[0] // neurons[1]
+    elif rank is not None:
+        after = rank * (site.d_in + site.d_out)
+    elif name not in chosen:
         note = "not called in the forward pass"
-        if name in chosen:
-            note = "factors would not be smaller"
-            if name not in solved and site.parameters > site.d_in + site.d_out:
-                note = "the loss does not depend on it"
-        return LayerReport(name, site.d_in, site.d_out, None, note, dense, dense)
+    else:
+        note = "factors would not be smaller"
+        if name not in solved and site.parameters > site.d_in + site.d_out:
+            note = "the loss does not depend on it"
     return LayerReport(
-        *(name, site.d_in, site.d_out, rank, "", dense, rank * (site.d_in + site.d_out)),
-        loss=float(solved[name].fvu[rank]),
+        *(name, site.d_in, site.d_out, rank, note, dense, after),
+        loss=losses.get(name),
         held_out_loss=held[name].loss if name in held else None,
         held_out_floor=held[name].floor if name in held else None,
         held_out_fvu=held[name].fvu if name in held else None,
-        prior_weight=blends[name].weight if name in blends else None,
+        prior_weight=blends[name].weight if name in blends and after < dense else None,
+        neurons=neurons,
     )
 
 
@@ -274,4 +296,4 @@ def quantise_model(
             lost, whole = ((x * (x @ second)).sum() for x in (new.weight.to(second) - W, W))
             errors[site.name] = float(lost / whole.clamp_min(1e-300))
             made[site.name] = new.train(site.module.training)
-    return replaced(model, made), errors
+    return on_integers(replaced(model, made)), errors

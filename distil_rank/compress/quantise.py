@@ -1,21 +1,23 @@
-"""Low-rank factors in eight bits: one symmetric scale a row, rounding errors passed on, B refitted.
+"""Linear layers in eight or four bits: symmetric scales, rounding errors passed on.
 
 Columns are rounded one after the other and each error is made good by the columns not yet rounded,
-as far as the inputs' second moments allow (Frantar et al., GPTQ, ICLR 2023). A random rotation of
-the r inner features, free because both factors absorb it, first spreads the eigenvalues over them:
-without it the inner features are uncorrelated and no error could be passed on (Chee et al., QuIP,
-NeurIPS 2023). Nearly all of the error is B's: where the spectrum is steep, moving a little of the
-features' scale into B before the rotation more than halves it. The bias is refitted last and stays
-in floating point.
+as far as the inputs' second moments allow (Frantar et al., GPTQ, ICLR 2023). The two factors of one
+low-rank layer are made together (`quantise`). A random rotation of the r inner features, free
+because both absorb it, first spreads the eigenvalues over them: without it the inner features are
+uncorrelated and no error could be passed on (Chee et al., QuIP, NeurIPS 2023). Nearly all of the
+error is B's, which is refitted: where the spectrum is steep, moving a little of the features' scale
+into B before the rotation more than halves it. The bias is refitted last and stays in floating
+point.
 
-Factors of heads are eight bits in memory and on disk; products run in the input's dtype
-(weight-only quantization), on any device.
+Weights are small in memory and on disk; products run in the input's dtype, or on integer kernels
+(`on_integers`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,51 +29,8 @@ from distil_rank.core.randomness import generator
 GROUP = 64  # columns with one scale, in four bits
 BALANCE = 0.1  # power of an inner feature's variance moved from A to B (measured: 0 to 0.25)
 TINY = torch.finfo(torch.float32).tiny
+SMALLEST = 1e-30  # step in four bits: that of a group of zeros
 DAMPING = 1e-6  # of the mean second moment, added to all: keeps the Cholesky factor finite
-
-
-class Int8LowRank(nn.Module):
-    """y = B (A x) + bias with int8 A (r, d_in), B (d_out, r), one scale a row; inference only."""
-
-    A: Tensor
-    B: Tensor
-    A_scale: Tensor
-    B_scale: Tensor
-
-    def __init__(self, A: Tensor, A_scale: Tensor, B: Tensor, B_scale: Tensor, bias: Tensor | None):
-        super().__init__()
-        for name, tensor in (("A", A), ("A_scale", A_scale), ("B", B), ("B_scale", B_scale)):
-            self.register_buffer(name, tensor)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-
-    @classmethod
-    def empty(cls, d_in: int, d_out: int, rank: int, bias: bool) -> Int8LowRank:
-        """Zeros, to load a state dict into."""
-        A, B = (torch.zeros(*shape, dtype=torch.int8) for shape in ((rank, d_in), (d_out, rank)))
-        scales = torch.zeros(rank), torch.zeros(d_out)
-        return cls(A, scales[0], B, scales[1], torch.zeros(d_out) if bias else None)
-
-    @property
-    def rank(self) -> int:
-        return self.A.shape[0]
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = nn.functional.linear(x, self.A.to(x.dtype)) * self.A_scale.to(x.dtype)
-        y = nn.functional.linear(z, self.B.to(x.dtype)) * self.B_scale.to(x.dtype)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
-
-    def factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A, B and bias as numbers (float64)."""
-        A, B = _numbers(self.A, self.A_scale), _numbers(self.B, self.B_scale)
-        return A, B, None if self.bias is None else self.bias.double()
-
-    def dequantised(self) -> LowRankLinear:
-        """The same function as plain factors (float64)."""
-        return LowRankLinear(*self.factors())
-
-
-def _numbers(integers: Tensor, scale: Tensor) -> Tensor:
-    return integers.double() * scale.double()[:, None]
 
 
 def rounded(
@@ -116,7 +75,7 @@ def _scale(x: Tensor, weight: Tensor, levels: int, search: bool) -> Tensor:
     largest = x.abs().amax(1) / levels
     if not search:
         return largest
-    steps = largest.clamp_min(1e-30) * torch.linspace(0.5, 1, 26).to(x)[:, None]
+    steps = largest.clamp_min(SMALLEST) * torch.linspace(0.5, 1, 26).to(x)[:, None]
     found = _nearest(x / steps[..., None], levels) * steps[..., None]
     errors = ((found - x).square() * weight).sum(-1)
     return steps.gather(0, errors.argmin(0)[None])[0]
@@ -129,14 +88,15 @@ def _nearest(x: Tensor, levels: int) -> Tensor:
 class QuantLinear(nn.Module):
     """y = W x + bias with W (d_out, d_in) in 8 bits, or in 4 (two to a byte); inference only.
 
-    A scale a row, or a row and GROUP columns. Weights are small in memory and on disk. On a CPU
-    eight bits multiply eight bits, each row of a float32 input rounded to its own scale, where no
-    gradient is asked for; `integer = False`, four bits and other devices: the input's dtype.
+    A scale a row, or a row and GROUP columns (float16 where that holds them all). Weights are small
+    in memory and on disk; products run in the input's dtype. With `integer`, which whole models
+    have (`on_integers`), eight bits multiply eight bits on a CPU: each row of a float32 input is
+    rounded to its own scale, where no gradient is asked for.
     """
 
     packed: Tensor
     scale: Tensor
-    integer = True
+    integer = False
 
     def __init__(self, packed: Tensor, scale: Tensor, bias: Tensor | None, d_in: int) -> None:
         super().__init__()
@@ -152,7 +112,10 @@ class QuantLinear(nn.Module):
         if bits == 4:
             integers = nn.functional.pad(integers + 8, (0, W.shape[1] % 2)).to(torch.uint8)
             integers = integers[:, ::2] + 16 * integers[:, 1::2]
-        return cls(integers, scale if bits == 8 else scale.half(), bias, W.shape[1])
+            half = scale.half()
+            held = (half.float() - scale).abs() <= scale / 1024
+            scale = half if bool((held | (scale <= SMALLEST)).all()) else scale
+        return cls(integers, scale, bias, W.shape[1])
 
     @classmethod
     def empty(cls, d_in: int, d_out: int, bits: int, bias: bool) -> QuantLinear:
@@ -172,7 +135,7 @@ class QuantLinear(nn.Module):
         """W (d_out, d_in) as numbers, float32."""
         return self.numbers(torch.float32)
 
-    def numbers(self, dtype: torch.dtype) -> Tensor:
+    def numbers(self, dtype: torch.dtype = torch.float64) -> Tensor:
         integers, scale = self.packed.to(dtype), self.scale.to(dtype)
         if self.bits == 8:
             return integers * scale[:, None]
@@ -197,6 +160,14 @@ class QuantLinear(nn.Module):
         return found.reshape(*input.shape[:-1], self.out_features)
 
 
+def on_integers(model: nn.Module, on: bool = True) -> nn.Module:
+    """The model, whose eight-bit layers now multiply on the CPU's integer kernels, or not."""
+    for part in model.modules():
+        if isinstance(part, QuantLinear):
+            part.integer = on
+    return model
+
+
 @cache
 def integers_are_exact() -> bool:
     """Whether this processor's eight-bit products are: without VNNI instructions some saturate."""
@@ -215,7 +186,7 @@ def imitated(student: LowRankLinear, joint: Joint) -> Joint:
     return Joint(joint.rows, joint.input_mean, mean, joint.inputs, cross, outputs)
 
 
-def quantise(student: LowRankLinear, joint: Joint) -> Int8LowRank:
+def quantise(student: LowRankLinear, joint: Joint) -> LowRankLinear:
     """Eight-bit version of a student that matches the outputs of `joint` best (see `imitated`)."""
     S = joint.inputs
     A, B = (p.weight.detach().to(S) for p in (student.A, student.B))
@@ -224,17 +195,33 @@ def quantise(student: LowRankLinear, joint: Joint) -> Int8LowRank:
     source = generator(0, "int8 rotation")
     turn = torch.randn(len(A), len(A), generator=source, dtype=torch.float64)
     turn = torch.linalg.qr(turn).Q.to(S)
-    A_int, A_scale = rounded(turn.T @ (A / spread[:, None]), S)
-    A_q = _numbers(A_int, A_scale)
+    rows = QuantLinear.of(turn.T @ (A / spread[:, None]), None, S, 8)
+    A_q = rows.numbers().to(S)
     Z = A_q @ S @ A_q.T
     Z = Z + 1e-9 * Z.trace().clamp_min(1e-300) / len(Z) * torch.eye(len(Z)).to(S)
     # the best B for the rounded A, drawn to this one in directions without variance
     target = (B * spread) @ turn
     fitted = target + torch.linalg.solve(Z, ((joint.cross - target @ (A_q @ S)) @ A_q.T).T).T
-    B_int, B_scale = rounded(fitted, Z)
-    bias = joint.output_mean - _numbers(B_int, B_scale) @ (A_q @ joint.input_mean)
+    found = QuantLinear.of(fitted, None, Z, 8)
+    bias = joint.output_mean - found.numbers().to(S) @ (A_q @ joint.input_mean)
     dtype = student.A.weight.dtype if student.A.weight.dtype != torch.float64 else torch.float32
-    return Int8LowRank(A_int, A_scale, B_int, B_scale, bias.to(dtype))
+    found.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    return in_place(rows, found)
+
+
+def in_place(A: QuantLinear, B: QuantLinear) -> LowRankLinear:
+    """The low-rank layer with these factors."""
+    student = LowRankLinear(A.weight, B.weight)
+    student.set_submodule("A", A)
+    student.set_submodule("B", B)
+    return student
+
+
+def dequantised(student: LowRankLinear) -> LowRankLinear:
+    """The same function as plain factors (float64)."""
+    parts: Any = (student.A, student.B)
+    A, B = (part.numbers() for part in parts)
+    return LowRankLinear(A, B, None if student.bias is None else student.bias.double())
 
 
 @dataclass(frozen=True)
@@ -249,18 +236,19 @@ class Int8Certificate:
     float32_bytes: int
 
 
-def certify_int8(student: LowRankLinear, quantised: Int8LowRank, joint: Joint) -> Int8Certificate:
+def certify_int8(student: LowRankLinear, quantised: LowRankLinear, joint: Joint) -> Int8Certificate:
     """On the rows behind `joint`, from the factors as they are stored."""
-    A, B, bias = quantised.factors()
-    difference = B @ A - student.B.weight.detach().to(A) @ student.A.weight.detach().to(A)
+    plain = dequantised(quantised)
+    A, B = plain.A.weight, plain.B.weight
+    difference = (B @ A - student.B.weight.to(A) @ student.A.weight.to(A)).detach()
     shift = difference @ joint.input_mean
-    if bias is not None and student.B.bias is not None:
-        shift = shift + bias - student.B.bias.detach().to(bias)
+    if plain.bias is not None and student.bias is not None:
+        shift = shift + (plain.bias - student.bias.to(A)).detach()
     error = float(((difference @ joint.inputs) * difference).sum() + shift @ shift)
     variance = float(joint.outputs.trace())  # of the teacher's output
     return Int8Certificate(
         student.rank,
-        joint.fvu(quantised.dequantised()),
+        joint.fvu(plain),
         joint.fvu(student),
         error / variance if variance > 0 else 0.0,
         module_bytes(quantised),

@@ -1,4 +1,4 @@
-"""A short distillation of the factors against the dense model, after the closed form.
+"""A short distillation of the smaller layers against the dense model, after the closed form.
 
 Seeded and resumable: an interrupted recovery goes on where it stopped and ends in the same weights.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from distil_rank.compress.architectures import PHASES, Architecture
 from distil_rank.compress.sites import Batch, evaluating
 from distil_rank.core.errors import InputError
-from distil_rank.core.linear import LowRankLinear
+from distil_rank.core.linear import LowRankLinear, PrunedLinear
 from distil_rank.core.randomness import generator
 from distil_rank.core.resume import Checkpoint
 
@@ -33,7 +33,7 @@ def recover(
     seed: int = 0,
     checkpoint: Checkpoint | None = None,
 ) -> tuple[nn.Module, list[float]]:
-    """A copy of `small` with trained factors, and the loss of every step.
+    """A copy of `small` with trained smaller layers, and the loss of every step.
 
     AdamW, short warm-up, linear decay, on KL(dense || small) per prediction + MSE of the last
     hidden state / its variance, over residues; of masked models a seventh of the residues is
@@ -41,11 +41,11 @@ def recover(
     nothing changes.
     """
     student = copy.deepcopy(small).requires_grad_(False)
-    layers = [m for m in student.modules() if isinstance(m, LowRankLinear)]
+    layers = [m for m in student.modules() if isinstance(m, LowRankLinear | PrunedLinear)]
     parameters = [p.requires_grad_(True) for m in layers for p in m.parameters()]
     if not parameters:
         raise InputError(
-            "a model with low-rank layers required for recovery, all of them stayed dense"
+            "a model with compressed layers required for recovery, all of them stayed dense"
         )
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
     from tqdm import trange

@@ -17,9 +17,11 @@ SMALLEST = 1e-9  # what a log axis shows of a loss of zero
 def summary(record: Record, out: Path) -> str:
     """What the terminal shows."""
     found, evaluation, money = record["compression"], record["evaluation"], record["cost"]
-    dense = [x for x in found["layers"] if x["rank"] is None]
+    dense = [x for x in found["layers"] if not smaller(x)]
+    pruned = sum(bool(x.get("neurons")) for x in found["layers"])
     lines = [
-        f"{len(found['layers']) - len(dense)} layers low-rank, {len(dense)} dense",
+        f"{len(found['layers']) - len(dense) - pruned} layers low-rank, {pruned} of fewer neurons,"
+        f" {len(dense)} dense",
         *(f"  dense: {x['name']} ({x['note']})" for x in dense),
         f"parameters {found['parameters']} -> {found['parameters_after']},"
         f" bytes {money['bytes_before']} -> {money['bytes_after']},"
@@ -119,10 +121,14 @@ def kind_of(name: str) -> str:
     return re.sub(r"^.*?\d+\.", "", name)
 
 
+def smaller(layer: Record) -> bool:
+    return layer["parameters_after"] < layer["parameters"]
+
+
 def kinds(record: Record) -> dict[str, str]:
     """Color of each role that was compressed."""
     layers = record["compression"]["layers"]
-    found = dict.fromkeys(kind_of(x["name"]) for x in layers if x["rank"] is not None)
+    found = dict.fromkeys(kind_of(x["name"]) for x in layers if smaller(x))
     return {kind: PALETTE[i % len(PALETTE)] for i, kind in enumerate(found)}
 
 
@@ -151,15 +157,17 @@ def ranks(axes: Any, record: Record, colors: dict[str, str]) -> None:
     """Share of the parameters that each layer keeps."""
     layers = record["compression"]["layers"]
     for i, layer in enumerate(layers):
-        share, dense = layer["parameters_after"] / layer["parameters"], layer["rank"] is None
-        axes.bar(i, share, color=QUIET if dense else colors[kind_of(layer["name"])], width=0.8)
+        share = layer["parameters_after"] / layer["parameters"]
+        color = colors[kind_of(layer["name"])] if smaller(layer) else QUIET
+        axes.bar(i, share, color=color, width=0.8)
         if len(layers) <= 48:
-            text, turn = "dense" if dense else str(layer["rank"]), 90 * (len(layers) > 24)
+            kept = f"{layer['neurons'][0]}n" if layer.get("neurons") else layer["rank"]
+            text, turn = str(kept or "dense"), 90 * (len(layers) > 24)
             place: Any = {"ha": "center", "va": "bottom"}
             axes.text(i, share + 0.015, text, size=8, rotation=turn, bbox=LABEL, **place)
     if record["compression"]["ratio"]:
         axes.axhline(record["compression"]["ratio"], color=INK, lw=1, ls="--")
-    axes.set_title("Parameters kept by each layer, rank above   (-- the budget, gray: dense)")
+    axes.set_title("Parameters kept by each layer, rank or neurons (n) above   (-- the budget)")
     axes.set_ylabel("share of the layer's parameters")
     axes.set_xlabel("layer, in the model's order")
     axes.set_ylim(0, 1.16)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from distil_rank.compress.calibration import update
+from distil_rank.compress.neurons import PrunedMLP
 from distil_rank.compress.sites import Batch, Read, Site, observe
 from distil_rank.core.lowrank import Joint, Optimum
 from distil_rank.core.moments import Moments
@@ -45,6 +46,7 @@ def sequential_students(
     batches: Sequence[Batch],
     sites: Sequence[Site],
     ranks: Mapping[str, int | None],
+    cut: Mapping[str, PrunedMLP],
     solved: Mapping[str, Optimum],
     metrics: Mapping[str, Tensor],
 ) -> nn.Module:
@@ -52,21 +54,28 @@ def sequential_students(
 
     The first block, whose inputs nothing has changed, keeps the plain optimum.
     """
-    chosen = [s for s in sites if ranks[s.name]]
+    pruned = {s.name for mlp in cut.values() for s in mlp.sites}
+    chosen = [s for s in sites if ranks[s.name] or s.name in pruned]
     # dense layers are shared until they are replaced
     small = copy.deepcopy(model, {id(s.module): s.module for s in chosen})
     for index, block in enumerate(blocks(chosen)):
         joints = _joints(model, small, batches, block) if index else {}
+        students: dict[str, nn.Module] = {}
         for site in block:
+            if site.name in cut:
+                students |= cut[site.name].layers(joints)
             rank = ranks[site.name]
-            assert rank is not None
+            if rank is None:
+                continue
             best = solved[site.name]
             if index:
                 best = joints[site.name].optimum(
                     site.weight, metric=metrics.get(site.name), rank=rank
                 )
             student = best.student(rank).to(site.weight)
-            small.set_submodule(site.name, student.train(site.module.training))
+            students[site.name] = student.train(site.module.training)
+        for name, part in students.items():
+            small.set_submodule(name, part)
     return small
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ class Site:
     module: nn.Module
     input: tuple[int, int] = (0, 0)  # equal for sites that read one tensor in one state
     layout: str = "all"  # of rows: "bt", "tb", "flat" or "all" (not by position: each one counts)
+    of_inputs: bool = False  # whether the moments of its inputs are needed, not of either side
 
     @property
     def weight(self) -> Tensor:
@@ -138,7 +140,7 @@ def trace(model: nn.Module, batches: Sequence[Batch], sites: Sequence[Site]) -> 
     for batch in batches[:TRACED]:
         tokens = tokens_of(batch)
         if tokens is not None and tokens.shape[0] == tokens.shape[1] > 1:
-            batch = _without_last_row(batch, len(tokens))  # else (B, T) and (T, B) look alike
+            batch = first_rows(batch, len(tokens) - 1)  # else (B, T) and (T, B) look alike
             tokens = tokens_of(batch)
         shape = None if tokens is None else tuple(tokens.shape)
 
@@ -160,10 +162,14 @@ def trace(model: nn.Module, batches: Sequence[Batch], sites: Sequence[Site]) -> 
     return list(found.values())
 
 
-def _without_last_row(batch: Batch, rows: int) -> Batch:
+def first_rows(batch: Batch, count: int) -> Batch:
+    """The first proteins of a batch of tokens; of another one all rows."""
+    tokens = tokens_of(batch)
+    rows = -1 if tokens is None else len(tokens)
+
     def shorter(value: Any) -> Any:
         whole = isinstance(value, Tensor) and value.ndim and len(value) == rows
-        return value[:-1] if whole else value
+        return value[:count] if whole else value
 
     if isinstance(batch, Tensor):
         return shorter(batch)
@@ -236,3 +242,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
+    """Deep copy of the model with other modules at these names; what they replace is not copied."""
+    return copy.deepcopy(
+        model, {id(model.get_submodule(name)): part for name, part in modules.items()}
+    )

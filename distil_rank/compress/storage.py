@@ -8,11 +8,12 @@ into a dense instance of it: `load("small/", model=MyModel())`. Files of a folde
 | file | what |
 |---|---|
 | `compressed.json` | schema; kind ("esm2", "transformers", "head", "module"), class, config; |
-| | factors: name of a layer -> type ("low-rank", "int8"), d_in, d_out, rank, bias, |
-| | or type "linear", d_in, d_out, bits, bias; NAME.A and NAME.B may be such layers; |
+| | factors: name of a layer -> type "low-rank", d_in, d_out, rank, bias, |
+| | or type "linear", d_in, d_out, bits, bias, or "pruned" (dense), d_in, d_out, bias; |
+| | NAME.A and NAME.B may be such layers; |
 | | tied: name -> name with the same tensor; float32: names stored narrower than computed |
 | `model.safetensors` | the state dict; of a low-rank layer NAME.A.weight (r, d_in), |
-| | NAME.B.weight (d_out, r), NAME.B.bias; int8: NAME.A, .A_scale, .B, .B_scale, .bias; |
+| | NAME.B.weight (d_out, r), NAME.B.bias; |
 | | linear: NAME.packed, int8 or two to a byte (low half first, plus 8), .scale, .bias |
 | `config.json` | of a model: type "distil_rank", for `AutoModel.from_pretrained` |
 | tokenizer files | of a model: as in the source; an ESM-2 always has `vocab.txt` |
@@ -35,10 +36,10 @@ from torch import Tensor, nn
 
 from distil_rank.compress.architectures import Architecture, describe
 from distil_rank.compress.hugging_face import TOKENIZER, tokenizer_files
-from distil_rank.compress.quantise import Int8LowRank, QuantLinear
+from distil_rank.compress.quantise import QuantLinear, on_integers
 from distil_rank.core.errors import InputError
 from distil_rank.core.heads import ACTIVATIONS, UnitNorm
-from distil_rank.core.linear import LowRankLinear
+from distil_rank.core.linear import LowRankLinear, PrunedLinear
 from distil_rank.core.narrow import PartGELU
 from distil_rank.core.records import atomic, read_json, require_writable
 
@@ -56,6 +57,7 @@ PARTS: dict[str, type[nn.Module]] = {
     "unit norm": UnitNorm,
     "part gelu": PartGELU,
 }
+SMALL = {"low-rank": LowRankLinear, "linear": QuantLinear, "pruned": PrunedLinear}
 SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {  # of the parts that have some
     nn.GELU: ("approximate",),
     nn.Dropout: ("p",),
@@ -126,7 +128,7 @@ def describe_module(module: nn.Module, architecture: Architecture | None) -> dic
     if architecture is not None:
         kind, name = architecture.kind, architecture.class_name
         return {"kind": kind, "class": name, "config": architecture.config}
-    if isinstance(module, LowRankLinear | Int8LowRank) or type(module) is nn.Linear:
+    if isinstance(module, LowRankLinear | nn.Linear):
         return {"kind": "head", "modules": [_head_part(module)], "single": True}
     if type(module) is nn.Sequential:
         return {"kind": "head", "modules": [_head_part(part) for part in module], "single": False}
@@ -134,7 +136,7 @@ def describe_module(module: nn.Module, architecture: Architecture | None) -> dic
 
 
 def _head_part(part: nn.Module) -> dict[str, Any]:
-    if isinstance(part, LowRankLinear | Int8LowRank):
+    if isinstance(part, LowRankLinear | PrunedLinear):
         return {"type": "factors"}
     if type(part) is nn.Linear:
         shape = {"d_in": part.in_features, "d_out": part.out_features}
@@ -166,18 +168,15 @@ def _build_head(description: Mapping[str, Any]) -> nn.Module:
 
 
 def factors(module: nn.Module) -> dict[str, dict[str, Any]]:
-    """Shapes of all low-rank layers by name."""
+    """Shapes of all layers that compression made, by name."""
     found = {}
     for name, part in module.named_modules():
-        if isinstance(part, LowRankLinear):
-            sizes = {"d_in": part.in_features, "d_out": part.out_features, "rank": part.rank}
-            found[name] = {"type": "low-rank", **sizes, "bias": part.B.bias is not None}
-        elif isinstance(part, Int8LowRank):
-            sizes = {"d_in": part.A.shape[1], "d_out": part.B.shape[0], "rank": part.rank}
-            found[name] = {"type": "int8", **sizes, "bias": part.bias is not None}
-        elif isinstance(part, QuantLinear):
-            sizes = {"d_in": part.in_features, "d_out": part.out_features, "bits": part.bits}
-            found[name] = {"type": "linear", **sizes, "bias": part.bias is not None}
+        kind = next((kind for kind, cls in SMALL.items() if isinstance(part, cls)), None)
+        if kind is not None:
+            p: Any = part
+            found[name] = {"type": kind, "d_in": p.in_features, "d_out": p.out_features}
+            extra = {"linear": ("bits",), "pruned": ()}.get(kind, ("rank",))
+            found[name] |= {key: getattr(p, key) for key in extra} | {"bias": p.bias is not None}
     return found
 
 
@@ -185,10 +184,10 @@ def _empty_factors(shape: Mapping[str, Any]) -> nn.Module:
     d_in, d_out = shape["d_in"], shape["d_out"]
     if shape["type"] == "linear":
         return QuantLinear.empty(d_in, d_out, shape["bits"], shape["bias"])
-    rank = shape["rank"]
-    if shape["type"] == "int8":
-        return Int8LowRank.empty(d_in, d_out, rank, shape["bias"])
     bias = torch.zeros(d_out) if shape["bias"] else None
+    if shape["type"] == "pruned":
+        return PrunedLinear(torch.zeros(d_out, d_in), bias)
+    rank = shape["rank"]
     return LowRankLinear(torch.zeros(rank, d_in), torch.zeros(d_out, rank), bias)
 
 
@@ -269,6 +268,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         _tie(module, alias, name)
     if kind == "transformers":
         cast(Any, module).config._name_or_path = str(folder)  # whose tokenizer it is
+    if kind != "head":  # a head stays what its certificate measured
+        on_integers(module)
     return savable(module).eval().requires_grad_(False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Literal, Protocol
 
 import torch
@@ -13,7 +14,6 @@ from distil_rank.core.linear import Certificate, LowRankLinear, check_rank
 from distil_rank.core.lowrank import (
     Optimum,
     optimum,
-    refit_bias,
     require_finite,
     smallest_rank,
 )
@@ -109,40 +109,33 @@ def certify(
         floor = optimum(teacher.weight, teacher.bias, held_out, rank)
         fields = {
             "held_out_rows": held_out.count,
-            "held_out_achieved_fvu": student_fvu(teacher, student, held_out, floor.variance),
+            "held_out_achieved_fvu": student_fvu(teacher, student, held_out),
             "held_out_floor_fvu": float(floor.fvu[rank]),
         }
-    achieved = student_fvu(teacher, student, moments, solution.variance)
+    achieved = student_fvu(teacher, student, moments)
     return Certificate(rank, moments.count, achieved, float(solution.fvu[rank]), **fields)
 
 
 def student_fvu(
-    teacher: Layer,
-    student: LowRankLinear,
-    moments: Moments,
-    variance: float | None = None,
-    metric: Tensor | None = None,
+    teacher: Layer, student: Layer, moments: Moments, metric: Tensor | None = None
 ) -> float:
     """FVU of a student on the rows behind `moments`, in a metric G (d_out, d_out) of the output.
 
     Unlike `Joint.fvu` nothing cancels.
     """
-    W, A, B = (
-        p.detach().to(moments.mean) for p in (teacher.weight, student.A.weight, student.B.weight)
-    )
-    bias = None if teacher.bias is None else teacher.bias.detach()
-    shift = refit_bias(W, bias, A, B, moments.mean)  # the unbiased bias, in float64
-    if student.B.bias is not None:
-        shift = shift - student.B.bias.detach()
-    covariance = moments.covariance
+    parts = (student.B, student.A) if isinstance(student, LowRankLinear) else (student,)
+    W, *factors = (layer.weight.detach().to(moments.mean) for layer in (teacher, *parts))
+    error, covariance = W - reduce(torch.matmul, factors), moments.covariance
+    shift = error @ moments.mean
+    for layer, sign in ((teacher, 1), (student, -1)):
+        if layer.bias is not None:
+            shift = shift + sign * layer.bias.detach().to(shift)
 
     def measured(x: Tensor) -> Tensor:
         return x if metric is None else metric.to(x) @ x
 
-    error = W - B @ A
     mse = float(((error @ covariance) * measured(error)).sum() + shift @ measured(shift))
-    if variance is None:
-        variance = float(((W @ covariance) * measured(W)).sum())
+    variance = float(((W @ covariance) * measured(W)).sum())
     return mse / variance if variance > 0 else 0.0
 
 

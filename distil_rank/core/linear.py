@@ -1,4 +1,4 @@
-"""The low-rank layer itself, and plain linear layers from tensors."""
+"""The layers that compression makes, and plain linear layers from tensors."""
 
 from __future__ import annotations
 
@@ -116,6 +116,16 @@ class LowRankLinear(nn.Module):
         if (found is None) != (self.inner_mean is None):
             self.inner_mean = None if found is None else torch.empty_like(found)
         super()._load_from_state_dict(state_dict, prefix, *rest, **more)
+
+
+class PrunedLinear(nn.Linear):
+    """A dense layer with fewer inputs or outputs than the one whose place it takes."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__(weight.shape[1], len(weight), bias is not None, device="meta")
+        self.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach().clone())
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

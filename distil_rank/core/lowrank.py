@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import scipy.linalg
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distil_rank.core.errors import InputError
 from distil_rank.core.linear import LowRankLinear, check_rank
@@ -79,12 +79,12 @@ class Optimum:
         return student
 
 
-def require_finite(student: LowRankLinear) -> None:
-    """InputError where a factor overflowed."""
-    bad = [name for name, t in student.state_dict().items() if not bool(t.isfinite().all())]
+def require_finite(student: nn.Module) -> None:
+    """InputError where a weight overflowed."""
+    bad = {name: t.dtype for name, t in student.state_dict().items() if not t.isfinite().all()}
     if bad:
         raise InputError(
-            f"factors within the range of {student.A.weight.dtype} required, got an overflow in"
+            f"factors within the range of {next(iter(bad.values()))} required, got an overflow in"
             f" {' and '.join(bad)}; compress the layer in float32 or bfloat16"
         )
 

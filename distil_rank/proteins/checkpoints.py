@@ -108,13 +108,17 @@ def load_model(
 
 
 def _put_factors(model: ESM2, factors: Mapping[str, Record], path: Path) -> None:
-    """Low-rank layers in the place of those that were compressed."""
+    """Smaller layers in the place of those that were compressed."""
     layers = {name: x for name, x in model.named_modules() if isinstance(x, nn.Linear)}
     for name, shape in factors.items():
         if _HARMLESS.match(f"{name}.") or (model.lm_head is None and name.startswith("lm_head.")):
             continue
-        d_in, d_out, rank = shape["d_in"], shape["d_out"], shape["rank"]
+        d_in, d_out, rank = shape["d_in"], shape["d_out"], shape.get("rank")
         dense = layers.get(name)
+        if rank is None:  # dense, of fewer neurons or in few bits; a factor has its shape already
+            if dense is not None:
+                model.set_submodule(name, nn.Linear(d_in, d_out, shape["bias"]))
+            continue
         if dense is None or (dense.in_features, dense.out_features) != (d_in, d_out):
             raise InputError(f"a layer {name} of {d_in} to {d_out} required in {path}, got none")
         bias = torch.empty(d_out) if shape["bias"] else None

@@ -17,7 +17,7 @@ _SETTINGS = {"layers", "width", "heads", "token_dropout", "eps", "head"}
 
 
 def read(folder: Path) -> tuple[Record, list[tuple[str, Tensor]], dict[str, Record]]:
-    """Settings of the ESM2, its tensors and its low-rank layers (shapes) by fair-esm's names.
+    """Settings of the ESM2, its tensors and its smaller layers (shapes) by fair-esm's names.
 
     Weights in eight or four bits become floating-point ones: the same function up to rounding.
     """
@@ -43,13 +43,11 @@ def read(folder: Path) -> tuple[Record, list[tuple[str, Tensor]], dict[str, Reco
     tensors |= {alias: tensors[name] for alias, name in description["tied"].items()}
     for name, shape in description["factors"].items():
         tensors.pop(f"{name}.inner_mean", None)  # of use to whoever truncates
-        if shape["type"] == "int8":
-            _dequantise(tensors, name)
-        elif shape["type"] == "linear":
+        if shape["type"] == "linear":
             _unpack(tensors, name, shape)
     named = [(_named(key, kind), tensor) for key, tensor in tensors.items()]
-    low_rank = {name: x for name, x in description["factors"].items() if x["type"] != "linear"}
-    return config, named, {_named(f"{name}.", kind)[:-1]: x for name, x in low_rank.items()}
+    found = description["factors"]
+    return config, named, {_named(f"{name}.", kind)[:-1]: x for name, x in found.items()}
 
 
 def _named(key: str, kind: str) -> str:
@@ -60,16 +58,6 @@ def _taken(tensors: dict[str, Tensor], name: str) -> Tensor:
     if name not in tensors:
         raise InputError(f"the tensor {name} required in {WEIGHTS}, got none; compress it again")
     return tensors.pop(name)
-
-
-def _dequantise(tensors: dict[str, Tensor], name: str) -> None:
-    """int8 A (r, d_in) and B (d_out, r) times the scales of their rows."""
-    for factor in ("A", "B"):
-        integers = _taken(tensors, f"{name}.{factor}")
-        scale = _taken(tensors, f"{name}.{factor}_scale")
-        tensors[f"{name}.{factor}.weight"] = integers.float() * scale.float()[:, None]
-    if f"{name}.bias" in tensors:
-        tensors[f"{name}.B.bias"] = tensors.pop(f"{name}.bias")
 
 
 def _unpack(tensors: dict[str, Tensor], name: str, shape: Record) -> None:

@@ -6,10 +6,10 @@ from torch import nn
 
 import distil_rank
 from distil_rank.compress import storage
-from distil_rank.compress.fisher import _outputs
+from distil_rank.compress.fisher import outputs_of
 from distil_rank.compress.models import compress_model
 from distil_rank.compress.sites import call
-from distil_rank.core.linear import LowRankLinear
+from distil_rank.core.linear import LowRankLinear, PrunedLinear
 
 SMALL = {"vocab_size": 30, "pad_token_id": 1}
 BERT = {
@@ -96,7 +96,7 @@ def made(kind: str) -> tuple[nn.Module, list]:
 
 def answers(model: nn.Module, batch) -> list[torch.Tensor]:
     with torch.no_grad():
-        return list(_outputs(call(model, batch)))
+        return list(outputs_of(call(model, batch)))
 
 
 @pytest.mark.parametrize(
@@ -107,11 +107,11 @@ def test_compressed_run_saved_and_loaded(kind, tmp_path):
         model, batches = made(kind)
         dense, _ = made(kind)
     small, report = compress_model(model, batches, ratio=0.7, held_out=batches)
-    replaced = [part for part in small.modules() if isinstance(part, LowRankLinear)]
-    assert len(replaced) == sum(x.rank is not None for x in report.layers) > 0
+    replaced = [p for p in small.modules() if isinstance(p, LowRankLinear | PrunedLinear)]
+    assert len(replaced) == sum(x.parameters_after < x.parameters for x in report.layers) > 0
     assert report.parameters_after < report.parameters
     for layer in report.layers:
-        if layer.rank is not None:
+        if layer.held_out_loss is not None:
             assert layer.held_out_loss == pytest.approx(layer.held_out_floor, rel=1e-3, abs=1e-6)
     expected, found = answers(model, batches[0]), answers(small, batches[0])
     assert [y.shape for y in found] == [y.shape for y in expected]

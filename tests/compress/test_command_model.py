@@ -8,7 +8,7 @@ import torch
 
 import distil_rank
 from distil_rank.__main__ import main
-from distil_rank.compress.quantise import QuantLinear
+from distil_rank.compress.quantise import on_integers
 from distil_rank.core.resume import Checkpoint
 from distil_rank.proteins.checkpoints import save_model
 from tests.compress.small_models import small_model
@@ -83,6 +83,25 @@ def test_a_foreign_recovery_is_refused_before_the_work(folder, capsys, monkeypat
     refused(folder, capsys, "very request", "--recover", "3")
 
 
+def test_a_recovery_with_another_prior_is_refused(folder, capsys, monkeypatch):
+    moments = folder / "moments.safetensors"
+    compress(folder, "--moments-out", str(moments), out="first")
+
+    def killed(*_, checkpoint, **__):
+        checkpoint.save({})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("distil_rank.compress.command_model.recover", killed)
+    flags = ("--recover", "3", "--prior", str(moments))
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        compress(folder, *flags)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):  # goes on
+        compress(folder, *flags)
+    compress(folder, "--moments-out", str(moments), "--held-out", "0.5", out="first")
+    capsys.readouterr()
+    refused(folder, capsys, "very request", *flags)
+
+
 def test_two_runs_are_equal(folder):
     runs = [compress(folder, "--recover", "3", out=name) for name in ("first", "second")]
     assert len({(out / "model.safetensors").read_bytes() for out in runs}) == 1
@@ -97,10 +116,7 @@ def test_a_classifier_keeps_its_head_and_runs_anywhere(folder, name):
     out = compress(folder, "--merge", "--onnx", "--int8", model="hf")
     plain = getattr(transformers, name).from_pretrained(out / "merged").eval()
     tokens = torch.tensor([[0, 5, 6, 7, 2]])
-    small = distil_rank.load(out)
-    for part in small.modules():
-        if isinstance(part, QuantLinear):
-            part.integer = False  # as what is merged or exported
+    small = on_integers(distil_rank.load(out), False)  # as what is merged or exported
     with torch.no_grad():
         expected = small(tokens).logits
         torch.testing.assert_close(plain(tokens).logits, expected, rtol=1e-4, atol=1e-5)

@@ -7,11 +7,13 @@ from torch import Tensor
 from distil_rank.compress import quantise as quantise_module
 from distil_rank.compress.quantise import (
     GROUP,
-    Int8LowRank,
     QuantLinear,
     certify_int8,
+    dequantised,
     imitated,
+    in_place,
     module_bytes,
+    on_integers,
     quantise,
     rounded,
 )
@@ -50,7 +52,7 @@ def test_error_is_what_the_integers_do_and_splits_in_two(rank):
     found = certify_int8(student, small, joint)
     y = x @ W.T + c
     variance = (y - y.mean(0)).square().sum()
-    direct = (small.dequantised()(x) - y).square().sum() / variance
+    direct = (dequantised(small)(x) - y).square().sum() / variance
     assert found.fvu == pytest.approx(float(direct.detach()), rel=1e-6)
     assert found.fvu == pytest.approx(found.low_rank + found.quantisation, rel=0.02, abs=1e-9)
     assert found.bytes == rank * (40 + 50 + 4) + 50 * 8 == module_bytes(small)
@@ -61,10 +63,11 @@ def test_passing_errors_on_beats_rounding_to_the_nearest():
     W, c, x = case()
     joint = Joint.of_layer(W, c, Moments.of(x))
     student = optimum(W, c, Moments.of(x)).student(20)
-    naive = Int8LowRank(
-        *rounded(student.A.weight.detach()),
-        *rounded(student.B.weight.detach()),
-        student.B.bias.detach(),
+    naive = in_place(
+        *(
+            QuantLinear(*rounded(p.weight.detach()), p.bias, p.in_features)
+            for p in (student.A, student.B)
+        )
     )
     refitted = quantise(student, imitated(student, joint))
     assert (
@@ -92,7 +95,7 @@ def test_forward_is_the_dequantised_layer():
     joint = Joint.of_layer(W, c, Moments.of(x))
     student = optimum(W, c, Moments.of(x)).student(8)
     small = quantise(student, imitated(student, joint))
-    torch.testing.assert_close(small(x), small.dequantised()(x), rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(small(x), dequantised(small)(x), rtol=1e-12, atol=1e-9)
     assert small(x.float()).dtype == torch.float32
 
 
@@ -122,6 +125,7 @@ def test_eight_bits_multiply_eight_bits_on_the_integer_kernels():
     """As a float64 loop with each row of the input rounded to 127 steps, and within its bound."""
     W, c, x = case(40)
     layer = QuantLinear.of(W, c.float(), x.T @ x / len(x), 8)
+    on_integers(layer)
     rows = x.float().reshape(-1, 2, 40)
     found = layer(rows)
     step = rows.abs().amax(-1, keepdim=True) / 127
@@ -152,8 +156,21 @@ def test_integer_products_are_exact_in_every_shape(d_in, d_out):
     draw = generator(d_in, "integers")
     W = torch.randint(-127, 128, (d_out, d_in), generator=draw).double()
     W[:, 0] = 127  # scale 1: the weights are their integers
-    layer = QuantLinear(W.to(torch.int8), torch.ones(d_out), None, d_in)
+    layer = on_integers(QuantLinear(W.to(torch.int8), torch.ones(d_out), None, d_in))
     for n in (1, 2, 15):
         x = torch.randint(-127, 128, (n, d_in), generator=draw).float()
         x[:, -1] = 127
         assert torch.equal(layer(x).double(), x.double() @ W.T)
+
+
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e7])
+def test_four_bits_hold_weights_of_any_size(size):
+    W, _, x = case(65)
+    W[3] = 0
+    scaled = W.clone()
+    scaled[:20] *= size
+    layers = [QuantLinear.of(V.float(), None, x.T @ x / len(x), 4) for V in (W, scaled)]
+    plain, other = (layer.weight.double() for layer in layers)
+    torch.testing.assert_close(other[:20] / size, plain[:20], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(other[20:], plain[20:], rtol=2e-3, atol=0)
+    assert (layers[1].scale.dtype == torch.float16) == (size == 1)

@@ -207,7 +207,7 @@ def test_damaged_folders_are_refused(tmp_path):
         distil_rank.load(folder)
     (folder / "model.safetensors").write_bytes(whole)
     description = json.loads((folder / "compressed.json").read_text())
-    description["factors"]["layers.0.fc1"]["rank"] += 1
+    description["factors"]["layers.0.fc1"]["d_out"] += 1
     description["factors"].pop("layers.0.fc2")
     (folder / "compressed.json").write_text(json.dumps(description))
     with pytest.raises(InputError, match="weights of this"):
