@@ -40,7 +40,7 @@ FILES = {
 }
 SIZES = {"64": "nano-64", "128": "nano-128", "256": "nano-256"}
 FITTED = (10, 30, 100, 300, 1000)  # proteins of a chain
-PROBED = {"secondary structure": (3, 10, 30, 100, 300), "location": (100, 200, 400, 800)}
+PROBED = {"secondary structure": (3, 10, 30, 100, 300), "location": (100, 200, 400, 600)}
 DRAWS, TESTS, LONGEST, CLASSES = 8, 200, 400, 4
 NAMES = {name: f"{name}-wide" for name in list(SIZES)[1:]}
 
