@@ -32,6 +32,7 @@ BLOCKS = {
     "heads-times": ("tables_heads.times", "SCHEMA"),
     "heads-few": ("tables_heads.few_rows", "SCHEMA"),
     "nested": ("tables_nested.documentation", "SCHEMA"),
+    "nested-curve": ("nested_curve.table", "SCHEMA"),
     "nested-benchmark": ("tables_nested.benchmark", "BENCHMARK"),
     "generators": ("generator_study.paper.paper", "SCHEMA"),
     "generators-bars": ("tables_generators.bars", "SCHEMA"),

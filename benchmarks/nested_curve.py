@@ -40,7 +40,7 @@ FILES = {
 }
 SIZES = {"64": "nano-64", "128": "nano-128", "256": "nano-256"}
 FITTED = (10, 30, 100, 300, 1000)  # proteins of a chain
-PROBED = {"secondary structure": (3, 10, 30, 100, 300), "location": (100, 200, 400, 800)}
+PROBED = {"secondary structure": (3, 10, 30, 100, 300), "location": (100, 200, 400, 600)}
 DRAWS, TESTS, LONGEST, CLASSES = 8, 200, 400, 4
 NAMES = {name: f"{name}-wide" for name in list(SIZES)[1:]}
 
@@ -180,6 +180,8 @@ def draw_curves(record: Record) -> None:
                 axis.fill_between(task["probed"], low, high, color=color, alpha=0.12, linewidth=0)
             axis.axhline(0, color=QUIET, linewidth=1, linestyle="--")
             axis.set(xscale="log", xlabel="proteins of the probe", ylabel="points of accuracy")
+            axis.set_xticks(task["probed"], map(str, task["probed"]))
+            axis.minorticks_off()
             axis.set_title(f"{name.capitalize()}, {width} dimensions", fontsize=11)
         lines = figure.axes[0].get_legend_handles_labels()
         figure.legend(*lines, title="chain fitted on", loc="outside lower center", ncols=5)
