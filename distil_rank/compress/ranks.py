@@ -137,7 +137,7 @@ class Allocation:
     budget: float
     cost: float
     loss: float  # sum of the weighted losses
-    bound: float  # no choice of ranks under this budget loses less
+    bound: float  # no choice of these options under this budget loses less
     multiplier: float  # loss saved by one more parameter
     neurons: dict[str, int] = field(default_factory=dict)
 

@@ -181,14 +181,16 @@ def factors(module: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def _empty_factors(shape: Mapping[str, Any]) -> nn.Module:
+    if shape["type"] not in SMALL:
+        known = ", ".join(SMALL)
+        raise InputError(f"layers of type {known} required, got {shape['type']}; compress it again")
     d_in, d_out = shape["d_in"], shape["d_out"]
     if shape["type"] == "linear":
         return QuantLinear.empty(d_in, d_out, shape["bits"], shape["bias"])
     bias = torch.zeros(d_out) if shape["bias"] else None
     if shape["type"] == "pruned":
         return PrunedLinear(torch.zeros(d_out, d_in), bias)
-    rank = shape["rank"]
-    return LowRankLinear(torch.zeros(rank, d_in), torch.zeros(d_out, rank), bias)
+    return LowRankLinear(torch.zeros(shape["rank"], d_in), torch.zeros(d_out, shape["rank"]), bias)
 
 
 def untied(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

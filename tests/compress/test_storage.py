@@ -212,6 +212,10 @@ def test_damaged_folders_are_refused(tmp_path):
     (folder / "compressed.json").write_text(json.dumps(description))
     with pytest.raises(InputError, match="weights of this"):
         distil_rank.load(folder)
+    description["factors"]["layers.0.fc1"]["type"] = "int8"  # of an earlier version
+    (folder / "compressed.json").write_text(json.dumps(description))
+    with pytest.raises(InputError, match="low-rank, linear, pruned required, got int8"):
+        distil_rank.load(folder)
 
 
 def test_an_unwritable_folder_is_refused(tmp_path):
