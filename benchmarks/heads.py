@@ -144,7 +144,10 @@ def few_rows(head: nn.Sequential, x: Tensor, val: Tensor, rank: int) -> list[Rec
 
 
 def shaped(parts: Sequence[nn.Module], student: Record) -> nn.Module:
-    """The student's shape, which its bytes and times depend on, without its weights."""
+    """The student's shape, which its bytes and times depend on, without its weights.
+
+    Where a record does not say how many features of a narrow layer are bent, an eighth are.
+    """
     form, ranks = student["student"], iter(student.get("ranks", ()))
     eight = "int8" in form
     if METRICS.get(form) in WHOLE:

@@ -30,29 +30,25 @@ NOT_RUN = {
 }
 # what costs a download, a GPU or hours -> what stands for it here
 SMALLER = {
-    "esm2_t33_650M_UR50D": "nano-64",
-    "--family esm2 --upto 650M": "--family nano --upto 128",
-    "--dim 640": "--dim 100",
+    r"(facebook/)?esm2_t\d+_\w+_UR50D": "nano-64",
+    r"--family esm2 --upto \w+": "--family nano --upto 128",
+    r"--dim \d+": "--dim 100",
     "nferruz/ProtGPT2": "protgpt2",
     r"--steps \d+": "--steps 2",
     r"(generator (?:pre)?train (?!.*--steps)|generator finetune )": r"\1--steps 2 ",
     r"--batch-size \d+": "--batch-size 4",
     r"generator evaluate ": "generator evaluate --generate 3 ",
     r"generator generate (.*)-n \d+": r"generator generate \1-n 3 --max-new-tokens 20",
-    "--subset 200": "--subset 20",
+    r"--subset \d+": "--subset 20",
     "--device cuda": "--device cpu",
-    "torchrun --nproc-per-node 8": "python -m torch.distributed.run --nproc-per-node 2",
+    r"torchrun --nproc-per-node \d+": "python -m torch.distributed.run --nproc-per-node 2",
     r"(python main.py(?!.*(?:--quick|--help)))": r"\1 --quick",
 }
-# word of a command, what must be there for it, the command that makes that
-BEFORE = (
-    (
-        "shards",
-        "shards",
-        "distil-rank generator prepare uniref50.fasta.gz --tokenizer protgpt2 --out shards",
-    ),
-    ("report", "results", "python main.py --quick"),
-)
+# word of a command -> what must be there for it, and the command that makes that
+BEFORE = {
+    "shards": ("shards", "distil-rank generator prepare uniref50.fasta.gz --out shards"),
+    "report": ("results", "python main.py --quick"),
+}
 # one of each kind runs with the fast tests
 FAST = ("--help", "embed", "moments", "export", "score", "compress head", "compress model")
 FAST += ("nested fit", "nested embed")
@@ -117,6 +113,7 @@ def make_data(folder: Path) -> None:
         write_json(folder / f"models/{name}-teacher/split.json", {"schema": SPLIT, **parts})
     save(fresh(27, 1, 2, 32, 1024, 0, 0), amino_acid_tokenizer(), folder / "protgpt2")
     make_scans(folder, proteins)
+    make_classes(folder, proteins)
     x = synthetic_embeddings(460, 0, "train")[:, :320].contiguous()
     parts = {"train": x[:400], "val": x[400:], "x_val": x[400:], "x": x, "embeddings": x}
     for name, rows in parts.items():
@@ -147,12 +144,30 @@ def make_scans(folder: Path, proteins: list[str]) -> None:
     (folder / "hba.csv").rename(folder / "variants.csv")
 
 
+def make_classes(folder: Path, proteins: list[str]) -> None:
+    """Proteins with a location, and with a class of every residue."""
+    for name, some in (("our_val", proteins[:60]), ("test", proteins[60:100])):
+        lines = (f">p{i} {'NM'[i % 2]}-U\n{sequence}\n" for i, sequence in enumerate(some))
+        (folder / f"deeploc_{name}_set.fasta").write_text("".join(lines))
+    sides = "SET=train VALIDATION=False", "SET=train VALIDATION=True", "SET=test VALIDATION=False"
+    letters, classes = (
+        "".join(
+            f">p{i} {sides[i % 3]}\n{form(sequence)}\n" for i, sequence in enumerate(proteins[:90])
+        )
+        for form in (str, lambda sequence: "".join("HE"[a in "AGILMV"] for a in sequence))
+    )
+    for name in ("secondary_structure", "conservation"):
+        for kind, text in (("sequences", letters), ("sampled", classes)):
+            path = folder / f"{name}_{kind}.fasta.gz"
+            path.write_bytes(gzip.compress(text.encode()))
+
+
 def run(command: str, folder: Path, environment: dict[str, str]) -> str:
     """What a command said on standard error if it failed, else nothing."""
     for pattern, small in SMALLER.items():
         command = re.sub(pattern, small, command)
     words = shlex.split(command)
-    for word, path, before in BEFORE:
+    for word, (path, before) in BEFORE.items():
         asked = any(w.rstrip("/") == word for w in words)
         if asked and not (folder / path).exists() and f"--out {path}" not in command:
             assert not run(before, folder, environment)
