@@ -1,4 +1,4 @@
-"""What a set of written proteins is like: valid, ended, natural in composition, new, diverse."""
+"""What a set of written proteins is like: valid, ended, natural in composition, new."""
 
 from collections.abc import Sequence
 from typing import NotRequired, TypedDict
@@ -23,7 +23,6 @@ class Writing(TypedDict):
     ended: Metric
     amino_acid_kl: NotRequired[Record]
     novelty: NotRequired[Record]
-    diversity: NotRequired[float]
     family: NotRequired[Record]
 
 
@@ -44,7 +43,6 @@ def describe(
             rng = np.random.default_rng([seed, 21])
             matched = length_matched([len(s) for s in valid], natural, rng)
             found["novelty"] = novelty(valid, matched, training, seed)
-        found["diversity"] = diversity(valid)
     return found
 
 
@@ -93,11 +91,10 @@ def amino_acid_divergence(
     return {**interval(value, low, high, False), **met}
 
 
-def nearest_identity(queries: Sequence[str], targets: Sequence[str], same: bool = False) -> Array:
+def nearest_identity(queries: Sequence[str], targets: Sequence[str]) -> Array:
     """Share of each query's residues that are equal in its best local alignment to a target (n,).
 
-    Smith-Waterman, BLOSUM62, gaps 11/1, against every target; `same`: the queries are the targets,
-    and a query is not compared with itself.
+    Smith-Waterman, BLOSUM62, gaps 11/1, against every target.
     """
     from pyopal import Aligner, Database
     from scoring_matrices import ScoringMatrix
@@ -108,8 +105,6 @@ def nearest_identity(queries: Sequence[str], targets: Sequence[str], same: bool 
     database, found = Database(targets), np.zeros(len(queries))
     for i, query in enumerate(query.translate(rare) for query in queries):
         scores = [r.score for r in aligner.align(query, database, algorithm="sw")]
-        if same:
-            scores[i] = -1
         best = [targets[int(np.argmax(scores))]]
         (full,) = aligner.align(query, Database(best), mode="full", algorithm="sw")
         found[i] = full.alignment.count("M") / len(query)
@@ -130,13 +125,6 @@ def shuffled(sequences: Sequence[str], seed: int = 0) -> list[str]:
     """Each sequence with its residues in random order."""
     rng = np.random.default_rng([seed, 22])
     return ["".join(rng.permutation(list(sequence))) for sequence in sequences]
-
-
-def diversity(generated: Sequence[str]) -> float:
-    """Mean of 1 - identity to the nearest other generated protein."""
-    if len(generated) < 2:
-        return 0.0
-    return float(1 - nearest_identity(generated, generated, same=True).mean())
 
 
 def shares(hits: int, n: int) -> Metric:

@@ -57,7 +57,8 @@ class Live:
         """Logits (b, l, V) for tokens padded on the right; those of padding mean nothing."""
         lengths = mask.sum(1)
         widths = ((lengths + WIDTH - 1) // WIDTH * WIDTH).clamp_max(self.model.config.n_positions)
-        found, length = {}, tokens.shape[1]
+        found: dict[int, Tensor] = {}
+        length = tokens.shape[1]
         for width in widths.unique().tolist():
             rows = (widths == width).nonzero()[:, 0]
             padded = F.pad(tokens[rows], (0, max(0, width - length)))[:, :width]

@@ -55,7 +55,7 @@ def bench(place, cache=True, data="data"):
 @pytest.fixture(scope="module")
 def conducted(place):
     given = {"teacher": str(place / "teacher"), "work": place / "work", "device": "cpu"}
-    config = study.Config(place / "data", out=place / "out", **given)
+    config = study.Config(place / "data", out=place / "out", workers=2, **given)
     with pytest.MonkeyPatch.context() as patch, threads(1):
         patch.setitem(design.PRESETS, "family", TOY)
         study.run(config)
