@@ -270,8 +270,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         _tie(module, alias, name)
     if kind == "transformers":
         cast(Any, module).config._name_or_path = str(folder)  # whose tokenizer it is
-    if kind != "head":  # a head stays what its certificate measured
-        on_integers(module)
+    on_integers(module, kind != "head")  # a head stays what its certificate measured
     return savable(module).eval().requires_grad_(False)
 
 

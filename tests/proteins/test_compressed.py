@@ -10,6 +10,7 @@ import distil_rank
 from distil_rank.compress import quantise, storage
 from distil_rank.compress.architectures import describe
 from distil_rank.compress.models import compress_model, quantise_model
+from distil_rank.compress.quantise import on_integers
 from distil_rank.core.errors import InputError
 from distil_rank.proteins import command_embed, compressed
 from distil_rank.proteins.checkpoints import load_model
@@ -28,6 +29,7 @@ def made(kind, bits, folder):
         small, _ = quantise_model(small, batches, bits)
     storage.save(small, folder, architecture)
     with torch.no_grad():
+        on_integers(small, False)  # eight bits become floating-point weights
         return architecture.read(small, architecture.tokenise(PROTEINS))
 
 
