@@ -46,35 +46,20 @@ def run(config: Config) -> None:
     require_writable(config.out.parent)
     partial = config.out.with_name(config.out.name + ".partial")
     checkpoint = Checkpoint(partial, config, weights_sha256(model))
-    records = written(model.to(device), tokenizer, config, checkpoint)
+    records = (checkpoint.load() or {"drawn": []})["drawn"]
+    wanted, how = range(len(records), config.n), (config.seed, config.batch_size, config.dtype)
+    for drawn in draw(model.to(device), tokenizer, wanted, config, *how):
+        records.append(asdict(drawn))
+        if len(records) % config.batch_size == 0:
+            checkpoint.save({"drawn": records})
     kept = [r for r in records if r["sequence"]]
-    if empty := len(records) - len(kept):
-        print(f"note: {empty} empty protein(s) replaced by the next", file=sys.stderr)
+    if len(kept) < config.n:
+        print(f"note: {config.n - len(kept)} empty protein(s) left out", file=sys.stderr)
+    if not kept:
+        raise InputError(f"a model that writes proteins required, got {config.model}; train it on")
     write_fasta(config.out, (Protein(*header(r), r["sequence"]) for r in kept))
     checkpoint.clear()
     print(f"{config.out}: {len(kept)} proteins")
-
-
-def written(
-    model: Any, tokenizer: Any, config: Config, checkpoint: Checkpoint
-) -> list[dict[str, Any]]:
-    """Records of proteins, `config.n` of them not empty, saved after every batch."""
-    state = checkpoint.load() or {"drawn": []}
-    records = state["drawn"]
-    found, limit = sum(bool(r["sequence"]) for r in records), 10 * config.n + 100
-    indices = range(len(records), limit)
-    drawing = draw(model, tokenizer, indices, config, config.seed, config.batch_size, config.dtype)
-    while found < config.n:
-        if (drawn := next(drawing, None)) is None:
-            raise InputError(
-                f"a model that writes proteins required, got mostly empty ones in {limit} draws;"
-                " train it further"
-            )
-        records.append(asdict(drawn))
-        found += bool(drawn.sequence)
-        if len(records) % config.batch_size == 0:
-            checkpoint.save(state)
-    return records
 
 
 def header(record: dict[str, Any]) -> tuple[str, str]:

@@ -132,12 +132,8 @@ def entropy(logits: Tensor | Hidden, rows: Tensor | None = None) -> Tensor:
     return torch.cat(found)
 
 
-def position_weights(entropies: Tensor, counted: Tensor, residues: Tensor | None = None) -> Tensor:
-    """w_t of the module's text per sequence (b, l); 0 where not counted.
-
-    `residues` says where the extremes are looked for; None: at all that are counted.
-    """
-    residues = counted if residues is None else residues
+def position_weights(entropies: Tensor, counted: Tensor, residues: Tensor) -> Tensor:
+    """w_t of the module's text per sequence (b, l), extremes over residues; 0 where not counted."""
     low = entropies.masked_fill(~residues, float("inf")).amin(-1, keepdim=True)
     high = entropies.masked_fill(~residues, float("-inf")).amax(-1, keepdim=True)
     span = high - low

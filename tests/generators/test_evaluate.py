@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from distil_rank.__main__ import main
 from distil_rank.core.errors import InputError
-from distil_rank.generators import command_evaluate, command_generate, metrics
+from distil_rank.generators import command_evaluate, command_generate, metrics, sample
 from distil_rank.generators.data import amino_acid_tokenizer
 from distil_rank.generators.evaluate import Bed, compare
 from distil_rank.generators.models import fresh, load, parameters, save, weights_sha256
@@ -150,6 +150,18 @@ def test_generate_resumes_and_its_batch_size_changes_nothing(folders, monkeypatc
     records = list(read_fasta(folders / "whole.fasta"))
     assert len(records) == 9
     assert all(f"length={len(r.sequence)} perplexity=" in r.header for r in records)
+
+
+def test_empty_proteins_are_left_out_and_said(folders, monkeypatch, capsys):
+    drawn = [sample.Drawn(i, "MK" * (i % 2), True, 9.0, 2) for i in range(4)]
+    monkeypatch.setattr(command_generate, "draw", lambda *_: drawn)
+    given = {"model": str(folders / "student"), "max_new_tokens": 9, "device": "cpu"}
+    command_generate.run(command_generate.Config(**given, out=folders / "a.fasta", n=4))
+    assert [p.sequence for p in read_fasta(folders / "a.fasta")] == ["MK", "MK"]
+    assert "2 empty" in capsys.readouterr().err
+    monkeypatch.setattr(command_generate, "draw", lambda *_: drawn[::2])
+    with pytest.raises(InputError, match="a model that writes proteins"):
+        command_generate.run(command_generate.Config(**given, out=folders / "b.fasta", n=2))
 
 
 def test_bad_input_of_the_commands_is_one_line_and_status_2(folders, capsys):

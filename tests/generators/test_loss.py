@@ -134,10 +134,10 @@ def test_end_token_counts_also_when_it_is_the_padding_token():
 
 def test_weights_lie_between_a_half_and_one():
     entropies, counted = torch.rand(5, 30, dtype=torch.float64), torch.rand(5, 30) > 0.4
-    plain = position_weights(entropies, counted)
+    plain = position_weights(entropies, counted, counted)
     assert plain[counted].min() == 0.5 and plain[counted].max() == 1.0 and not plain[~counted].any()
     empty = torch.tensor([[True, True], [False, False]])  # flat entropies, and nothing counted
-    assert position_weights(torch.ones(2, 2), empty).tolist() == [[0.5, 0.5], [0.0, 0.0]]
+    assert position_weights(torch.ones(2, 2), empty, empty).tolist() == [[0.5, 0.5], [0.0, 0.0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
