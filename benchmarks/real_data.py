@@ -18,8 +18,9 @@ import sys
 import tomllib
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import quote
 from urllib.request import Request, urlopen
@@ -125,13 +126,11 @@ def download(address: str, folder: Path) -> Path:
             start = start if answer.status == 206 else 0  # else it comes as a whole
             total = start + int(answer.headers.get("Content-Length", 0))
             with path.open("ab" if start else "wb") as file:
-                bar = tqdm(
-                    total=total, initial=start, unit="B", unit_scale=True, leave=False, disable=None
-                )
-                with bar:
-                    for block in blocks(answer):
+                shown = {"unit": "B", "unit_scale": True, "leave": False, "disable": None}
+                with tqdm(total=total, initial=start, **shown) as bar:
+                    for block in iter(lambda: answer.read(BLOCK), b""):
                         bar.update(file.write(block))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         if getattr(error, "code", None) == 416:  # it was whole, or longer than the file there
             path.unlink()
         raise InputError(
@@ -142,10 +141,6 @@ def download(address: str, folder: Path) -> Path:
         raise InputError(f"{address} required, got {got}; they are kept: run it again")
     whole.touch()
     return path
-
-
-def blocks(answer: object) -> Iterator[bytes]:
-    return iter(lambda: answer.read(BLOCK), b"")  # type: ignore[attr-defined]
 
 
 def listing(sets: Sequence[Set]) -> str:
