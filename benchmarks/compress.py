@@ -1,9 +1,10 @@
 """The bars of compression: one layer on real embeddings, whole models beside every alternative.
 
-    python -m benchmarks.compress                    # everything but `large` and `times`
+    python -m benchmarks.compress                    # all but `large`, `shape` and `times`
     python -m benchmarks.compress frontier nano-128  # some parts, of some models
     python -m benchmarks.compress frontier nano-128 draws=1
     python -m benchmarks.compress times              # milliseconds of the frontier: an idle machine
+    python -m benchmarks.compress shape              # of the 650M shape, random weights, likewise
     python -m benchmarks.compress large              # a random ESM-2 of the 650M shape, 11 GB
 
 Each part replaces its own entry of benchmarks/results/compress.json. Models are fitted on proteins
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,14 @@ from distil_rank.compress.dense_models import load_dense
 from distil_rank.compress.evaluate import compare, cost, masked_divergence
 from distil_rank.compress.models import compress_model, quantise_model
 from distil_rank.compress.neurons import PrunedMLP, find_mlps, selected
-from distil_rank.compress.quantise import GROUP, rounded
+from distil_rank.compress.quantise import (
+    GROUP,
+    QuantLinear,
+    in_place,
+    module_bytes,
+    on_integers,
+    rounded,
+)
 from distil_rank.compress.sites import Batch, Read, Site, find_sites, observe, replaced, trace
 from distil_rank.compress.storage import WEIGHTS, save
 from distil_rank.core.intervals import t_interval
@@ -394,6 +403,47 @@ def times(names: list[str]) -> Record:
     return {"models": found, "machine_dependent": ["models"]}
 
 
+def shape() -> Record:
+    """Bytes and milliseconds of the 650M shape at batch 1 and 8: random weights, ranks uniform."""
+    import esm
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        dense = esm.ESM2(33, 1280, 20, "ESM-1b").eval().requires_grad_(False)
+    sites = [s for s in find_sites(dense) if s.d_out > 1]
+    numbers = sum(p.numel() for p in dense.parameters())
+
+    def eight(layer: nn.Module) -> QuantLinear:
+        W, scale = rounded(layer.weight)  # type: ignore[arg-type]
+        return QuantLinear(W, scale, layer.bias, layer.in_features)  # type: ignore[arg-type]
+
+    def low_rank(site: Site, ratio: float, int8: bool) -> nn.Module:
+        rank = round(ratio * site.d_in * site.d_out / (site.d_in + site.d_out))
+        draw = generator(rank, site.name)
+        shapes = (rank, site.d_in), (site.d_out, rank)
+        small = LowRankLinear(*(torch.randn(s, generator=draw) / 30 for s in shapes), site.bias)
+        return in_place(eight(small.A), eight(small.B)) if int8 else small
+
+    makers: dict[str, Callable[[Site], nn.Module]] = {"dense, int8": lambda s: eight(s.module)}
+    for ratio in (0.5, 0.3):
+        for form, int8 in (("float16", False), ("int8", True)):
+            name = f"low rank {ratio:g}, {form}"
+            makers[name] = partial(low_rank, ratio=ratio, int8=int8)
+    length = 256
+    tokens = torch.randint(4, 24, (8, length + 2), generator=generator(0, "tokens"))
+    found: list[Record] = [{"form": "dense, float16", "bytes": 2 * numbers}]
+    for form, make in makers.items():
+        made = {s.name: make(s) for s in sites}
+        rest = numbers - sum(p.numel() for s in sites for p in s.module.parameters())
+        size = 2 * rest + sum(map(module_bytes, made.values())) // (1 if "int8" in form else 2)
+        small = on_integers(replaced(dense, made))
+        for count in (1, 8):
+            record = cost(dense, small, tokens[:count], rounds=5)
+            found.append({"form": form, "bytes": size, **record})
+            print(form, size, count, record["before_ms"], record["after_ms"], flush=True)
+    return {"length": length, "parameters": numbers, "forms": found, "machine_dependent": ["forms"]}
+
+
 def bytes_of(model: nn.Module) -> int:
     """Of the weights as they are saved."""
     with tempfile.TemporaryDirectory() as folder:
@@ -468,13 +518,18 @@ def neurons_kept(
     return replaced(dense, parts)
 
 
-LAYERS: dict[str, Callable[[], Record]] = {"cells": cells, "prior": prior, "large": large}
+LAYERS: dict[str, Callable[[], Record]] = {
+    "cells": cells,
+    "prior": prior,
+    "large": large,
+    "shape": shape,
+}
 WHOLE: dict[str, Callable[[list[str]], Record]] = {
     "models": models,
     "frontier": frontier,
     "times": times,
 }
-UNASKED = ("large", "times")
+UNASKED = ("large", "shape", "times")
 
 
 def main(arguments: list[str]) -> None:

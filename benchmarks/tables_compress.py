@@ -124,7 +124,21 @@ def frontier(record: Record) -> str:
             row += [f"{t['after_ms']:.2f} ({t['speedup']['median']:.2f} x)" for t in at] or ["", ""]
             rows.append(row)
         parts.append(f"**{name}**\n\n{markdown(rows)}")
+    if "shape" in record:
+        parts.append(shape(record["shape"]))
     return "\n\n".join(parts)
+
+
+def shape(found: Record) -> str:
+    """Bytes and times of a shape whose weights are random: what it loses is not asked."""
+    rows = [["form", "bytes", "ms, batch 1", "ms, batch 8"]]
+    for form in dict.fromkeys(r["form"] for r in found["forms"]):
+        of = [r for r in found["forms"] if r["form"] == form]
+        timed = [r for r in of if "speedup" in r]
+        shown = [f"{r['after_ms']:,.0f} ({r['speedup']['median']:.2f} x)" for r in timed]
+        rows.append([form, f"{of[0]['bytes']:,}", *(shown or ["", ""])])
+    name = f"{found['parameters'] / 1e6:,.0f} million random weights in the shape of ESM-2 650M"
+    return f"**{name}**, {found['length']} residues\n\n{markdown(rows)}"
 
 
 def by_form(records: list[Record]) -> Iterator[tuple[str, list[Record]]]:
