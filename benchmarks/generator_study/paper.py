@@ -64,7 +64,7 @@ The doses act as follows: quartiles over residues are {_list(study["dose_of_enha
 {_list(study["dose_of_enhancements"]["smoothing"])} for eps_t.{_dose(study)}
 
 Proteins: {data["source"]}, {data["n_train"]:,} for training, {data["test_proteins_used"]:,} of {data["n_test"]:,} test proteins, split by {data["split"]["method"]}. {split}
-Difficulty: thirds of the test proteins by the teacher's own perplexity{_hard(study)}. Every run has {preset["steps"]:,} steps of {preset["batch_size"]} proteins by {OPTIMIZERS[preset.get("optimizer", "adamw")]}; run i of every cell shares its
+Difficulty: thirds of the test proteins by the teacher's own perplexity{_hard(study)}. Every run has {preset["steps"]:,} steps of {preset["batch_size"]} proteins by {OPTIMIZERS[preset["optimizer"]]}; run i of every cell shares its
 batches and random weights. Learning rates (of {_list(preset["rates"])}, one for each size, start, and with or without teacher), temperature and alpha
 are chosen on validation proteins: {"; ".join(f"{field} {base[field]:g}" for field in ("temperature", "alpha"))}. Effects are relative changes of
 perplexity with t intervals over runs; a word is given where Holm's corrected p over all {tests} contrasts is below .05, and
@@ -117,7 +117,7 @@ Negative results:
 
 
 def _longer(preset: Record) -> str:
-    times = preset.get("final_times", 1)
+    times = preset["final_times"]
     return f", trained {times} times as long" if times > 1 else ""
 
 
