@@ -25,7 +25,7 @@ from distil_rank.compress.head_certificate import flops
 from distil_rank.compress.head_function import split
 from distil_rank.compress.head_students import FLOOR, FORMS, INT8, METRICS, compare
 from distil_rank.compress.heads import WHOLE, compress_head
-from distil_rank.compress.quantise import Int8LowRank, QuantLinear, module_bytes
+from distil_rank.compress.quantise import QuantLinear, in_place, module_bytes
 from distil_rank.core.agreement import function_kept
 from distil_rank.core.devices import threads
 from distil_rank.core.errors import InputError, one_line_errors
@@ -154,7 +154,8 @@ def shaped(parts: Sequence[nn.Module], student: Record) -> nn.Module:
         before, f, after = split(parts)
         (d_in, d_out), rank = ends(f), next(ranks)
         if eight:
-            return nn.Sequential(before, Int8LowRank.empty(d_in, d_out, rank, True), after)
+            A, B = QuantLinear.empty(d_in, rank, 8, False), QuantLinear.empty(rank, d_out, 8, True)
+            return nn.Sequential(before, in_place(A, B), after)
         if METRICS[form] == "narrow" and (bent := student.get("bent", rank // 8)):
             inner = nn.Linear(d_in, rank), PartGELU(rank - bent), nn.Linear(rank, d_out)
             return nn.Sequential(before, *inner, after)
