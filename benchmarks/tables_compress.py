@@ -11,6 +11,7 @@ from distil_rank.core.tables import markdown, with_interval
 
 SCHEMA = "distil-rank/benchmark-compress/2"
 FIGURE = ROOT / "benchmarks" / "results" / "compress.png"
+NEURONS = "neurons and "
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5)
 
 
@@ -151,6 +152,10 @@ def by_form(records: list[Record]) -> Iterator[tuple[str, list[Record]]]:
 def draw_frontier(record: Record, path: Path = FIGURE) -> None:
     """KL against bytes of every form, those of a kind joined; the lower left is better."""
     models = record["frontier"]["models"]
+    known = sorted({kind(r["form"]) for records in models.values() for r in records})
+    plain = [label for label in known if not label.startswith(NEURONS)]
+    looks = {label: (color, "o-") for label, color in zip(plain, PALETTE)}
+    looks |= {NEURONS + label: (look[0], "s--") for label, look in looks.items()}
     with drawn(path, (5.2 * len(models), 5.2)) as figure:
         figure.set_layout_engine("constrained")
         for i, (name, records) in enumerate(models.items()):
@@ -160,8 +165,9 @@ def draw_frontier(record: Record, path: Path = FIGURE) -> None:
                 if kl > 0:  # the dense model is the reference
                     size = np.mean([r["bytes"] for r in draws]) / 1e6
                     kinds.setdefault(kind(form), []).append((size, kl))
-            for (label, points), color in zip(sorted(kinds.items()), PALETTE):
-                axis.plot(*zip(*points), "o-", color=color, label=label, markersize=4)
+            for label, points in kinds.items():
+                color, style = looks[label]
+                axis.plot(*zip(*points), style, color=color, label=label, markersize=4)
             axis.set(xscale="log", yscale="log", xlabel="megabytes on disk", title=name)
             axis.set_xticks(TICKS, map(str, TICKS))
             axis.minorticks_off()
@@ -178,4 +184,4 @@ def kind(form: str) -> str:
         return "dense, fewer bits"
     if family.startswith("nano-"):
         return "smaller model"
-    return f"low rank, {stored}" if family.startswith("low rank") else family.split(" 0.")[0]
+    return f"{family.rpartition(' ')[0]}, {stored}" if "low rank" in family else family
