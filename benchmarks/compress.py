@@ -404,7 +404,7 @@ def times(names: list[str]) -> Record:
 
 
 def shape() -> Record:
-    """Bytes and milliseconds of the 650M shape at batch 1 and 8: random weights, ranks uniform."""
+    """Bytes and milliseconds of the 650M shape at batch 1 and 4: random weights, ranks uniform."""
     import esm
 
     with torch.random.fork_rng(devices=[]):
@@ -429,16 +429,16 @@ def shape() -> Record:
         for form, int8 in (("float16", False), ("int8", True)):
             name = f"low rank {ratio:g}, {form}"
             makers[name] = partial(low_rank, ratio=ratio, int8=int8)
-    length = 256
-    tokens = torch.randint(4, 24, (8, length + 2), generator=generator(0, "tokens"))
+    length = 128
+    tokens = torch.randint(4, 24, (4, length + 2), generator=generator(0, "tokens"))
     found: list[Record] = [{"form": "dense, float16", "bytes": 2 * numbers}]
     for form, make in makers.items():
         made = {s.name: make(s) for s in sites}
         rest = numbers - sum(p.numel() for s in sites for p in s.module.parameters())
         size = 2 * rest + sum(map(module_bytes, made.values())) // (1 if "int8" in form else 2)
         small = on_integers(replaced(dense, made))
-        for count in (1, 8):
-            record = cost(dense, small, tokens[:count], rounds=5)
+        for count in (1, 4):
+            record = cost(dense, small, tokens[:count], rounds=3)
             found.append({"form": form, "bytes": size, **record})
             print(form, size, count, record["before_ms"], record["after_ms"], flush=True)
     return {"length": length, "parameters": numbers, "forms": found, "machine_dependent": ["forms"]}
