@@ -14,7 +14,6 @@ Bioinformatics 33, 2017). Data: $DISTIL_RANK_DATA or ../shared/data beside the c
 
 import copy
 import itertools
-import os
 import resource
 import sys
 import tempfile
@@ -28,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks import DATA
 from benchmarks.baselines import BASELINES, fvu
 from benchmarks.tables_compress import SCHEMA, draw_frontier
 from distil_rank.compress.architectures import PHASES, Architecture
@@ -58,7 +58,6 @@ from distil_rank.proteins.embedding_files import load_matrix
 from distil_rank.proteins.fasta import AMINO_ACIDS, read_fasta
 
 RESULT = ROOT / "benchmarks" / "results" / "compress.json"
-DATA = Path(os.environ.get("DISTIL_RANK_DATA", ROOT.parent / "shared" / "data"))
 FILES = {
     "peptides": DATA / "esm2_8m_peptides/embeddings_train.pt",
     "gb1": DATA / "esm2_8m_gb1/train.npz",
@@ -209,13 +208,17 @@ def prior() -> dict[str, Any]:
     }
 
 
-def large() -> dict[str, Any]:
-    """Seconds and peak memory of compressing a random ESM-2 of the 650M shape."""
+def random_650m() -> nn.Module:
     import esm
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = esm.ESM2(33, 1280, 20, "ESM-1b").eval().requires_grad_(False)
+        return esm.ESM2(33, 1280, 20, "ESM-1b").eval().requires_grad_(False)
+
+
+def large() -> dict[str, Any]:
+    """Seconds and peak memory of compressing a random ESM-2 of the 650M shape."""
+    model = random_650m()
     loaded = peak()
     source = generator(0, "tokens")
     batches = [torch.randint(4, 24, (2, 258), generator=source) for _ in range(3)]
@@ -405,11 +408,7 @@ def times(names: list[str]) -> Record:
 
 def shape() -> Record:
     """Bytes and milliseconds of the 650M shape at batch 1 and 4: random weights, ranks uniform."""
-    import esm
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        dense = esm.ESM2(33, 1280, 20, "ESM-1b").eval().requires_grad_(False)
+    dense = random_650m()
     sites = [s for s in find_sites(dense) if s.d_out > 1]
     numbers = sum(p.numel() for p in dense.parameters())
 

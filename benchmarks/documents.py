@@ -1,6 +1,6 @@
 """Fill the generated blocks of README.md, docs/ and results/README.md from their JSON.
 
-python -m benchmarks.documents    # also draws the figures of studies in results/
+python -m benchmarks.documents    # also draws the figures of benchmarks and studies
 
 A block stands between `<!-- begin NAME FILE -->` and `<!-- end -->`.
 """
@@ -37,6 +37,12 @@ BLOCKS = {
     "generators": ("generator_study.paper.paper", "SCHEMA"),
     "generators-bars": ("tables_generators.bars", "SCHEMA"),
 }
+# NAME of benchmarks/results/NAME.json -> what draws NAME.png beside it
+FIGURES = {
+    "compress": "tables_compress.draw_frontier",
+    "heads": "tables_heads.draw",
+    "nested_curve": "nested_curve.draw_curves",
+}
 BLOCK = re.compile(r"(<!-- begin (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -65,6 +71,12 @@ def documents() -> list[Path]:
 
 
 def main() -> None:
+    for name, function in FIGURES.items():
+        place, _, draw_one = function.rpartition(".")
+        tables = importlib.import_module(f"benchmarks.{place}")
+        path = ROOT / "benchmarks" / "results" / f"{name}.json"
+        getattr(tables, draw_one)(read_json(path, tables.SCHEMA))
+        print(f"drawn: {path.with_suffix('.png').relative_to(ROOT)}")
     for study in sorted((ROOT / "results").rglob("study.json")):
         from benchmarks.generator_study.figures import draw
 

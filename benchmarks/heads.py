@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.compress import DATA
+from benchmarks import DATA
 from distil_rank.compress.head_certificate import flops
 from distil_rank.compress.head_function import split
 from distil_rank.compress.head_students import FLOOR, FORMS, INT8, METRICS, compare

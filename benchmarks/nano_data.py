@@ -11,7 +11,6 @@ the trained proteins (`distil_rank.proteins.splits`), nor among those who have o
 
 import gzip
 import hashlib
-import os
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -19,11 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
+import benchmarks
 from distil_rank.core.records import ROOT, sha256
 from distil_rank.proteins.fasta import Protein, clean_sequence, read_fasta, write_fasta
 from distil_rank.proteins.splits import components, near_relatives
 
-DATA = Path(os.environ.get("DISTIL_RANK_DATA", ROOT.parent / "shared" / "data")) / "proteins"
+DATA = benchmarks.DATA / "proteins"
 DEEPLOC = ("deeploc_test_set.fasta", "deeploc_our_val_set.fasta")
 FILES = ("pfam_domains.tsv.gz", "human_yeast_ecoli.fasta.gz", *DEEPLOC)
 LIST = ROOT / "models" / "nano-heldout.txt"

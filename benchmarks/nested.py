@@ -37,6 +37,7 @@ import numpy as np
 import torch
 import tyro
 
+from benchmarks import DATA
 from distil_rank.core.moments import Moments
 from distil_rank.core.randomness import generator
 from distil_rank.core.records import ROOT, environment, read_json, write_json
@@ -65,7 +66,7 @@ class Config:
     )
     chain: Path = ROOT / "chain"  # folder written by `nested fit`, of `released`
     mutants: int = 2000  # of an assay in `probe`
-    dms: Path = ROOT.parent / "shared" / "data" / "dms"  # assays of `probe`
+    dms: Path = DATA / "dms"  # assays of `probe`
     rows: int = 200_000  # residues of the timing; both sides are linear in it
     rounds: int = 3  # interleaved repetitions
     residues: tuple[int, ...] = field(default=(250_000, 1_000_000))  # of the memory measurement

@@ -8,15 +8,14 @@ on some others. Every draw takes its own proteins to fit, to train the probe and
 to test, so that the interval over draws holds all three. Data: $DISTIL_RANK_DATA or ../shared/data.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import distil_rank
+from benchmarks import DATA
 from distil_rank.core.figures import PALETTE, QUIET, drawn
 from distil_rank.core.intervals import t_interval
 from distil_rank.core.moments import Moments
@@ -31,7 +30,6 @@ from distil_rank.proteins.fasta import clean_sequence, read_fasta
 
 SCHEMA = "distil-rank/benchmark-nested-curve/1"
 RESULT = ROOT / "benchmarks" / "results" / "nested_curve.json"
-DATA = Path(os.environ.get("DISTIL_RANK_DATA", ROOT.parent / "shared" / "data"))
 FILES = {
     "fitted": DATA / "proteins/human_yeast_ecoli.fasta.gz",
     "train": DATA / "proteins/deeploc_our_val_set.fasta",
@@ -42,7 +40,7 @@ SIZES = {"64": "nano-64", "128": "nano-128", "256": "nano-256"}
 FITTED = (10, 30, 100, 300, 1000)  # proteins of a chain
 PROBED = {"secondary structure": (3, 10, 30, 100, 300), "location": (100, 200, 400, 600)}
 DRAWS, TESTS, LONGEST, CLASSES = 8, 200, 400, 4
-NAMES = {name: f"{name}-wide" for name in list(SIZES)[1:]}
+WIDTHS = list(SIZES)[1:]  # at which a prefix has a raw model beside it
 
 Vectors = Mapping[str, Sequence[Tensor]]  # by size, of each protein (rows, d)
 
@@ -95,7 +93,9 @@ def differences(
     places = torch.arange(sum(sizes)).split(sizes)
     order = torch.randperm(sizes[0], generator=generator(draw, task.name, "probed"))
     tests = torch.randint(sizes[2], (sizes[2],), generator=generator(draw, task.name, "test"))
-    compared = [Representation(f"raw_{n}", "raw", int(n), lambda raws, n=n: raws[n]) for n in NAMES]
+    compared = [
+        Representation(f"raw_{n}", "raw", int(n), lambda raws, n=n: raws[n]) for n in WIDTHS
+    ]
     for count, chain in fitted.items():
         for r in nested("nested", chain, list(chain.dims.values())[1:]):
             compared.append(replace(r, name=f"{r.name} {count}"))
@@ -107,7 +107,7 @@ def differences(
         part = replace(task, proteins=proteins)
         results = measure(part, stores, compared, "raw_256", draw)["results"]  # type: ignore[arg-type]
         accuracy = {name: of["accuracy"]["value"] for name, of in results.items()}
-        for n in NAMES:
+        for n in WIDTHS:
             for fit in fitted:
                 key = f"{n} {count} {fit}"
                 found[key] = accuracy[f"nested_{n} {fit}"] - accuracy[f"raw_{n}"]
@@ -156,7 +156,7 @@ def table(record: Record) -> str:
     head = ["task", "width", "proteins probed", "raw accuracy"]
     lines = [[*head, *(f"chain of {n:,} proteins" for n in record["fitted"])]]
     for name, task in record["tasks"].items():
-        for width in NAMES:
+        for width in WIDTHS:
             for probed in task["probed"]:
                 cells = [task["cells"][f"{width} {probed} {n}"] for n in record["fitted"]]
                 points = [{k: 100 * c[k] for k in ("value", "low", "high")} for c in cells]
@@ -168,7 +168,7 @@ def table(record: Record) -> str:
 
 def draw_curves(record: Record) -> None:
     """A panel for each task and width, a line for each number of proteins of the chain."""
-    panels = [(task, width) for task in record["tasks"] for width in NAMES]
+    panels = [(task, width) for task in record["tasks"] for width in WIDTHS]
     with drawn(RESULT.with_suffix(".png"), (4.2 * len(panels) / 2, 7.2)) as figure:
         figure.set_layout_engine("constrained")
         for i, (name, width) in enumerate(panels):

@@ -8,15 +8,13 @@ Intervals: bootstrap over the positions of a scan, whose mutants stay together, 
 whole scan; of means and differences, over scans.
 """
 
-import os
-from pathlib import Path
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 from scoring_matrices import ScoringMatrix
 
+import benchmarks
 from distil_rank.core.intervals import bootstrap_counts, mean_interval, percentile_interval
 from distil_rank.core.randomness import generator
 from distil_rank.core.records import ROOT, Record, environment, interval, sha256, write_json
@@ -31,7 +29,7 @@ from distil_rank.proteins.variants import (
     wild_type_marginals,
 )
 
-DATA = Path(os.environ.get("DISTIL_RANK_DATA", ROOT.parent / "shared" / "data")) / "dms"
+DATA = benchmarks.DATA / "dms"
 OUT, SCHEMA = ROOT / "benchmarks" / "results" / "scores.json", "distil-rank/benchmark-scores/1"
 MODEL, DRAWS = "nano-256", 1000
 SCORES = {

@@ -10,21 +10,20 @@ calls so; the E value is that of a database of the training proteins. `every_pai
 of the small set (pyswrd), low complexity not masked, for the split and for one at random.
 """
 
-import os
 import random
 import resource
 import sys
-from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
 
+import benchmarks
 from distil_rank.core.records import ROOT, Record, environment, read_json, sha256, write_json
 from distil_rank.proteins.fasta import clean_sequence, read_fasta
 from distil_rank.proteins.splits import EVALUE, by_mmseqs, by_swrd, near, split
 
-DATA = Path(os.environ.get("DISTIL_RANK_DATA", ROOT.parent / "shared" / "data")) / "proteins"
+DATA = benchmarks.DATA / "proteins"
 RESULT, SCHEMA = ROOT / "benchmarks" / "results" / "split_recall.json", "split-recall/2"
 SOURCE, COUNTS = "human_yeast_ecoli.fasta.gz", (2019, 20000)
 

@@ -1,13 +1,13 @@
 """Shared fixtures. Tests need no network; those on real data are skipped where it is absent."""
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import DATA
+
 ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(os.environ.get("DISTIL_RANK_DATA", ROOT.parent / "shared" / "data"))
 
 
 @pytest.fixture

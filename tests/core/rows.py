@@ -1,14 +1,7 @@
 """Rows and teachers for the tests of the closed forms."""
 
-import os
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
-
-from distil_rank.core.records import ROOT
-
-DATA = Path(os.environ.get("DISTIL_RANK_DATA", ROOT.parent / "shared" / "data"))
 
 KINDS = [
     "plain",

@@ -1,8 +1,5 @@
 """Toy proteins and models: seconds, not minutes."""
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -50,12 +47,3 @@ def proteins(tokenizer):
 @pytest.fixture
 def teacher():
     return fresh(27, 3, 2, 32, 128, 0, seed=1).eval()
-
-
-@pytest.fixture(scope="session")
-def real_data():
-    """The folder of public data beside the checkout, or a skip."""
-    folder = Path(os.environ.get("DISTIL_RANK_DATA", Path(__file__).parents[3] / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"no public data at {folder}; set DISTIL_RANK_DATA")
-    return folder

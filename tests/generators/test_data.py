@@ -27,10 +27,10 @@ def test_tokens_come_back_as_text(tokenizer):
         assert encode([sequence], tokenizer).row(0).tolist() == ids
 
 
-def test_protgpt2s_own_tokenizer_reads_and_returns_the_format(real_data):
+def test_protgpt2s_own_tokenizer_reads_and_returns_the_format(shared_data):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(real_data / "protgpt2_tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / "protgpt2_tokenizer")
     assert len(tokenizer) == 50257
     sequences = toy_sequences(4, low=70, high=150)
     encoded = encode(sequences, tokenizer)
