@@ -5,9 +5,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from benchmarks import DATA
 from distil_rank.core.errors import InputError
 from distil_rank.core.heads import UnitNorm, load_head
-from tests.core.rows import DATA, draw
+from tests.core.rows import draw
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
