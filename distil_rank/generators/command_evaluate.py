@@ -23,6 +23,7 @@ from distil_rank.core.records import config_record, environment, require_writabl
 from distil_rank.generators.command_prepare import clean
 from distil_rank.generators.data import joined
 from distil_rank.generators.evaluate import NEAREST_OF, Bed, compare
+from distil_rank.generators.folding import load_esmfold
 from distil_rank.generators.models import Dtype, load, require_same_vocabulary
 from distil_rank.generators.prepared import PARTS, Prepared
 
@@ -39,6 +40,8 @@ class Config:
     generate: int = 200  # proteins written by either model
     # FASTA of a family: whether its profile HMM finds what is written (needs pyhmmer)
     family_fasta: Path | None = None
+    # an ESMFold by folder or name (facebook/esmfold_v1): whether what is written folds, mean pLDDT
+    esmfold: str | None = None
     dtype: Dtype = "float32"  # arithmetic
     seed: int = 0  # of everything random
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
@@ -70,6 +73,7 @@ def run(config: Config) -> None:
         config.seed,
         config.dtype,
         list(clean(config.family_fasta)) if config.family_fasta else (),
+        load_esmfold(config.esmfold, device) if config.esmfold else None,
     )
     record = compare(student.to(device), teacher.to(device), bed)
     write_json(

@@ -13,6 +13,7 @@ from distil_rank.generators import metrics, quality
 from distil_rank.generators.calibration import calibration
 from distil_rank.generators.data import Encoded
 from distil_rank.generators.family import membership
+from distil_rank.generators.folding import confidence
 from distil_rank.generators.models import Dtype, parameters, weights_sha256
 from distil_rank.generators.sample import Sampler, draw
 from distil_rank.generators.teachers import Live
@@ -34,6 +35,7 @@ class Bed:
     seed: int = 0
     dtype: Dtype = "float32"
     family: Sequence[str] = ()  # of which an HMM is made
+    esmfold: Any = None  # on its device
 
 
 class Measured(TypedDict):
@@ -85,10 +87,12 @@ def writing(model: Any, bed: Bed) -> quality.Writing:
     drawn = list(draw(model, bed.tokenizer, range(bed.generate), sampler, bed.seed))
     texts, ended = [d.sequence for d in drawn], [d.ended for d in drawn]
     record = quality.describe(texts, ended, bed.natural, bed.training, bed.seed)
+    rng = np.random.default_rng([bed.seed, 23])
+    natural = quality.length_matched([len(text) for text in texts], bed.natural, rng)
     if bed.family:
-        rng = np.random.default_rng([bed.seed, 23])
-        natural = quality.length_matched([len(text) for text in texts], bed.natural, rng)
         record["family"] = membership(texts, natural, bed.family, bed.seed)
+    if bed.esmfold is not None:
+        record["plddt"] = confidence(bed.esmfold, texts, natural, bed.seed)
     return record
 
 

@@ -24,6 +24,7 @@ class Writing(TypedDict):
     amino_acid_kl: NotRequired[Record]
     novelty: NotRequired[Record]
     family: NotRequired[Record]
+    plddt: NotRequired[Record]
 
 
 def describe(
