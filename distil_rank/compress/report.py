@@ -11,7 +11,7 @@ from distil_rank.core.records import Record, read_json
 
 SCHEMA = "distil-rank/compressed-model/2"
 LABEL = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6}
-SMALLEST = 1e-9  # what a log axis shows of a loss of zero
+SMALLEST = 1e-6  # where a log axis shows smaller losses
 
 
 def summary(record: Record, out: Path) -> str:
@@ -207,14 +207,15 @@ def costs(axes: Any, record: Record) -> None:
         "bytes": cost["bytes_after"] / cost["bytes_before"],
         "time of a\nforward pass": 1 / speed["median"],
     }
-    for i, value in enumerate(rows.values()):
+    ends = (*list(rows.values())[:2], 1 / speed["q25"])  # right of the bar and its quartiles
+    for i, (value, end) in enumerate(zip(rows.values(), ends)):
         axes.barh(i, value, color=PALETTE[0], height=0.55)
-        axes.text(value + 0.02, i, f"{value:.2f}", va="center", size=10)
+        axes.text(end + 0.02, i, f"{value:.2f}", va="center", size=10)
     axes.plot((1 / speed["q75"], 1 / speed["q25"]), [2, 2], color=INK, lw=2)
     axes.axvline(1, color=INK, lw=1, ls="--")
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlim(0, max(1.15, *(value + 0.15 for value in rows.values())))
+    axes.set_xlim(0, max(1.15, *(end + 0.15 for end in ends)))
     (rows_, tokens), threads = cost["batch"], cost["threads"]
     axes.set_title("Cost, after / before")
     axes.set_xlabel(f"batch {rows_} × {tokens} tokens, {threads} thread(s), median and quartiles")
