@@ -66,8 +66,10 @@ class Loader:
         return loaded
 
 
-def chain_models(chain: NestedChain, models: Sequence[str] = ()) -> dict[str, Loader]:
-    """How to load the model of each size of a chain.
+def chain_models(
+    chain: NestedChain, models: Sequence[str] = (), dim: int | None = None
+) -> dict[str, Loader]:
+    """How to load the model of each size that an embedding of `dim` needs.
 
     `models` replaces the sources that the chain remembers, smallest first.
     """
@@ -77,17 +79,17 @@ def chain_models(chain: NestedChain, models: Sequence[str] = ()) -> dict[str, Lo
         raise InputError(f"at most one model for each of {known} required, got {len(models)}")
     sources = dict(zip(chain.sizes, models))
     if not models:
-        sources = {size: remembered[size]["source"] for size in chain.sizes if size in remembered}
-        if missing := [size for size in chain.sizes if size not in sources]:
-            got = ", ".join(missing)
-            raise InputError(
-                f"a model for each size required, got none for {got}; name them with --models"
-            )
+        sources = {size: known["source"] for size, known in remembered.items()}
+    needed = chain.sizes_for(dim)
+    if missing := [size for size in needed if size not in sources]:
+        required, got = ", ".join(needed), ", ".join(missing)
+        remedy = "name them with --models"
+        raise InputError(f"models for {required} required, got none for {got}; {remedy}")
     return {
         size: Loader(
-            size, source, chain.widths[size], remembered.get(size, {}).get("weights_sha256")
+            size, sources[size], chain.widths[size], remembered.get(size, {}).get("weights_sha256")
         )
-        for size, source in sources.items()
+        for size in needed
     }
 
 
