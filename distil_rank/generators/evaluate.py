@@ -12,7 +12,6 @@ from distil_rank.core.records import Metric, Record
 from distil_rank.generators import metrics, quality
 from distil_rank.generators.calibration import calibration
 from distil_rank.generators.data import Encoded
-from distil_rank.generators.family import membership
 from distil_rank.generators.models import Dtype, parameters, weights_sha256
 from distil_rank.generators.sample import Sampler, draw
 from distil_rank.generators.teachers import Live
@@ -88,7 +87,7 @@ def writing(model: Any, bed: Bed) -> quality.Writing:
     if bed.family:
         rng = np.random.default_rng([bed.seed, 23])
         natural = quality.length_matched([len(text) for text in texts], bed.natural, rng)
-        record["family"] = membership(texts, natural, bed.family, bed.seed)
+        record["family"] = quality.membership(texts, natural, bed.family, bed.seed)
     return record
 
 

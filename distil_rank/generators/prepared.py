@@ -227,10 +227,10 @@ class Prepared:
         start = known.get("started_from")
         return found | (self.doubts(start["name"], start["weights_sha256"]) if start else {})
 
-    def sequences(self, name: str, most: int | None = None, seed: int = 0) -> list[str]:
+    def sequences(self, name: str, most: int | None = None) -> list[str]:
         """Residues of a part, or of `most` of its proteins drawn at random."""
         part = self.part(name)
-        order = np.random.default_rng([seed, 4]).permutation(len(part))[:most]
+        order = np.random.default_rng([0, 4]).permutation(len(part))[:most]
         rows = (part.row(int(i)).tolist() for i in np.sort(order))
         return [parse(str(self.tokenizer.decode(row)))[0] for row in rows]
 

@@ -6,7 +6,6 @@ import torch
 
 from distil_rank.core.errors import InputError
 from distil_rank.generators import quality, sample
-from distil_rank.generators.family import membership
 from distil_rank.generators.sample import Sampler, choose, draw
 from tests.generators.conftest import toy_sequences
 
@@ -113,7 +112,9 @@ def test_an_hmm_of_a_family_finds_its_members_and_no_others():
         drawn = np.where(rng.random((n, 120)) < 0.4, rng.choice(letters, (n, 120)), ancestor)
         return ["".join(row) for row in drawn]
 
-    found = membership([*members(15), *toy_sequences(5, 3, 100, 140), ""], members(20), members(40))
+    found = quality.membership(
+        [*members(15), *toy_sequences(5, 3, 100, 140), ""], members(20), members(40)
+    )
     shares = [found[name]["value"] for name in ("generated", "natural", "shuffled")]
     assert shares == [pytest.approx(15 / 21), 1.0, 0.0] and found["built_from"] >= 38
 
