@@ -195,17 +195,15 @@ class NestedChain:
         return stage.reconstruct(z[..., :prefix], block).to(z.dtype)
 
     def _checked(self, name: str, raw: Tensor | np.ndarray | None) -> Tensor:
-        width, got = self.widths[name], None
-        x = torch.empty(0) if raw is None else torch.as_tensor(raw)
+        width = self.widths[name]
+        required = f"finite float embeddings of {width} features required for {name}"
         if raw is None:
-            got = f"none of {name}; embed with that model too"
-        elif not x.is_floating_point() or x.shape[-1] != width:
-            got = f"{x.dtype} {tuple(x.shape)}"
-        elif not bool(x.isfinite().all()):
-            got = f"NaN or infinity in {name}; embed again in float32"
-        if got:
-            required = f"finite float embeddings of {width} features required for {name}"
-            raise InputError(f"{required}, got {got}")
+            raise InputError(f"{required}, got none of {name}; embed with that model too")
+        x = torch.as_tensor(raw)
+        if not x.is_floating_point() or x.shape[-1] != width:
+            raise InputError(f"{required}, got {x.dtype} {tuple(x.shape)}")
+        if not bool(x.isfinite().all()):
+            raise InputError(f"{required}, got NaN or infinity in {name}; embed again in float32")
         return x
 
     @classmethod

@@ -79,7 +79,10 @@ def run(config: Config) -> None:
     require_writable(config.out)
     with process_group(config.device) as group:
         stores = given or _embed(config, sources, group)
-        fitted, held_out = _gather(config, stores, group)
+        provenance = {name: part.store.provenance for name, part in stores.items()}
+        partial = config.out / f"partial-{group.rank}-of-{group.world}.pt"
+        state = Checkpoint(partial, config.held_out, config.exact, provenance)
+        fitted, held_out = _gather(config, stores, group, state)
         if group.rank == 0:
             chain = _fit(config, stores, sources, components, fitted, held_out)
             fitted.save(config.out / MOMENTS, rows="fitted", sizes=list(stores))
@@ -87,7 +90,7 @@ def run(config: Config) -> None:
             chain.save(config.out)
             print(fitted_text(chain, config.out))
         group.barrier()
-        _partial(config, group).unlink(missing_ok=True)
+        state.clear()
 
 
 def _check(config: Config) -> tuple[dict[str, str], str | int]:
@@ -162,21 +165,14 @@ def _embed(config: Config, sources: Mapping[str, str], group: Group) -> dict[str
     return stores
 
 
-def _partial(config: Config, group: Group) -> Path:
-    return config.out / f"partial-{group.rank}-of-{group.world}.pt"
-
-
-def _gather(config: Config, rows: Mapping[str, StoreRows], group: Group) -> tuple[Moments, Moments]:
+def _gather(
+    config: Config, rows: Mapping[str, StoreRows], group: Group, state: Checkpoint
+) -> tuple[Moments, Moments]:
+    """Moments of the fitted and of the held-out proteins, of all ranks."""
     from tqdm import tqdm
 
     total = sum(next(iter(rows.values())).lengths) // group.world
     quiet = not sys.stderr.isatty() or group.rank > 0
-    request = (
-        config.held_out,
-        config.exact,
-        {name: part.store.provenance for name, part in rows.items()},
-    )
-    state = Checkpoint(_partial(config, group), *request)
     with tqdm(total=total, unit=" rows", desc="moments", disable=quiet) as bar:
         shard = group.rank, group.world
         options = config.held_out, state, shard, bar.update, config.exact

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from distil_rank.__main__ import main
 from distil_rank.core.errors import InputError
 from distil_rank.core.moments import Moments
 from distil_rank.core.records import ROOT
@@ -160,8 +161,8 @@ def test_stores_that_do_not_fit_together(folder, tmp_path):
     assert not (tmp_path / "chain").exists()
 
 
-def test_one_line_on_standard_error(tmp_path):
-    flags = "--family", "esm9", "--out", tmp_path / "c"
-    done = command(*ALONE, "nested", "fit", "absent.fasta", *flags)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
-    assert not (tmp_path / "c").exists()
+def test_one_line_on_standard_error(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(f"nested fit absent.fasta --family nano --out {tmp_path}/c".split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "absent.fasta" in error
