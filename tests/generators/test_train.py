@@ -9,7 +9,6 @@ import torch
 
 from distil_rank.core.devices import threads
 from distil_rank.core.errors import InputError
-from distil_rank.generators.data import epoch_batches
 from distil_rank.generators.loss import Objective, distillation_sums
 from distil_rank.generators.models import fresh, initial_student
 from distil_rank.generators.teachers import Cache, Live, read
@@ -132,14 +131,6 @@ def test_dropout_of_a_given_model_is_off_and_the_global_generator_is_left_alone(
         fit(model, proteins, None, None, Objective(), SCHEDULE, report=log.append)
         assert torch.equal(before, torch.get_rng_state())
     assert logs[0] == logs[1]
-
-
-def test_batches_of_a_schedule_are_those_of_its_epochs_from_any_step_on(proteins):
-    schedule = replace(SCHEDULE, steps=13)  # five steps an epoch
-    whole = [b for epoch in range(3) for b in epoch_batches(proteins.lengths, 8, 5, epoch)][:13]
-    for first in (0, 4, 5, 12, 13):
-        found = list(schedule.batches(proteins.lengths, first))
-        assert [b.tolist() for b in found] == [b.tolist() for b in whole[first:]]
 
 
 class Interrupted(Exception):
