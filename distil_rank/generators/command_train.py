@@ -10,7 +10,6 @@
 
 An interrupted run goes on where its checkpoint stands when the same command is given again. Sizes:
 tiny 4 layers, 4 heads, 512 wide; small 6, 8, 768; medium 12, 16, 1024; micro 4, 4, 256 for sweeps.
-The learning rate rises to 1e-3 where none is given.
 """
 
 from __future__ import annotations
@@ -93,8 +92,7 @@ class TrainingFlags(Schedule):
 
     @property
     def schedule(self) -> Schedule:
-        given = {f.name: getattr(self, f.name) for f in fields(Schedule)}
-        return Schedule(**given | {"learning_rate": self.peak})
+        return Schedule(**{f.name: getattr(self, f.name) for f in fields(Schedule)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +186,6 @@ def run_training(
         train = train.take(order[:subset].sort().values.numpy())
     left_out = ("data", "out", "device", "log_to")
     told = {k: v for k, v in config_record(flags).items() if k not in left_out}
-    told["learning_rate"] = schedule.learning_rate
     trackers = {"log_with": flags.log_to or None, "project_dir": folder}
     accelerator = make_accelerator(device, flags.dtype, **trackers)
     accelerator.init_trackers("distil-rank", told, {"wandb": {"name": folder.name}})

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -49,12 +49,10 @@ Report = Callable[[dict[str, float]], None]
 class Schedule:
     """How long and how fast; part of what makes two runs comparable."""
 
-    RATE: ClassVar[float] = 1e-3  # learning rate where none is given
-
     steps: int = 1000  # steps of the optimizer
     batch_size: int = 32  # proteins per step
     accumulation: int = 1  # micro-batches per step and process
-    learning_rate: float | None = None  # peak; None: the command's own, named in its help
+    learning_rate: float = 1e-3  # at its peak
     warmup: float = 0.05  # share of the steps with rising learning rate
     weight_decay: float = 0.01  # of the optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the matrices, learns from less data
@@ -64,10 +62,6 @@ class Schedule:
     evaluate_every: int = 500  # steps between validations
     save_every: int = 200  # steps between checkpoints
     seed: int = 0  # of everything random
-
-    @property
-    def peak(self) -> float:
-        return self.RATE if self.learning_rate is None else self.learning_rate
 
     def check(self) -> None:
         """Raise InputError on values outside their range."""
@@ -81,10 +75,10 @@ class Schedule:
         """Learning rate of step 0, 1, ... steps - 1: linear warm-up, then cosine to a tenth."""
         rising = max(1, round(self.warmup * self.steps))
         if step < rising:
-            return self.peak * (step + 1) / rising
+            return self.learning_rate * (step + 1) / rising
         along = (step - rising) / max(1, self.steps - rising)
         cosine = 0.5 * (1 + math.cos(math.pi * along))
-        return self.peak * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
+        return self.learning_rate * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
 
     def batches(self, lengths: NDArray[np.int64], first: int) -> Iterator[NDArray[np.int64]]:
         """The proteins of step `first` and of all that follow."""
