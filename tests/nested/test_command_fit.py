@@ -16,7 +16,7 @@ from distil_rank.core.moments import Moments
 from distil_rank.core.records import ROOT
 from distil_rank.nested import command_fit as fit
 from distil_rank.nested.chain import NestedChain
-from distil_rank.nested.rows import StoreRows
+from distil_rank.nested.rows import StoreRows, joint_moments
 from distil_rank.proteins import command_embed
 from distil_rank.proteins.fasta import write_fasta
 from distil_rank.proteins.store import EmbeddingStore
@@ -98,10 +98,12 @@ def command(*line):
 def test_two_ranks_fit_and_embed_as_one(folder, tmp_path):
     fasta, models = folder / "proteins.fasta", [folder / f"{n}.pt" for n in "abc"]
     pair = *PAIR, "-m", "distil_rank"
-    flags = "--held-out", 0.2, "--max-proteins", 40, "--out", tmp_path / "chain"
+    flags = "--held-out", 0.2, "--max-proteins", 40, "--exact", "--out", tmp_path / "chain"
     done = command(*pair, "nested", "fit", fasta, "--models", *models, *flags)
     assert done.returncode == 0, done.stderr
-    one, two = (Moments.load(f / "chain" / "moments.safetensors") for f in (folder, tmp_path))
+    stores = {n: StoreRows(folder / "chain" / "stores" / n) for n in "abc"}
+    one, _ = joint_moments(stores, 0.2, exact=True)
+    two = Moments.load(tmp_path / "chain" / "moments.safetensors")
     torch.testing.assert_close(two.covariance, one.covariance, rtol=1e-12, atol=1e-12)
     flags = "nested", "embed", fasta, "--chain", tmp_path / "chain", "--dim", 24, "--out"
     for name, launcher in [("one", ALONE), ("two", pair)]:
