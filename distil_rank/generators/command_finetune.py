@@ -7,8 +7,6 @@ The plain cross-entropy on the family. What it cost and how much was only memori
 against validation) stands in training.json, `fit`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from distil_rank.generators.command_train import TrainingFlags, begin, run_training

@@ -7,8 +7,6 @@ Tokenizer and context are those of the prepared proteins. An interrupted run goe
 command is given again.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from distil_rank.generators.command_train import ShapeFlags, TrainingFlags, begin, run_training

@@ -12,8 +12,6 @@ An interrupted run goes on where its checkpoint stands when the same command is 
 tiny 4 layers, 4 heads, 512 wide; small 6, 8, 768; medium 12, 16, 1024; micro 4, 4, 256 for sweeps.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import sys

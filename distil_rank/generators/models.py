@@ -1,7 +1,5 @@
 """GPT-2 models of proteins: loading with clear errors, new students, and what a model weighs."""
 
-from __future__ import annotations
-
 import hashlib
 import sys
 from contextlib import AbstractContextManager

@@ -11,8 +11,6 @@ A protein's part is a function of its sequence (random), of its cluster, or of a
 the training proteins is taken before they are tokenized; it changes neither validation nor test.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from array import array

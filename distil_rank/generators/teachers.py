@@ -10,8 +10,6 @@ together changes nothing on one thread of a CPU, so the cache gives the live tea
 bit for bit there; a GPU may choose other kernels for other batches.
 """
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

@@ -11,8 +11,6 @@ sums over unequal ones; its prepared model makes all logits, in float32, a (b, l
 best weights, replaces the global random state, and loads what another request has left.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import sys

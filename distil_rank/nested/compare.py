@@ -3,8 +3,6 @@
 Scores of an assay are Spearman by pool, representation and scheme (`probe.score_assay`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

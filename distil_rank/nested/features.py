@@ -1,7 +1,5 @@
 """What the probe compares: raw embeddings, computed once, and representations made of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial

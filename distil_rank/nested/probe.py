@@ -23,8 +23,6 @@ outer fold b: k folds need k (k + 1) / 2 training sets, and the second form take
 one matrix of inner products.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 

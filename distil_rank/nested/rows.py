@@ -4,8 +4,6 @@ Their joint moments, all sizes side by side, come from one streaming pass. Every
 baseline follows from these.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise, zip_longest

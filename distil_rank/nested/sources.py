@@ -1,7 +1,5 @@
 """Where the raw embeddings of each size come from: the models of a chain, found and checked."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -21,8 +21,6 @@ Directions of z whose variance is below 1e-8 L_1 (numerically null: LayerNorm ou
 f = 0.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch

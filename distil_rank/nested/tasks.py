@@ -19,8 +19,6 @@ rows fits them all:
 The shrinkage s with the best accuracy on the validation proteins is kept.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
