@@ -141,7 +141,12 @@ def begin(flags: TrainingFlags) -> Prepared:
         raise InputError(f"the package {flags.log_to} required for --log-to, got none; install it")
     device = pick_device(flags.device)
     if flags.compile:
-        require_compiler(device)
+        try:
+            torch.compile(torch.sin)(torch.zeros(1, device=device))
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            required = f"a compiler required for --compile ({reason})"
+            raise InputError(f"{required}; leave it out") from None
     chief = make_accelerator(device, flags.dtype).is_main_process
     prepared = Prepared(flags.data)
     if not chief:
@@ -154,15 +159,6 @@ def begin(flags: TrainingFlags) -> Prepared:
     if "log.jsonl" not in found and found - {flags.log_to and "distil-rank"}:
         raise InputError(f"an empty or new --out required, got {folder} with other files")
     return prepared
-
-
-def require_compiler(device: torch.device) -> None:
-    """InputError where torch cannot compile."""
-    try:
-        torch.compile(torch.sin)(torch.zeros(1, device=device))
-    except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"a compiler required for --compile ({reason}); leave it out") from None
 
 
 def run_training(

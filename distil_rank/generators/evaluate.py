@@ -83,12 +83,7 @@ def writing(model: Any, bed: Bed) -> quality.Writing:
     sampler = Sampler(model.config.n_positions - 1)
     drawn = list(draw(model, bed.tokenizer, range(bed.generate), sampler, bed.seed))
     texts, ended = [d.sequence for d in drawn], [d.ended for d in drawn]
-    record = quality.describe(texts, ended, bed.natural, bed.training, bed.seed)
-    if bed.family:
-        rng = np.random.default_rng([bed.seed, 23])
-        natural = quality.length_matched([len(text) for text in texts], bed.natural, rng)
-        record["family"] = quality.membership(texts, natural, bed.family, bed.seed)
-    return record
+    return quality.describe(texts, ended, bed.natural, bed.training, bed.seed, bed.family)
 
 
 def compare(

@@ -37,6 +37,7 @@ def describe(
     natural: Sequence[str],
     training: Sequence[str],
     seed: int = 0,
+    family: Sequence[str] = (),
 ) -> Writing:
     """All metrics of a set of written proteins."""
     n = len(generated)
@@ -50,6 +51,10 @@ def describe(
             rng = np.random.default_rng([seed, 21])
             matched = length_matched([len(s) for s in valid], natural, rng)
             found["novelty"] = novelty(valid, matched, training, seed)
+    if family:
+        rng = np.random.default_rng([seed, 23])
+        matched = length_matched([len(s) for s in generated], natural, rng)
+        found["family"] = membership(generated, matched, family, seed)
     return found
 
 

@@ -55,7 +55,15 @@ def run(config: Config) -> None:
     loaders = chain_models(chain, config.models, config.dim)
     for loader in loaders.values():
         loader.load()  # that it is the model the chain was fitted on, before any work
-    identity = _identity(config, chain)
+    identity = {  # what a store must agree on to be completed
+        "chain_sha256": sha256(config.chain / FILE),
+        "dim": config.dim or chain.dims[chain.sizes[-1]],
+        "normalized": config.normalize,
+        "pool": config.pool,
+        "dtype": config.store_dtype,
+        "long": config.long,
+        "max_length": config.max_length,
+    }
     if (config.out / PROVENANCE).exists():
         _same(config, identity)
     require_writable(config.out)
@@ -73,19 +81,6 @@ def run(config: Config) -> None:
             store = EmbeddingStore(config.out)
             what = f"{len(store)} proteins, {store.rows} x {store.dim} from {', '.join(loaders)}"
             print(f"{config.out}: {what}")
-
-
-def _identity(config: Config, chain: NestedChain) -> Record:
-    """What a store must agree on to be completed."""
-    return {
-        "chain_sha256": sha256(config.chain / FILE),
-        "dim": config.dim or chain.dims[chain.sizes[-1]],
-        "normalized": config.normalize,
-        "pool": config.pool,
-        "dtype": config.store_dtype,
-        "long": config.long,
-        "max_length": config.max_length,
-    }
 
 
 def _same(config: Config, identity: Record) -> None:

@@ -1,6 +1,6 @@
 """Where the raw embeddings of each size come from: the models of a chain, found and checked."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,6 @@ import torch
 
 from distil_rank.core.errors import InputError
 from distil_rank.core.randomness import generator
-from distil_rank.core.records import Record
 from distil_rank.nested.chain import NestedChain
 from distil_rank.nested.rows import StoreRows
 from distil_rank.proteins import command_embed
@@ -101,17 +100,6 @@ def raw_store(fasta: Path, model: str, out: Path, pool: Any, config: Any) -> Sto
     options = {name: getattr(config, name) for name in shared if hasattr(config, name)}
     command_embed.run(command_embed.Config(fasta, model, out, pool, **options))
     return StoreRows(out)
-
-
-def store_provenance(stores: Mapping[str, StoreRows], sources: Mapping[str, str]) -> Record:
-    """What a chain records of the stores it was fitted on, by size."""
-    kept = ("model", "weights_sha256", "pool", "dim", "dtype", "compute", "long", "max_length")
-    found = {}
-    for size, rows in stores.items():
-        known = rows.store.provenance
-        found[size] = {key: known[key] for key in kept}
-        found[size]["source"] = sources.get(size, known["model"])
-    return found
 
 
 def sample(fasta: Path, out: Path, count: int, seed: int) -> None:

@@ -1,5 +1,6 @@
 """Toy proteins and models: seconds, not minutes."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,14 @@ def toy_sequences(n, seed=0, low=12, high=70):
         "".join(AMINO_ACIDS[i] for i in torch.randint(20, (k,), generator=g).tolist())
         for k in lengths
     ]
+
+
+def mutated(sequence, rate, rng):
+    """A relative: a share of the residues are drawn anew."""
+    letters = np.array(list(sequence))
+    places = rng.random(len(letters)) < rate
+    letters[places] = rng.choice(list(AMINO_ACIDS), places.sum())
+    return "".join(letters)
 
 
 def write_fasta(path, sequences):

@@ -16,7 +16,7 @@ from distil_rank.generators.models import fresh, load, parameters, save, weights
 from distil_rank.generators.prepared import Prepared
 from distil_rank.generators.teachers import Live
 from distil_rank.proteins.fasta import read_fasta
-from tests.generators.conftest import prepare, write_fasta
+from tests.generators.conftest import mutated, prepare, write_fasta
 
 
 def test_nll_and_divergence_equal_the_explicit_sums(teacher, proteins):
@@ -180,10 +180,7 @@ def test_bad_input_of_the_commands_is_one_line_and_status_2(folders, capsys):
 
 def test_fine_tuning_on_a_family_works_out_of_the_box_and_learns_to_end(tmp_path, tokenizer):
     rng = np.random.default_rng(0)
-    parent, letters = "MKTAYIAKQRQISFVKSHFSRQ", list("ACDEFGHIKL")
-    family = [
-        "".join(rng.choice(letters) if rng.random() < 0.2 else a for a in parent) for _ in range(60)
-    ]
+    family = [mutated("MKTAYIAKQRQISFVKSHFSRQ", 0.2, rng) for _ in range(60)]
     write_fasta(tmp_path / "family.fasta", family)
     save(fresh(27, 2, 2, 32, 64, 0, 0), tokenizer, tmp_path / "start")
     given = f"--tokenizer {tmp_path}/start --context 64 --out {tmp_path}/data"
