@@ -9,7 +9,7 @@
     torchrun --nproc-per-node 8 -m distil_rank generator train ...
 
 An interrupted run goes on where its checkpoint stands when the same command is given again. Sizes:
-tiny 4 layers, 4 heads, 512 wide; small 6, 8, 768; medium 12, 16, 1024; micro 4, 4, 256 for sweeps.
+tiny 4 layers, 4 heads, 512 wide; small 6, 8, 768; medium 12, 16, 1024.
 """
 
 import importlib.util
