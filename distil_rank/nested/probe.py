@@ -127,8 +127,7 @@ class RidgePath:
             got = tuple(features.shape)
             raise InputError(f"finite features (n >= 3, d) required, got shape {got}")
         x = features.double()
-        self._mean = x.mean(0)
-        self._x = x - self._mean
+        self._x = x - x.mean(0)
         spread = float(self._x.square().sum()) / len(x)
         # constant features: only the intercept is fitted
         self.penalties = PENALTIES * (spread if spread > 0 else 1)

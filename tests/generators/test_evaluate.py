@@ -16,7 +16,8 @@ from distil_rank.generators.models import fresh, load, parameters, save, weights
 from distil_rank.generators.prepared import Prepared
 from distil_rank.generators.teachers import Live
 from distil_rank.proteins.fasta import read_fasta
-from tests.generators.conftest import mutated, prepare, write_fasta
+from tests.generators.conftest import prepare, write_fasta
+from tests.toys import mutated
 
 
 def test_nll_and_divergence_equal_the_explicit_sums(teacher, proteins):

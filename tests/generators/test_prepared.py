@@ -12,7 +12,8 @@ from distil_rank.core.errors import InputError
 from distil_rank.generators.models import fresh, save
 from distil_rank.generators.prepared import PARTS, Prepared
 from distil_rank.proteins.splits import near_relatives
-from tests.generators.conftest import mutated, prepare, toy_sequences, write_fasta
+from tests.generators.conftest import prepare, write_fasta
+from tests.toys import mutated, toy_sequences
 
 
 def parts(folder):

@@ -7,7 +7,7 @@ import torch
 from distil_rank.core.errors import InputError
 from distil_rank.generators import quality, sample
 from distil_rank.generators.sample import Sampler, choose, draw
-from tests.generators.conftest import mutated, toy_sequences
+from tests.toys import mutated, toy_sequences
 
 SHORT = Sampler(max_new_tokens=59)
 
