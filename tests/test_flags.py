@@ -28,6 +28,10 @@ EXCEPTIONS = {
         "weights, not embeddings: checkpoints are float32 or float16",
     ),
     "n_embd": ({"distil-rank pretrain"}, "its default is the smallest model of models/"),
+    "learning_rate": (
+        {"distil-rank pretrain", "distil-rank generator finetune"},
+        "the default depends on the width there; a trained model takes smaller steps",
+    ),
 }
 # commands without --device, and why
 WITHOUT_DEVICE = {

@@ -18,6 +18,7 @@ CORE = {
     "huggingface_hub",
     "numpy",
     "scipy",
+    "statsmodels",
     "safetensors",
     "tqdm",
     "matplotlib",

@@ -22,6 +22,7 @@ from distil_rank.core.records import ROOT, write_json
 from distil_rank.generators.prepared import SPLIT, digest
 from distil_rank.proteins.synthetic import synthetic_embeddings
 from tests.test_documents import commands
+from tests.toys import toy_sequences
 
 # what a command that is not run starts with, and why
 NOT_RUN = {
@@ -95,10 +96,7 @@ def make_data(folder: Path) -> None:
     from distil_rank.generators.data import amino_acid_tokenizer
     from distil_rank.generators.models import fresh, save
 
-    source, letters = torch.Generator().manual_seed(0), "ACDEFGHIKLMNPQRSTVWY"
-    lengths = torch.randint(30, 60, (300,), generator=source).tolist()
-    drawn = [torch.randint(20, (length,), generator=source).tolist() for length in lengths]
-    proteins = ["".join(letters[i] for i in chosen) for chosen in drawn]
+    proteins = toy_sequences(300, low=30, high=60)
     text = "".join(f">p{i}\n{sequence}\n" for i, sequence in enumerate(proteins))
     (folder / "work").mkdir()
     for name in ("proteins", "family", "work/train", "uniref50", "luciferase_like"):

@@ -15,10 +15,10 @@ from distil_rank.core.records import Record
 from distil_rank.core.resume import Cache as Results
 from distil_rank.generators.calibration import calibration
 from distil_rank.generators.data import Encoded, joined
-from distil_rank.generators.inherit import initial_student
 from distil_rank.generators.loss import Objective
 from distil_rank.generators.metrics import Scores, score
 from distil_rank.generators.models import (
+    initial_student,
     load,
     parameters,
     require_same_vocabulary,

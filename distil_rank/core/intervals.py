@@ -1,4 +1,4 @@
-"""95 % intervals, one function a kind: bootstrap, Student t over runs, a ratio over clusters."""
+"""95 % intervals, one function a kind: bootstrap, Student t, a share, a ratio over clusters."""
 
 import numpy as np
 import scipy.special
@@ -49,6 +49,14 @@ def t_interval(values: ArrayLike | Tensor) -> tuple[float, float]:
         return mean, mean
     half = _t(n - 1) * float(array.std(ddof=1)) / n**0.5
     return mean - half, mean + half
+
+
+def share_interval(hits: float, n: int) -> Metric:
+    """A proportion with Wilson's (1927) interval; half a hit is allowed."""
+    from statsmodels.stats.proportion import proportion_confint
+
+    low, high = proportion_confint(hits, n, method="wilson")
+    return interval(hits / n, float(low), float(high), True, n=n)
 
 
 def ratio_interval(

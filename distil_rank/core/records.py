@@ -120,6 +120,19 @@ def save_tensors(
     with atomic(path) as temporary:
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(plain, temporary, metadata=header)
+        _order_metadata(temporary)
+
+
+def _order_metadata(path: Path) -> None:
+    """Sort the metadata in place: the order in which safetensors writes it is a random one."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= size
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def load_tensors(path: str | Path, schema: str, what: str) -> tuple[dict[str, Tensor], Record]:

@@ -15,7 +15,6 @@ deviation.
 import numpy as np
 from numpy.typing import NDArray
 
-from distil_rank.core.errors import InputError
 from distil_rank.core.intervals import LEVEL, ratio_interval
 from distil_rank.core.records import Metric, Record, interval
 
@@ -29,8 +28,6 @@ def calibration(
     confidence: Array, correct: Array, protein: NDArray[np.int64], seed: int = 0
 ) -> Record:
     """Calibration of the most probable token: confidence, correct (0 or 1) and protein (n,)."""
-    if not len(confidence):
-        raise InputError("at least one token required for calibration, got none; give proteins")
     place = bins_of(confidence)
     count = np.bincount(place).astype(float)
     gap = np.bincount(place, confidence - correct) / count

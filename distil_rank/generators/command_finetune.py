@@ -3,14 +3,11 @@
     distil-rank generator prepare family.fasta --tokenizer models/tiny --out family
     distil-rank generator finetune --model models/tiny --data family --out models/tiny-family
 
-The plain cross-entropy on the family. The learning rate rises to 3e-4 where none is given. What it
-cost and how much was only memorized (training against validation) stands in training.json, `fit`.
+The plain cross-entropy on the family. What it cost and how much was only memorized (training
+against validation) stands in training.json, `fit`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
 from distil_rank.generators.command_train import TrainingFlags, begin, run_training
 from distil_rank.generators.loss import Objective
@@ -19,9 +16,8 @@ from distil_rank.generators.models import load, require_same_vocabulary, weights
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainingFlags):
-    RATE: ClassVar[float] = 3e-4  # learning rate where none is given
-
     model: str  # a model by name, file or folder
+    learning_rate: float = 3e-4  # at its peak
     subset: int | None = None  # train on so many proteins drawn at random; None: on all
 
 

@@ -42,7 +42,6 @@ def run(config: Config) -> None:
     device = pick_device(config.device)
     config.check()
     model, tokenizer = load(config.model)
-    config.start(tokenizer, model.config.n_positions)
     require_writable(config.out.parent)
     partial = config.out.with_name(config.out.name + ".partial")
     checkpoint = Checkpoint(partial, config, weights_sha256(model))

@@ -4,10 +4,8 @@
     distil-rank generator pretrain --data shards --out models/teacher --n-layer 6
 
 Tokenizer and context are those of the prepared proteins. An interrupted run goes on when the same
-command is given again. The learning rate rises to 1e-3 where none is given.
+command is given again.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 

@@ -9,11 +9,8 @@
     torchrun --nproc-per-node 8 -m distil_rank generator train ...
 
 An interrupted run goes on where its checkpoint stands when the same command is given again. Sizes:
-tiny 4 layers, 4 heads, 512 wide; small 6, 8, 768; medium 12, 16, 1024; micro 4, 4, 256 for sweeps.
-The learning rate rises to 1e-3 where none is given.
+tiny 4 layers, 4 heads, 512 wide; small 6, 8, 768; medium 12, 16, 1024.
 """
-
-from __future__ import annotations
 
 import importlib.util
 import math
@@ -40,7 +37,7 @@ from distil_rank.generators.data import Encoded
 from distil_rank.generators.estimate import expected
 from distil_rank.generators.loss import Objective
 from distil_rank.generators.models import (
-    check_shape,
+    initial_student,
     load,
     parameters,
     require_same_vocabulary,
@@ -70,8 +67,15 @@ class ShapeFlags:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        check_shape(self.n_layer, self.n_head, self.n_embd)
-        return self.n_layer, self.n_head, self.n_embd
+        """Layers, heads and width; InputError where no network has them."""
+        layers, heads, width = self.n_layer, self.n_head, self.n_embd
+        at_least(1, n_layer=layers, n_head=heads, n_embd=width)
+        if width % heads:
+            raise InputError(
+                f"n-embd must be divisible by n-head, got n-embd={width} and n-head={heads};"
+                f" {(width // heads + 1) * heads} would do"
+            )
+        return layers, heads, width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +90,7 @@ class TrainingFlags(Schedule):
 
     @property
     def schedule(self) -> Schedule:
-        given = {f.name: getattr(self, f.name) for f in fields(Schedule)}
-        return Schedule(**given | {"learning_rate": self.peak})
+        return Schedule(**{f.name: getattr(self, f.name) for f in fields(Schedule)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +112,6 @@ class Config(ShapeFlags, TrainingFlags):
 
 
 def run(config: Config) -> None:
-    from distil_rank.generators.inherit import initial_student
-
     config.objective.check()
     shape = config.shape
     if config.dry_run:
@@ -140,7 +141,12 @@ def begin(flags: TrainingFlags) -> Prepared:
         raise InputError(f"the package {flags.log_to} required for --log-to, got none; install it")
     device = pick_device(flags.device)
     if flags.compile:
-        require_compiler(device)
+        try:
+            torch.compile(torch.sin)(torch.zeros(1, device=device))
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            required = f"a compiler required for --compile ({reason})"
+            raise InputError(f"{required}; leave it out") from None
     chief = make_accelerator(device, flags.dtype).is_main_process
     prepared = Prepared(flags.data)
     if not chief:
@@ -153,15 +159,6 @@ def begin(flags: TrainingFlags) -> Prepared:
     if "log.jsonl" not in found and found - {flags.log_to and "distil-rank"}:
         raise InputError(f"an empty or new --out required, got {folder} with other files")
     return prepared
-
-
-def require_compiler(device: torch.device) -> None:
-    """InputError where torch cannot compile."""
-    try:
-        torch.compile(torch.sin)(torch.zeros(1, device=device))
-    except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"a compiler required for --compile ({reason}); leave it out") from None
 
 
 def run_training(
@@ -177,10 +174,12 @@ def run_training(
     device, folder, schedule = pick_device(flags.device), flags.out, flags.schedule
     train, validation = prepared.training_parts(student)
     if subset is not None:
-        train = drawn(train, subset, flags.seed)
+        at_least(1, subset=subset)
+        at_most(len(train), subset=subset)
+        order = torch.randperm(len(train), generator=generator(flags.seed, "subset"))
+        train = train.take(order[:subset].sort().values.numpy())
     left_out = ("data", "out", "device", "log_to")
     told = {k: v for k, v in config_record(flags).items() if k not in left_out}
-    told["learning_rate"] = schedule.learning_rate
     trackers = {"log_with": flags.log_to or None, "project_dir": folder}
     accelerator = make_accelerator(device, flags.dtype, **trackers)
     accelerator.init_trackers("distil-rank", told, {"wandb": {"name": folder.name}})
@@ -200,24 +199,18 @@ def run_training(
     given = (objective, schedule, folder, tell, request)
     progress = fit(student, train, validation, targets, *given)
     accelerator.end_training()
-    if accelerator.is_main_process:
-        own = mean_nll(student, train.take(range(min(len(train), len(validation)))), schedule.dtype)
-        report = worth(before, own, progress, train, schedule)
-        finish(flags, prepared, student, progress, more | {"fit": report})
-
-
-def worth(
-    before: float, own: float, progress: Progress, train: Encoded, schedule: Schedule
-) -> Record:
-    """What a training was worth and what it cost, from losses before it and on its own proteins."""
+    if not accelerator.is_main_process:
+        return
+    own = mean_nll(student, train.take(range(min(len(train), len(validation)))), schedule.dtype)
     tokens = progress.step * schedule.batch_size * train.lengths.mean()
-    return {
+    worth = {
         "proteins": len(train),
         "validation_nll_before": before,
         "train_nll": own,
         "gap": progress.best_nll - own,  # what is gained on proteins that were trained on only
         "cost": {"tokens": round(tokens), "seconds": progress.seconds},
     }
+    finish(flags, prepared, student, progress, more | {"fit": worth})
 
 
 def finish(
@@ -251,11 +244,3 @@ def finish(
         f"{folder}: nats per token: validation {found}, {fit['validation_nll_before']:.4f} before;"
         f" training {fit['train_nll']:.4f}"
     )
-
-
-def drawn(train: Encoded, subset: int, seed: int) -> Encoded:
-    """So many of the training proteins, at random."""
-    at_least(1, subset=subset)
-    at_most(len(train), subset=subset)
-    order = torch.randperm(len(train), generator=generator(seed, "subset"))
-    return train.take(order[:subset].sort().values.numpy())

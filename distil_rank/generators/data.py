@@ -23,6 +23,7 @@ from distil_rank.proteins.fasta import ALPHABET
 
 END = "<|endoftext|>"
 LINE = 60  # residues a line
+AT_ONCE = 32  # proteins a model reads together where nothing is trained
 POOL = 32  # batches sorted by length together: little padding, and still a random order
 
 
@@ -91,10 +92,10 @@ class Encoded:
         rows = [self.row(int(i)) for i in chosen]
         return of_rows(rows, self.residues[chosen], self.end, self.layout)
 
-    def in_order_of_length(self, batch_size: int) -> list[NDArray[np.int64]]:
+    def in_order_of_length(self) -> list[NDArray[np.int64]]:
         """All proteins in batches of similar length, for evaluation."""
         order = np.argsort(self.lengths, kind="stable")
-        return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        return [order[i : i + AT_ONCE] for i in range(0, len(order), AT_ONCE)]
 
 
 def of_rows(

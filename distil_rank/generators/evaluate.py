@@ -12,7 +12,6 @@ from distil_rank.core.records import Metric, Record
 from distil_rank.generators import metrics, quality
 from distil_rank.generators.calibration import calibration
 from distil_rank.generators.data import Encoded
-from distil_rank.generators.family import membership
 from distil_rank.generators.folding import confidence
 from distil_rank.generators.models import Dtype, parameters, weights_sha256
 from distil_rank.generators.sample import Sampler, draw
@@ -86,12 +85,10 @@ def writing(model: Any, bed: Bed) -> quality.Writing:
     sampler = Sampler(model.config.n_positions - 1)
     drawn = list(draw(model, bed.tokenizer, range(bed.generate), sampler, bed.seed))
     texts, ended = [d.sequence for d in drawn], [d.ended for d in drawn]
-    record = quality.describe(texts, ended, bed.natural, bed.training, bed.seed)
-    rng = np.random.default_rng([bed.seed, 23])
-    natural = quality.length_matched([len(text) for text in texts], bed.natural, rng)
-    if bed.family:
-        record["family"] = membership(texts, natural, bed.family, bed.seed)
+    record = quality.describe(texts, ended, bed.natural, bed.training, bed.seed, bed.family)
     if bed.esmfold is not None:
+        rng = np.random.default_rng([bed.seed, 24])
+        natural = quality.length_matched([len(text) for text in texts], bed.natural, rng)
         record["plddt"] = confidence(bed.esmfold, texts, natural, bed.seed)
     return record
 

@@ -39,14 +39,13 @@ def score(
     proteins: Encoded,
     teacher: Teacher | None = None,
     dtype: Dtype = "float32",
-    batch_size: int = 32,
 ) -> Scores:
     """Scores of a model, with the divergence from `teacher` where one is given."""
     model.eval()
     device, n = next(model.parameters()).device, len(proteins)
     nll, kl = np.zeros(n), np.zeros(n)
     tokenwise: list[tuple[Any, ...]] = []  # confidence, correct, protein
-    for batch in proteins.in_order_of_length(batch_size):
+    for batch in proteins.in_order_of_length():
         tokens, mask = (x.to(device) for x in proteins.batch(batch))
         with autocast(device, dtype):
             logits = model(input_ids=tokens, use_cache=False).logits

@@ -1,6 +1,4 @@
-"""GPT-2 models of proteins: loading with clear errors, fresh students, and what a model weighs."""
-
-from __future__ import annotations
+"""GPT-2 models of proteins: loading with clear errors, new students, and what a model weighs."""
 
 import hashlib
 import sys
@@ -9,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from distil_rank.core.errors import InputError, at_least, few, hub_errors
+from distil_rank.core.errors import InputError, few, hub_errors
 from distil_rank.core.randomness import generator
 from distil_rank.core.records import atomic
 
@@ -31,8 +29,6 @@ def load(name: str) -> tuple[Any, Any]:
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise InputError(f"a model folder with config.json required, got {name}; check the path")
     with hub_errors("a GPT-2 with safetensors", f"check {name}"):
         how: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True}
         found: Any = GPT2LMHeadModel.from_pretrained(name, **how, output_loading_info=True)
@@ -61,7 +57,7 @@ def require_same_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any) -> N
     """InputError unless both tokenizers give every token the same id."""
     a, b = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
     if a != b:
-        differing = sum(a.get(token) != i for token, i in b.items()) + len(a.keys() - b.keys())
+        differing = len(dict(a.items() ^ b.items()))
         raise InputError(
             f"one vocabulary for teacher and student required, got {len(a)} and {len(b)} tokens "
             f"of which {differing} differ; use models and proteins of one tokenizer"
@@ -74,7 +70,6 @@ def fresh(
     """A GPT-2 with transformers' own random weights, without dropout: small students underfit."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    check_shape(layers, heads, width)
     config: Any = GPT2Config(vocab_size=vocabulary, bos_token_id=end, eos_token_id=end)
     config.n_layer, config.n_head, config.n_embd, config.n_positions = layers, heads, width, context
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
@@ -83,13 +78,50 @@ def fresh(
         return GPT2LMHeadModel(config).eval()
 
 
-def check_shape(layers: int, heads: int, width: int) -> None:
-    at_least(1, n_layer=layers, n_head=heads, n_embd=width)
-    if width % heads:
+def initial_student(teacher: Any, layers: int, heads: int, width: int, init: str, seed: int) -> Any:
+    """A student of the teacher's vocabulary and context: init "random" or "slice".
+
+    A slice takes evenly spaced layers, the first and the last among them.
+    """
+    t = teacher.config
+    student = fresh(t.vocab_size, layers, heads, width, t.n_positions, t.eos_token_id, seed)
+    if init == "random":
+        return student
+    given = (layers, heads, width // heads, width)
+    largest = (t.n_layer, t.n_head, t.n_embd // t.n_head, t.n_embd)
+    if any(size > limit for size, limit in zip(given, largest)):
         raise InputError(
-            f"n-embd must be divisible by n-head, got n-embd={width} and n-head={heads};"
-            f" {(width // heads + 1) * heads} would do"
+            f"a student not larger than its teacher {largest} in layers, heads, width of a head "
+            f"and width required for --init {init}, got {given}; use --init random"
         )
+    source = {name: v.detach().cpu() for name, v in teacher.transformer.state_dict().items()}
+    new = {name: v[..., :width] for name, v in source.items() if not name.startswith("h.")}
+    for i in range(layers):
+        j = round(i * (t.n_layer - 1) / max(1, layers - 1))
+        layer = {k.removeprefix(f"h.{j}."): v for k, v in source.items() if k.startswith(f"h.{j}.")}
+        new |= {f"h.{i}.{name}": value for name, value in _block(layer, t, heads, width).items()}
+    student.transformer.load_state_dict(new, strict=False)
+    return student
+
+
+def _block(s: dict[str, Tensor], t: Any, heads: int, width: int) -> dict[str, Tensor]:
+    """One layer of the student from the teacher's `s`. GPT-2 stores weights as (d_in, d_out)."""
+    size, wide = t.n_embd // t.n_head, width // heads
+    columns = (torch.arange(heads)[:, None] * size + torch.arange(wide)).flatten()  # of the heads
+    qkv = torch.cat([columns + part * t.n_embd for part in range(3)])
+    new = {name: v[:width] for name, v in s.items() if name.startswith("ln_")}
+    for kind in ("weight", "bias"):
+        joint = s[f"attn.c_attn.{kind}"][..., qkv].clone()
+        joint[..., :width] *= (wide / size) ** 0.5  # scores are divided by its root
+        new[f"attn.c_attn.{kind}"] = joint
+        new[f"mlp.c_fc.{kind}"] = s[f"mlp.c_fc.{kind}"][..., : 4 * width]
+        for name in ("attn.c_proj", "mlp.c_proj"):
+            new[f"{name}.{kind}"] = s[f"{name}.{kind}"][..., :width]
+    for name in ("attn.c_attn.weight", "mlp.c_fc.weight"):
+        new[name] = new[name][:width]
+    new["attn.c_proj.weight"] = new["attn.c_proj.weight"][columns]
+    new["mlp.c_proj.weight"] = new["mlp.c_proj.weight"][: 4 * width]
+    return new
 
 
 def make_optimizers(student: Any, kind: str, weight_decay: float) -> list[torch.optim.Optimizer]:
@@ -109,11 +141,10 @@ def make_optimizers(student: Any, kind: str, weight_decay: float) -> list[torch.
     return made
 
 
-def parameters(model: nn.Module) -> dict[str, int]:
+def parameters(model: Any) -> dict[str, int]:
     """Parameters with and without the embeddings of tokens and positions (the head is tied)."""
-    total = sum(p.numel() for p in model.parameters())
-    tables = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
-    return {"total": total, "without_embeddings": total - tables}
+    inner = model.num_parameters(exclude_embeddings=True)
+    return {"total": model.num_parameters(), "without_embeddings": inner}
 
 
 def save(model: Any, tokenizer: Any, folder: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -129,7 +160,7 @@ def save(model: Any, tokenizer: Any, folder: str | Path, dtype: torch.dtype | No
         save_file(state, temporary, metadata={"format": "pt"})
 
 
-def own_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+def own_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights by name, without the head, which is the table of tokens again."""
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     return {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}

@@ -1,18 +1,23 @@
-"""What a set of written proteins is like: valid, ended, natural in composition, new."""
+"""What written proteins are like: valid, ended, natural in composition, new, of a family."""
 
 from collections.abc import Sequence
-from typing import NotRequired, TypedDict
+from itertools import islice
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distil_rank.core.intervals import percentile_interval, t_interval
+from distil_rank.core.intervals import percentile_interval, share_interval, t_interval
 from distil_rank.core.records import Metric, Record, interval
 from distil_rank.proteins.fasta import AMINO_ACIDS
 
 Array = NDArray[np.float64]
 BOOTSTRAPS = 1000
 SMALL_KL = 0.05  # nats: amino acids as in nature
+HMM_OF = 500  # proteins that the HMM is built from
+ROUNDS = 3  # of searching the family with the HMM and building it again from what is found
+REACH = 1e-3  # largest E-value of a member, for a database of this many proteins:
+DATABASE = 10_000
 
 
 class Writing(TypedDict):
@@ -33,17 +38,24 @@ def describe(
     natural: Sequence[str],
     training: Sequence[str],
     seed: int = 0,
+    family: Sequence[str] = (),
 ) -> Writing:
     """All metrics of a set of written proteins."""
     n = len(generated)
     valid = [s for s in generated if s and not set(s) - set(AMINO_ACIDS)]
-    found = Writing(n=n, validity=shares(len(valid), n), ended=shares(sum(ended), n))
+    found = Writing(
+        n=n, validity=share_interval(len(valid), n), ended=share_interval(sum(ended), n)
+    )
     if valid:
         found["amino_acid_kl"] = amino_acid_divergence(valid, natural, seed)
         if training:
             rng = np.random.default_rng([seed, 21])
             matched = length_matched([len(s) for s in valid], natural, rng)
             found["novelty"] = novelty(valid, matched, training, seed)
+    if family:
+        rng = np.random.default_rng([seed, 23])
+        matched = length_matched([len(s) for s in generated], natural, rng)
+        found["family"] = membership(generated, matched, family, seed)
     return found
 
 
@@ -122,18 +134,52 @@ def novelty(
     return {**own, **found, "nearest_of": len(training)}
 
 
+def membership(
+    generated: Sequence[str], natural: Sequence[str], family: Sequence[str], seed: int = 0
+) -> Record:
+    """Share of hits of an HMM of `family` among written, held-out and shuffled proteins."""
+    hmm, members = profile(family[:HMM_OF])
+    groups = {"generated": generated, "natural": natural, "shuffled": shuffled(natural, seed)}
+    found = {name: share_interval(hits(hmm, group), len(group)) for name, group in groups.items()}
+    return {**found, "built_from": members, "e_value": REACH, "database": DATABASE}
+
+
+def profile(family: Sequence[str]) -> tuple[Any, int]:
+    """HMM of a family and the number of proteins in it; the search starts from a median one."""
+    import pyhmmer
+
+    alphabet = pyhmmer.easel.Alphabet.amino()
+    block = digital(family, alphabet)
+    order = sorted(range(len(family)), key=lambda i: len(family[i]))
+    pipeline = pyhmmer.plan7.Pipeline(alphabet, incE=REACH, seed=42)
+    search = pipeline.iterate_seq(block[order[len(order) // 2]], block)
+    for result in islice(search, ROUNDS):
+        if result.converged:
+            break
+    return result.hmm, len(result.hits.included)
+
+
+def hits(hmm: Any, sequences: Sequence[str]) -> int:
+    """How many proteins the HMM finds; an empty one is not found."""
+    import pyhmmer
+
+    pipeline = pyhmmer.plan7.Pipeline(hmm.alphabet, Z=DATABASE, incE=REACH, E=REACH, seed=42)
+    block = digital([sequence for sequence in sequences if sequence], hmm.alphabet)
+    return sum(hit.included for hit in pipeline.search_hmm(hmm, block))
+
+
+def digital(sequences: Sequence[str], alphabet: Any) -> Any:
+    """Sequences as HMMER reads them, called by their number."""
+    from pyhmmer.easel import DigitalSequenceBlock, TextSequence
+
+    texts = [TextSequence(name=str(i), sequence=s) for i, s in enumerate(sequences)]
+    return DigitalSequenceBlock(alphabet, [text.digitize(alphabet) for text in texts])
+
+
 def shuffled(sequences: Sequence[str], seed: int = 0) -> list[str]:
     """Each sequence with its residues in random order."""
     rng = np.random.default_rng([seed, 22])
     return ["".join(rng.permutation(list(sequence))) for sequence in sequences]
-
-
-def shares(hits: int, n: int) -> Metric:
-    """A proportion with Wilson's 95 % interval."""
-    from statsmodels.stats.proportion import proportion_confint
-
-    low, high = proportion_confint(hits, n, method="wilson")
-    return interval(hits / n, float(low), float(high), True, n=n)
 
 
 def mean(values: Array) -> Metric:

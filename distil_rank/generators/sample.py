@@ -119,18 +119,16 @@ def _batch(
 
 def choose(logits: Tensor, tokens: Tensor, uniform: Tensor, sampler: Sampler) -> Tensor:
     """Next tokens (b,) from logits (b, V), tokens so far (b, t) and uniform numbers (b,)."""
+    from transformers import generation
+
     if sampler.repetition_penalty != 1:
-        used = logits.gather(1, tokens)
-        penalty = sampler.repetition_penalty
-        logits = logits.scatter(1, tokens, torch.where(used > 0, used / penalty, used * penalty))
+        penalty = generation.RepetitionPenaltyLogitsProcessor(sampler.repetition_penalty)
+        logits = penalty(tokens, logits)
     logits = logits / sampler.temperature
-    if 0 < sampler.top_k < logits.shape[-1]:
-        least = logits.topk(sampler.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+    if sampler.top_k:
+        logits = generation.TopKLogitsWarper(sampler.top_k)(tokens, logits)
     if sampler.top_p < 1:
-        ordered, ids = torch.softmax(logits, -1).sort(-1, descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= sampler.top_p  # without the token that reaches it
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, ids, beyond), -torch.inf)
+        logits = generation.TopPLogitsWarper(sampler.top_p)(tokens, logits)
     cumulative = torch.softmax(logits, -1).cumsum(-1)
     drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
     return drawn.clamp_max(logits.shape[-1] - 1)

@@ -10,10 +10,8 @@ together changes nothing on one thread of a CPU, so the cache gives the live tea
 bit for bit there; a GPU may choose other kernels for other batches.
 """
 
-from __future__ import annotations
-
 import os
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,12 +25,6 @@ from distil_rank.generators.loss import Hidden
 from distil_rank.generators.models import Dtype, autocast
 
 WIDTH = 32  # a protein is read with padding to the next multiple
-
-
-class Teacher(Protocol):
-    """Where targets come from: a model (`Live`) or what was kept of it (`Cache`)."""
-
-    def targets(self, indices: NDArray[np.int64], tokens: Tensor, mask: Tensor) -> Hidden: ...
 
 
 def read(model: Any, tokens: Tensor, dtype: Dtype = "float32") -> Hidden:
@@ -71,16 +63,20 @@ class Live:
 class Cache:
     """Targets of every training protein, computed once; they lie in the processor's memory."""
 
-    def __init__(
-        self, model: Any, proteins: Encoded, dtype: Dtype = "float32", batch_size: int = 64
-    ):
+    def __init__(self, model: Any, proteins: Encoded, dtype: Dtype = "float32"):
         size, width = model.config.vocab_size, model.config.n_embd
         self.offsets, rows = proteins.offsets, int(proteins.offsets[-1])
-        require_memory(4 * rows * min(size, width))
+        needed = 4 * rows * min(size, width)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > memory / 2:
+            raise InputError(
+                f"at most half of {memory / 2**30:.1f} GiB of memory required for --teacher-cache,"
+                f" got {needed / 2**30:.1f} GiB; use fewer proteins, or none"
+            )
         self.weight = model.lm_head.weight.detach() if size > width else None
         self.kept = torch.empty(rows, min(size, width))
         live, device = Live(model, dtype), next(model.parameters()).device
-        for batch in proteins.in_order_of_length(batch_size):
+        for batch in proteins.in_order_of_length():
             tokens, mask = (x.to(device) for x in proteins.batch(batch))
             for i, row in zip(batch, live.targets(batch, tokens, mask).states):
                 place = self._place(i)
@@ -97,11 +93,4 @@ class Cache:
         return Hidden(found.to(tokens.device), self.weight)
 
 
-def require_memory(size: int) -> None:
-    """InputError where a cache would take more than half of this machine's memory."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if size > memory / 2:
-        raise InputError(
-            f"at most half of {memory / 2**30:.1f} GiB of memory required for --teacher-cache, got"
-            f" {size / 2**30:.1f} GiB; use fewer proteins, or none"
-        )
+Teacher = Live | Cache

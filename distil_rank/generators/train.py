@@ -11,8 +11,6 @@ sums over unequal ones; its prepared model makes all logits, in float32, a (b, l
 best weights, replaces the global random state, and loads what another request has left.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import sys
@@ -21,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TextIO
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -49,12 +47,10 @@ Report = Callable[[dict[str, float]], None]
 class Schedule:
     """How long and how fast; part of what makes two runs comparable."""
 
-    RATE: ClassVar[float] = 1e-3  # learning rate where none is given
-
     steps: int = 1000  # steps of the optimizer
     batch_size: int = 32  # proteins per step
     accumulation: int = 1  # micro-batches per step and process
-    learning_rate: float | None = None  # peak; None: the command's own, named in its help
+    learning_rate: float = 1e-3  # at its peak
     warmup: float = 0.05  # share of the steps with rising learning rate
     weight_decay: float = 0.01  # of the optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the matrices, learns from less data
@@ -64,10 +60,6 @@ class Schedule:
     evaluate_every: int = 500  # steps between validations
     save_every: int = 200  # steps between checkpoints
     seed: int = 0  # of everything random
-
-    @property
-    def peak(self) -> float:
-        return self.RATE if self.learning_rate is None else self.learning_rate
 
     def check(self) -> None:
         """Raise InputError on values outside their range."""
@@ -81,10 +73,10 @@ class Schedule:
         """Learning rate of step 0, 1, ... steps - 1: linear warm-up, then cosine to a tenth."""
         rising = max(1, round(self.warmup * self.steps))
         if step < rising:
-            return self.peak * (step + 1) / rising
+            return self.learning_rate * (step + 1) / rising
         along = (step - rising) / max(1, self.steps - rising)
         cosine = 0.5 * (1 + math.cos(math.pi * along))
-        return self.peak * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
+        return self.learning_rate * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
 
     def batches(self, lengths: NDArray[np.int64], first: int) -> Iterator[NDArray[np.int64]]:
         """The proteins of step `first` and of all that follow."""
@@ -93,10 +85,6 @@ class Schedule:
             start = epoch * per_epoch
             batches = epoch_batches(lengths, self.batch_size, self.seed, epoch)
             yield from batches[max(0, first - start) : self.steps - start]
-
-    def validates(self, step: int) -> bool:
-        """Whether a validation follows step 1, 2, ... steps."""
-        return step == self.steps or bool(self.evaluate_every and step % self.evaluate_every == 0)
 
 
 @dataclass
@@ -141,8 +129,6 @@ def fit(
     With a folder: `log.jsonl` is written there, and a checkpoint, with which the same call goes on;
     what the loop cannot see but the result depends on (the teacher) belongs into `request`.
     """
-    objective.check()
-    schedule.check()
     accelerator = make_accelerator(student.device, schedule.dtype)
     optimizers = [
         accelerator.prepare(o)
@@ -155,8 +141,17 @@ def fit(
         kept = Checkpoint(folder / CHECKPOINT, *known)
         state.restore(kept.load())
     progress = state.progress
-    log = _log(folder if accelerator.is_main_process else None, progress.logged)
-    tell = partial(_tell, log, report)
+    log = None
+    if folder is not None and accelerator.is_main_process:  # one object a line
+        log = (folder / "log.jsonl").open("a", buffering=1)
+        log.truncate(progress.logged)  # what stands after the checkpoint comes again
+
+    def tell(**values: float) -> None:
+        if log:
+            log.write(json.dumps(values) + "\n")
+        if report:
+            report(values)
+
     set_mode(student, schedule)
     start = time.perf_counter() - progress.seconds
     shown = {"initial": progress.step, "total": schedule.steps, "unit": "step", "leave": False}
@@ -166,7 +161,8 @@ def fit(
         update = _update(accelerator, student, optimizers, schedule, progress.step)
         progress.step, progress.seconds = progress.step + 1, time.perf_counter() - start
         tell(step=progress.step, **means, **update)
-        if validation is not None and schedule.validates(progress.step):
+        due = schedule.evaluate_every and progress.step % schedule.evaluate_every == 0
+        if validation is not None and (due or progress.step == schedule.steps):
             nll = mean_nll(student, validation, schedule.dtype)
             tell(step=progress.step, validation_nll=nll)
             state.judge(nll)
@@ -238,12 +234,10 @@ def _update(
 
 
 @torch.no_grad()
-def mean_nll(
-    model: Any, proteins: Encoded, dtype: Dtype = "float32", batch_size: int = 32
-) -> float:
+def mean_nll(model: Any, proteins: Encoded, dtype: Dtype = "float32") -> float:
     """Mean negative log-likelihood per predicted token, in nats."""
     nll, count = 0.0, 0
-    for batch in proteins.in_order_of_length(batch_size):
+    for batch in proteins.in_order_of_length():
         tokens, mask = (x.to(model.device) for x in proteins.batch(batch))
         sums = distillation_sums(read(model, tokens, dtype), None, tokens, mask, Objective())
         nll, count = nll + float(sums.hard), count + sums.n
@@ -276,19 +270,3 @@ class _State:
         for part, saved in zip(self.parts, record["parts"], strict=True):
             part.load_state_dict(saved)
         self.progress, self.best = Progress(**record["progress"]), record["best"]
-
-
-def _log(folder: Path | None, size: int) -> TextIO | None:
-    """`log.jsonl`, one object a line; what stands after the checkpoint comes again, so it goes."""
-    if folder is None:
-        return None
-    file = (folder / "log.jsonl").open("a", buffering=1)
-    file.truncate(size)
-    return file
-
-
-def _tell(log: TextIO | None, report: Report | None, **values: float) -> None:
-    if log:
-        log.write(json.dumps(values) + "\n")
-    if report:
-        report(values)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -91,27 +91,27 @@ class NestedChain:
         held_out = held_out if held_out is not None and held_out.count >= 2 else None
         first, *others = widths
         nested, shift = torch.eye(widths[first]).double(), torch.zeros(widths[first]).double()
-        stages, smaller = [], first
+        stages, r2, smaller = [], {}, first
         for name in others:
+            joint = joined_moments(moments, nested, shift, widths[name])
+            other = held_out and joined_moments(held_out, nested, shift, widths[name])
             stage = fit_stage(
-                joined_moments(moments, nested, shift, widths[name]),
+                joint,
                 len(nested),
                 added[name],
                 regression,
                 components,
-                held_out and joined_moments(held_out, nested, shift, widths[name]),
+                other,
                 None if random_seed is None else generator(random_seed, "completion", name),
                 f"{smaller} -> {name}",
             )
             stages.append(stage)
+            r2[name] = {"fit": stage.scores(joint), "held_out": other and stage.scores(other)}
             nested, shift = stage.extended(nested, shift)
             smaller = name
         rows = {"fit": moments.count, "held_out": held_out.count if held_out else 0.0}
         options = {"regression": regression, "components": components}
-        chain = cls(dict(widths), tuple(stages), {"options": options, "rows": rows})
-        fitted, other = chain.scores(moments), chain.scores(held_out) if held_out else {}
-        r2 = {name: {"fit": fitted[name], "held_out": other.get(name)} for name in others}
-        return replace(chain, record={**chain.record, "r2": r2})
+        return cls(dict(widths), tuple(stages), {"options": options, "rows": rows, "r2": r2})
 
     def scores(self, moments: Moments) -> dict[str, dict[str, float]]:
         """R^2 of each raw embedding (`Stage.scores`) on the rows behind moments of all sizes."""
@@ -195,17 +195,15 @@ class NestedChain:
         return stage.reconstruct(z[..., :prefix], block).to(z.dtype)
 
     def _checked(self, name: str, raw: Tensor | np.ndarray | None) -> Tensor:
-        width, got = self.widths[name], None
-        x = torch.empty(0) if raw is None else torch.as_tensor(raw)
+        width = self.widths[name]
+        required = f"finite float embeddings of {width} features required for {name}"
         if raw is None:
-            got = f"none of {name}; embed with that model too"
-        elif not x.is_floating_point() or x.shape[-1] != width:
-            got = f"{x.dtype} {tuple(x.shape)}"
-        elif not bool(x.isfinite().all()):
-            got = f"NaN or infinity in {name}; embed again in float32"
-        if got:
-            required = f"finite float embeddings of {width} features required for {name}"
-            raise InputError(f"{required}, got {got}")
+            raise InputError(f"{required}, got none of {name}; embed with that model too")
+        x = torch.as_tensor(raw)
+        if not x.is_floating_point() or x.shape[-1] != width:
+            raise InputError(f"{required}, got {x.dtype} {tuple(x.shape)}")
+        if not bool(x.isfinite().all()):
+            raise InputError(f"{required}, got NaN or infinity in {name}; embed again in float32")
         return x
 
     @classmethod

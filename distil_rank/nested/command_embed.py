@@ -24,13 +24,11 @@ from distil_rank.core.devices import Group, process_group
 from distil_rank.core.errors import InputError
 from distil_rank.core.records import Record, read_json, require_writable, sha256, write_json
 from distil_rank.nested.chain import FILE, NestedChain
-from distil_rank.nested.rows import StoreRows
+from distil_rank.nested.rows import BATCH, StoreRows
 from distil_rank.nested.sources import chain_models, raw_store
 from distil_rank.proteins.sharding import Shards
 from distil_rank.proteins.store import PROVENANCE, SCHEMA, EmbeddingStore, ShardWriter, shard_path
 from distil_rank.proteins.store_index import INDEX, copy_index
-
-ROWS = 4096  # rows mapped at a time
 
 
 @dataclass(frozen=True)
@@ -51,39 +49,13 @@ class Config:
 def run(config: Config) -> None:
     """Write or complete the store `config.out`. InputError before anything is written."""
     chain = NestedChain.load(config.chain)
-    needed = chain.sizes_for(config.dim)
     if config.pool == "bos":  # another space, and a map that is not its
         required = "--pool mean or residues, what a chain is fitted on, required"
         raise InputError(f"{required}, got bos; embed <cls> with one model")
-    loaders = chain_models(chain, config.models)
-    if missing := [size for size in needed if size not in loaders]:
-        required = f"models for {', '.join(needed)} required"
-        raise InputError(f"{required}, got none for {', '.join(missing)}; add to --models")
-    for size in needed:
-        loaders[size].load()  # that each is the model the chain was fitted on, before any work
-    identity = _identity(config, chain)
-    if (config.out / PROVENANCE).exists():
-        _same(config, identity)
-    require_writable(config.out)
-    finished = (config.out / INDEX).exists()
-    with process_group(config.device) as group:
-        raw = config.out / "raw"
-        stores = {
-            size: raw_store(config.fasta, loaders[size].source, raw / size, config.pool, config)
-            for size in needed
-            if not finished
-        }
-        if stores:
-            _fill(config, chain, stores, identity, group)
-        if group.rank == 0:
-            store = EmbeddingStore(config.out)
-            what = f"{len(store)} proteins, {store.rows} x {store.dim} from {', '.join(needed)}"
-            print(f"{config.out}: {what}")
-
-
-def _identity(config: Config, chain: NestedChain) -> Record:
-    """What a store must agree on to be completed."""
-    return {
+    loaders = chain_models(chain, config.models, config.dim)
+    for loader in loaders.values():
+        loader.load()  # that it is the model the chain was fitted on, before any work
+    identity = {  # what a store must agree on to be completed
         "chain_sha256": sha256(config.chain / FILE),
         "dim": config.dim or chain.dims[chain.sizes[-1]],
         "normalized": config.normalize,
@@ -92,6 +64,23 @@ def _identity(config: Config, chain: NestedChain) -> Record:
         "long": config.long,
         "max_length": config.max_length,
     }
+    if (config.out / PROVENANCE).exists():
+        _same(config, identity)
+    require_writable(config.out)
+    finished = (config.out / INDEX).exists()
+    with process_group(config.device) as group:
+        raw = config.out / "raw"
+        stores = {
+            size: raw_store(config.fasta, loader.source, raw / size, config.pool, config)
+            for size, loader in loaders.items()
+            if not finished
+        }
+        if stores:
+            _fill(config, chain, stores, identity, group)
+        if group.rank == 0:
+            store = EmbeddingStore(config.out)
+            what = f"{len(store)} proteins, {store.rows} x {store.dim} from {', '.join(loaders)}"
+            print(f"{config.out}: {what}")
 
 
 def _same(config: Config, identity: Record) -> None:
@@ -132,8 +121,8 @@ def _fill(
         if path.exists():
             continue
         writer = ShardWriter(path, [layer], sizes[shard], identity["dim"], dtype)
-        for start in range(0, sizes[shard], ROWS):
-            count = min(ROWS, sizes[shard] - start)
+        for start in range(0, sizes[shard], BATCH):
+            count = min(BATCH, sizes[shard] - start)
             raws = {size: rows.read_shard(shard, start, count) for size, rows in stores.items()}
             writer.write(start, chain.embed(raws, config.dim, config.normalize)[None])
         writer.close()

@@ -40,11 +40,12 @@ from distil_rank.nested.sources import (
     named_sources,
     raw_store,
     sample,
-    store_provenance,
 )
 from distil_rank.nested.stage import COMPONENTS, check_regression
 
 MOMENTS, HELD_OUT = "moments.safetensors", "held_out.safetensors"
+# what a chain knows of the stores it was fitted on
+REMEMBERED = "model", "weights_sha256", "pool", "dim", "dtype", "compute", "long", "max_length"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,10 @@ def run(config: Config) -> None:
     require_writable(config.out)
     with process_group(config.device) as group:
         stores = given or _embed(config, sources, group)
-        fitted, held_out = _gather(config, stores, group)
+        provenance = {name: part.store.provenance for name, part in stores.items()}
+        partial = config.out / f"partial-{group.rank}-of-{group.world}.pt"
+        state = Checkpoint(partial, config.held_out, config.exact, provenance)
+        fitted, held_out = _gather(config, stores, group, state)
         if group.rank == 0:
             chain = _fit(config, stores, sources, components, fitted, held_out)
             fitted.save(config.out / MOMENTS, rows="fitted", sizes=list(stores))
@@ -87,7 +91,7 @@ def run(config: Config) -> None:
             chain.save(config.out)
             print(fitted_text(chain, config.out))
         group.barrier()
-        _partial(config, group).unlink(missing_ok=True)
+        state.clear()
 
 
 def _check(config: Config) -> tuple[dict[str, str], str | int]:
@@ -120,7 +124,7 @@ def _check(config: Config) -> tuple[dict[str, str], str | int]:
 
 
 def _open(config: Config) -> dict[str, StoreRows]:
-    """The stores of --stores, checked before anything is written."""
+    """The stores of --stores: the same rows of the same kind, or an InputError."""
     stores: dict[str, StoreRows] = {}
     for path in config.stores:
         rows = StoreRows(path)
@@ -129,15 +133,9 @@ def _open(config: Config) -> dict[str, StoreRows]:
             remedy = "embed with each size once"
             raise InputError(f"stores of different models required, got {name} twice; {remedy}")
         stores[name] = rows
-    if stores:
-        as_rows(stores)
-        _check_alike(stores)
-        check_order({name: rows.dim for name, rows in stores.items()})
-    return stores
-
-
-def _check_alike(stores: Mapping[str, StoreRows]) -> None:
-    """InputError unless a row is the same thing in all stores."""
+    if not stores:
+        return {}
+    as_rows(stores)
     known = {name: rows.store.provenance for name, rows in stores.items()}
     longer = any(one.get("longer_proteins") for one in known.values())
     for key in ("pool", *(("long", "max_length") if longer else ())):
@@ -145,6 +143,8 @@ def _check_alike(stores: Mapping[str, StoreRows]) -> None:
         if len(set(found.values())) > 1:
             got = ", ".join(f"{value} of {name}" for name, value in found.items())
             raise InputError(f"stores of one {key} required, got {got}; embed both the same way")
+    check_order({name: rows.dim for name, rows in stores.items()})
+    return stores
 
 
 def _embed(config: Config, sources: Mapping[str, str], group: Group) -> dict[str, StoreRows]:
@@ -162,21 +162,14 @@ def _embed(config: Config, sources: Mapping[str, str], group: Group) -> dict[str
     return stores
 
 
-def _partial(config: Config, group: Group) -> Path:
-    return config.out / f"partial-{group.rank}-of-{group.world}.pt"
-
-
-def _gather(config: Config, rows: Mapping[str, StoreRows], group: Group) -> tuple[Moments, Moments]:
+def _gather(
+    config: Config, rows: Mapping[str, StoreRows], group: Group, state: Checkpoint
+) -> tuple[Moments, Moments]:
+    """Moments of the fitted and of the held-out proteins, of all ranks."""
     from tqdm import tqdm
 
     total = sum(next(iter(rows.values())).lengths) // group.world
     quiet = not sys.stderr.isatty() or group.rank > 0
-    request = (
-        config.held_out,
-        config.exact,
-        {name: part.store.provenance for name, part in rows.items()},
-    )
-    state = Checkpoint(_partial(config, group), *request)
     with tqdm(total=total, unit=" rows", desc="moments", disable=quiet) as bar:
         shard = group.rank, group.world
         options = config.held_out, state, shard, bar.update, config.exact
@@ -197,12 +190,16 @@ def _fit(
     directions = dict(zip(list(stores)[1:], config.directions))
     options = config.regression, components, directions
     chain = NestedChain.fit_moments(fitted, widths, *options, held_out)
-    first = next(iter(stores.values())).store.provenance
+    known = {size: rows.store.provenance for size, rows in stores.items()}
+    first = next(iter(known.values()))
     data = {key: first[key] for key in ("proteins", "residues", "proteins_sha256")}
     if config.fasta is not None:
         drawn = {"drawn": config.max_proteins, "seed": config.seed}
         data |= {"fasta": config.fasta.name, **drawn}
-    models = store_provenance(stores, sources)
+    models = {
+        size: {**{key: one[key] for key in REMEMBERED}, "source": sources.get(size, one["model"])}
+        for size, one in known.items()
+    }
     record = {**chain.record, "models": models, "data": data, "held_out": config.held_out}
     record["held_out_r2"] = held_out_scores(chain, stores, config.held_out, held_out)
     return replace(chain, record=record)

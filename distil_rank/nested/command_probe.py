@@ -15,7 +15,7 @@ same command again: what has been embedded and scored is kept in CHAIN/probe/, w
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -116,15 +116,8 @@ def run(config: Config) -> None:
 
 def _described(chain: NestedChain) -> Record:
     """What the report shows of a chain."""
-    return {
-        "regression": chain.kind,
-        "dims": chain.dims,
-        "options": chain.record["options"],
-        "fits": [asdict(stage.fit) for stage in chain.stages],
-        "rows": chain.record["rows"],
-        "r2": chain.record["r2"],
-        "held_out_r2": chain.record.get("held_out_r2", {}),
-    }
+    shown, known = ("options", "fits", "rows", "r2", "held_out_r2"), chain.config()
+    return {"regression": chain.kind, "dims": chain.dims, **{k: known.get(k, {}) for k in shown}}
 
 
 def _data(config: Config, chain: NestedChain, assays: Sequence[Assay]) -> Record:

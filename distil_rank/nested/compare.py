@@ -3,16 +3,14 @@
 Scores of an assay are Spearman by pool, representation and scheme (`probe.score_assay`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from distil_rank.core.intervals import mean_interval
+from distil_rank.core.intervals import mean_interval, share_interval
 from distil_rank.core.randomness import generator
-from distil_rank.core.records import Metric, Record, interval
+from distil_rank.core.records import Metric, Record
 from distil_rank.nested.chain import NestedChain
 from distil_rank.nested.features import POOLS, Representation, other_regression
 from distil_rank.nested.probe import SCHEMES
@@ -34,16 +32,10 @@ def wilcoxon(ours: ArrayLike, theirs: ArrayLike) -> float:
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float], seed: int) -> Record:
-    """Difference and win rate over assays, in one order of assays. Ties are half a win.
-
-    The interval of the win rate is Wilson's (1927).
-    """
-    from statsmodels.stats.proportion import proportion_confint
-
+    """Difference and win rate over assays, in one order of assays. Ties are half a win."""
     difference = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
-    n, wins = len(difference), float((difference > 0).sum() + 0.5 * (difference == 0).sum())
-    low, high = proportion_confint(wins, n, method="wilson")
-    rate = interval(wins / n, max(0.0, float(low)), min(1.0, float(high)), True, n=n)
+    wins = float((difference > 0).sum() + 0.5 * (difference == 0).sum())
+    rate = share_interval(wins, len(difference))
     return {"difference": over_assays(difference, seed), "win_rate": rate}
 
 

@@ -1,7 +1,5 @@
 """What the probe compares: raw embeddings, computed once, and representations made of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +18,8 @@ from distil_rank.nested.stage import fixed_signs
 from distil_rank.proteins.pooling import embed
 
 POOLS = ("mean", "site")
+DRAWS = 3  # random completions
 Features = Callable[[Mapping[str, Tensor]], Tensor]
-Positions = Sequence[Sequence[int]] | None
 
 
 @dataclass(frozen=True)
@@ -38,17 +36,16 @@ class Representation:
 def raw_features(
     name: str,
     sequences: Sequence[str],
-    positions: Positions,
+    positions: Sequence[Sequence[int]],
     loaders: Sequence[Loader],
     cache: Cache,
     device: torch.device | str = "cpu",
 ) -> dict[str, dict[str, Tensor]]:
     """By pool, raw embeddings (n, k) of every size.
 
-    `mean` is over all residues, `site` over the given positions of each sequence (absent without
-    positions).
+    `mean` is over all residues, `site` over the given positions of each sequence.
     """
-    found: dict[str, dict[str, Tensor]] = {pool: {} for pool in POOLS[: 2 if positions else 1]}
+    found: dict[str, dict[str, Tensor]] = {pool: {} for pool in POOLS}
     for loader in loaders:
         request = sequences, positions, loader.weights or loader.source
         make = partial(pooled, loader, sequences, positions, device)
@@ -60,32 +57,20 @@ def raw_features(
 def pooled(
     loader: Loader,
     sequences: Sequence[str],
-    positions: Positions,
+    positions: Sequence[Sequence[int]],
     device: torch.device | str,
 ) -> dict[str, Tensor]:
     """Vectors (n, d) by pool."""
     model = loader.load(device).model
-    shape = len(sequences), model.width
-    result = {pool: torch.empty(shape) for pool in POOLS[: 2 if positions else 1]}
+    result = {pool: torch.empty(len(sequences), model.width) for pool in POOLS}
     for i, (vectors,) in embed(model, sequences, "residues", (-1,)):
         result["mean"][i] = vectors.mean(0)
-        if positions:
-            result["site"][i] = vectors[list(positions[i])].mean(0)
+        result["site"][i] = vectors[list(positions[i])].mean(0)
     return result
 
 
-def curve_dims(chain: NestedChain) -> list[int]:
-    """The chain's dimensions and one half-way between each two."""
-    dims = list(chain.dims.values())
-    return sorted({*dims, *((a + b) // 2 for a, b in pairwise(dims))})
-
-
 def representations(
-    chain: NestedChain,
-    moments: Moments,
-    held_out: Moments | None = None,
-    draws: int = 3,
-    seed: int = 0,
+    chain: NestedChain, moments: Moments, held_out: Moments | None = None, seed: int = 0
 ) -> list[Representation]:
     """The chain and its baselines, all fitted on the same rows.
 
@@ -94,7 +79,8 @@ def representations(
     of PCR and OLS, raw sizes, concatenation, naive PCA of it at each scale, and random
     orthogonal completions.
     """
-    widths, sizes, dims = chain.widths, chain.sizes, curve_dims(chain)
+    widths, sizes, own = chain.widths, chain.sizes, list(chain.dims.values())
+    dims = sorted({*own, *((a + b) // 2 for a, b in pairwise(own))})  # and half-way between two
     total = sum(widths.values())
     if moments.dim != total:
         required = f"moments of {total} features required for this chain"
@@ -113,9 +99,9 @@ def representations(
     other = other_regression(options["regression"])
     ablation = refitted(regression=other)
     found += nested(ablation.kind, ablation, dims)
-    for draw in range(draws):  # as the chain in everything but the directions
+    for draw in range(DRAWS):  # as the chain in everything but the directions
         random = refitted(seed + draw)
-        found += nested("random-completion", random, list(chain.dims.values())[1:], draw)
+        found += nested("random-completion", random, own[1:], draw)
     found += naive_pca(moments, chain, dims)
     return found
 

@@ -1,7 +1,5 @@
 """A chain on the Hugging Face hub: one safetensors file, its configuration, a card."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory

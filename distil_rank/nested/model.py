@@ -43,10 +43,8 @@ class NestedESM(nn.Module):
         `models` replaces the names that the chain remembers, smallest first.
         """
         chain = NestedChain.from_pretrained(name)
-        loaders = chain_models(chain, models)
-        if missing := [size for size in chain.sizes if size not in loaders]:
-            raise InputError(f"a model for each size required, got none for {', '.join(missing)}")
-        return cls(chain, {size: loader.load(device).model for size, loader in loaders.items()})
+        loaders = chain_models(chain, models).items()
+        return cls(chain, {size: loader.load(device).model for size, loader in loaders})
 
     @torch.no_grad()
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:

@@ -23,8 +23,6 @@ outer fold b: k folds need k (k + 1) / 2 training sets, and the second form take
 one matrix of inner products.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
@@ -63,9 +61,7 @@ def folds(positions: Sequence[Sequence[int]], scheme: str, seed: int = 0) -> Ten
     sites, rank = first.unique(return_inverse=True)
     if scheme == "modulo":
         return rank % FOLDS
-    if scheme == "contiguous":
-        return rank * FOLDS // len(sites)
-    raise InputError(f"one of the schemes {', '.join(SCHEMES)} required, got {scheme!r}")
+    return rank * FOLDS // len(sites)  # contiguous
 
 
 def one_hot(assay: Assay) -> Tensor:
@@ -124,18 +120,17 @@ def score_assay(
 
 
 class RidgePath:
-    """Ridge of y (n,) or (n, c) on features (n, d), for a path of penalties."""
+    """Ridge on features (n, d), for the whole path of penalties."""
 
-    def __init__(self, features: Tensor, penalties: Tensor = PENALTIES):
+    def __init__(self, features: Tensor):
         if features.ndim != 2 or len(features) < 3 or not bool(features.isfinite().all()):
             got = tuple(features.shape)
             raise InputError(f"finite features (n >= 3, d) required, got shape {got}")
         x = features.double()
-        self._mean = x.mean(0)
-        self._x = x - self._mean
+        self._x = x - x.mean(0)
         spread = float(self._x.square().sum()) / len(x)
         # constant features: only the intercept is fitted
-        self.penalties = penalties * (spread if spread > 0 else 1)
+        self.penalties = PENALTIES * (spread if spread > 0 else 1)
         n, d = x.shape
         self._products = symmetric_product(self._x, self._x.T) if 2 * d > n else None
 
@@ -146,12 +141,12 @@ class RidgePath:
         return self._fits(y.double(), torch.nonzero(rest)[:, 0], rows)
 
     def nested(self, y: Tensor, folds: Tensor) -> tuple[Tensor, Tensor]:
-        """Out-of-fold predictions (as y) and the penalty of each outer fold, for fold numbers (n,).
+        """Out-of-fold predictions of y (n,) and each outer fold's penalty, by fold numbers (n,).
 
         The penalty of an outer fold has the least squared error over the other folds as inner
         folds, without the outer fold's rows; then the fit on all other folds predicts it.
         """
-        target = y.double() if y.ndim == 2 else y.double()[:, None]
+        target = y.double()[:, None]
         numbers = folds.unique()
         if len(numbers) < 3:
             got = f"{len(numbers)}; give more rows"
@@ -168,7 +163,7 @@ class RidgePath:
         for part, choice in zip(parts, best):
             rest = torch.nonzero(folds != folds[part[0]])[:, 0]
             predictions[part] = self._fits(target, rest, part, self.penalties[choice, None])[0]
-        return predictions.view(y.shape), self.penalties[best]
+        return predictions[:, 0], self.penalties[best]
 
     def _fits(
         self, y: Tensor, train: Tensor, test: Tensor, penalties: Tensor | None = None

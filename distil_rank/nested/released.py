@@ -16,8 +16,6 @@ on raw_r. Here f is applied to what it was fitted on: to raw_r as nested_r recon
 affine in nested_r. `as_released=True` applies it to nested_r, as the released code does.
 """
 
-from __future__ import annotations
-
 import re
 import zipfile
 from collections.abc import Mapping

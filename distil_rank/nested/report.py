@@ -3,8 +3,6 @@
 distil-rank report      # results/nested_report.png from results/nested_summary.json, and the rest
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path

@@ -4,11 +4,7 @@ Their joint moments, all sizes side by side, come from one streaming pass. Every
 baseline follows from these.
 """
 
-from __future__ import annotations
-
 import hashlib
-import json
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise, zip_longest
 from pathlib import Path
@@ -16,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distil_rank.core.errors import InputError
@@ -25,7 +22,6 @@ from distil_rank.proteins.store import EmbeddingStore, shard_path
 
 BATCH = 4096  # rows read at a time (whole proteins)
 SAVE_EVERY = 64  # batches between two checkpoints
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Rows(Protocol):
@@ -90,31 +86,20 @@ class StoreRows:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def read_shard(self, shard: int, start: int, rows: int) -> Tensor:
-        """Rows (rows, d) of one shard."""
-        return read_slice(shard_path(self.store.path, shard), self._tensor, start, rows)
+        """Rows (rows, d) of one shard.
+
+        Opened anew each time: of a shard that stays mapped, all that was read stays resident.
+        """
+        path = shard_path(self.store.path, shard)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_slice(self._tensor)[start : start + rows]
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"a whole shard required, got {path} ({error}); embed again") from None
 
     def shard_sizes(self) -> list[int]:
         """Rows of every shard."""
         return np.bincount(self._shard, self.lengths).astype(int).tolist()
-
-
-def read_slice(path: Path, tensor: str, start: int, rows: int) -> Tensor:
-    """Rows (rows, d) of a two-dimensional tensor in a safetensors file, by plain reading.
-
-    Not by mapping: a pass over mapped shards counts every one of them as resident memory.
-    """
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            entry = json.loads(file.read(length))[tensor]
-        dtype, width = DTYPES[entry["dtype"]], entry["shape"][1]
-        size = width * dtype.itemsize
-        content = np.fromfile(
-            path, np.uint8, rows * size, offset=8 + length + entry["data_offsets"][0] + start * size
-        )
-        return torch.from_numpy(content).view(dtype).view(rows, width)
-    except (OSError, KeyError, ValueError, RuntimeError, struct.error) as error:
-        raise InputError(f"a whole shard required, got {path} ({error}); embed again") from None
 
 
 def as_rows(stores: Mapping[str, Rows | Tensor | np.ndarray]) -> dict[str, Rows]:
@@ -167,11 +152,6 @@ def batches(lengths: Sequence[int], start: int, stop: int, rows: int) -> Iterato
             first, total = protein + 1, 0
 
 
-def read_joined(rows: Mapping[str, Rows], start: int, stop: int) -> Tensor:
-    """All sizes side by side (rows, sum of widths) for proteins start ... stop - 1."""
-    return torch.cat([source.read(start, stop) for source in rows.values()], 1)
-
-
 def joint_moments(
     stores: Mapping[str, Rows | Tensor | np.ndarray],
     held_out: float = 0.1,
@@ -201,7 +181,7 @@ def joint_moments(
     out = torch.tensor([is_held_out(key, held_out) for key in base.keys], dtype=torch.bool)
     lengths = torch.tensor(base.lengths, dtype=torch.long)
     for number, (first, last) in enumerate(batches(base.lengths, start, stop, BATCH), start=1):
-        x = read_joined(rows, first, last)
+        x = torch.cat([part.read(first, last) for part in rows.values()], 1)
         is_out = out[first:last].repeat_interleave(lengths[first:last])
         try:  # the moments refuse what is not finite: one pass less over the rows
             fitted.update(x[~is_out] if bool(is_out.any()) else x, exact=exact)

@@ -1,8 +1,6 @@
 """Where the raw embeddings of each size come from: the models of a chain, found and checked."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,6 @@ import torch
 
 from distil_rank.core.errors import InputError
 from distil_rank.core.randomness import generator
-from distil_rank.core.records import Record
 from distil_rank.nested.chain import NestedChain
 from distil_rank.nested.rows import StoreRows
 from distil_rank.proteins import command_embed
@@ -66,8 +63,10 @@ class Loader:
         return loaded
 
 
-def chain_models(chain: NestedChain, models: Sequence[str] = ()) -> dict[str, Loader]:
-    """How to load the model of each size of a chain.
+def chain_models(
+    chain: NestedChain, models: Sequence[str] = (), dim: int | None = None
+) -> dict[str, Loader]:
+    """How to load the model of each size that an embedding of `dim` needs.
 
     `models` replaces the sources that the chain remembers, smallest first.
     """
@@ -77,17 +76,17 @@ def chain_models(chain: NestedChain, models: Sequence[str] = ()) -> dict[str, Lo
         raise InputError(f"at most one model for each of {known} required, got {len(models)}")
     sources = dict(zip(chain.sizes, models))
     if not models:
-        sources = {size: remembered[size]["source"] for size in chain.sizes if size in remembered}
-        if missing := [size for size in chain.sizes if size not in sources]:
-            got = ", ".join(missing)
-            raise InputError(
-                f"a model for each size required, got none for {got}; name them with --models"
-            )
+        sources = {size: known["source"] for size, known in remembered.items()}
+    needed = chain.sizes_for(dim)
+    if missing := [size for size in needed if size not in sources]:
+        required, got = ", ".join(needed), ", ".join(missing)
+        remedy = "name them with --models"
+        raise InputError(f"models for {required} required, got none for {got}; {remedy}")
     return {
         size: Loader(
-            size, source, chain.widths[size], remembered.get(size, {}).get("weights_sha256")
+            size, sources[size], chain.widths[size], remembered.get(size, {}).get("weights_sha256")
         )
-        for size, source in sources.items()
+        for size in needed
     }
 
 
@@ -101,17 +100,6 @@ def raw_store(fasta: Path, model: str, out: Path, pool: Any, config: Any) -> Sto
     options = {name: getattr(config, name) for name in shared if hasattr(config, name)}
     command_embed.run(command_embed.Config(fasta, model, out, pool, **options))
     return StoreRows(out)
-
-
-def store_provenance(stores: Mapping[str, StoreRows], sources: Mapping[str, str]) -> Record:
-    """What a chain records of the stores it was fitted on, by size."""
-    kept = ("model", "weights_sha256", "pool", "dim", "dtype", "compute", "long", "max_length")
-    found = {}
-    for size, rows in stores.items():
-        known = rows.store.provenance
-        found[size] = {key: known[key] for key in kept}
-        found[size]["source"] = sources.get(size, known["model"])
-    return found
 
 
 def sample(fasta: Path, out: Path, count: int, seed: int) -> None:

@@ -21,8 +21,6 @@ Directions of z whose variance is below 1e-8 L_1 (numerically null: LayerNorm ou
 f = 0.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch
@@ -114,9 +112,6 @@ def fit_stage(
     of the residual's PCA (a baseline). InputError where the rows do not determine m directions.
     """
     large = joint.dim - prefix
-    if not (1 <= prefix < joint.dim and 1 <= added <= large):
-        required = f"1 <= prefix < {joint.dim} and 1 <= added <= {large}"
-        raise ValueError(f"{required} required, got {prefix} and {added}")
     weight, fit = regress(joint, prefix, regression, components, held_out)
     regressors = {"ols": prefix, "ridge": 0}.get(regression, fit.components or 0)
     needed = regressors + added + 1

@@ -19,8 +19,6 @@ rows fits them all:
 The shrinkage s with the best accuracy on the validation proteins is kept.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,12 +29,12 @@ from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
 from distil_rank.core.errors import InputError
-from distil_rank.core.intervals import bootstrap_counts, percentile_interval
+from distil_rank.core.intervals import DRAWS, bootstrap_counts, percentile_interval
 from distil_rank.core.moments import Moments
 from distil_rank.core.randomness import generator
 from distil_rank.core.records import Metric, Record, interval
 from distil_rank.nested.features import Representation
-from distil_rank.nested.rows import StoreRows, batches
+from distil_rank.nested.rows import BATCH, StoreRows, batches
 from distil_rank.proteins.fasta import AMINO_ACIDS, clean_sequence, read_fasta
 
 SIDES = ("train", "validation", "test")
@@ -44,8 +42,6 @@ LONGEST = 600  # residues: longer proteins are left out, so that the probe stays
 RARE = 10  # classes with fewer training proteins are left out
 WINDOW = 15  # letters of the window baseline
 SHRINKAGE = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
-BATCH = 4096  # rows at a time
-DRAWS = 1000
 LETTERS = len(AMINO_ACIDS)
 Labeled = tuple[str, list[str | None]]  # a sequence, the class of the protein or of every residue
 

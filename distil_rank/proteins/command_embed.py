@@ -102,6 +102,7 @@ def run(config: Config) -> None:
             sequences = [protein.sequence for shard in source.read() for protein in shard]
             plan = split(sequences, [config.split], config.seed)
         _check_folder(config.out, provenance)
+        group.barrier()  # all have looked before anybody writes
         require_writable(config.out)
         with only_writer(config.out) if first else nullcontext():
             if first:

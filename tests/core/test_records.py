@@ -108,6 +108,18 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "made" / "a").read_text() == "whole" and os.listdir(tmp_path) == ["made"]
 
 
+def test_equal_tensors_and_metadata_are_equal_files(tmp_path):
+    files = [tmp_path / str(i) for i in range(8)]
+    for file in files:
+        save_tensors(file, {"é": torch.ones(3)}, "a/1", rows="ä\n", sizes=["a"], more=None)
+    assert len({file.read_bytes() for file in files}) == 1
+    assert load_tensors(files[0], "a/1", "things")[1] == {
+        "rows": "ä\n",
+        "sizes": ["a"],
+        "more": None,
+    }
+
+
 def test_tensors_come_back_with_their_header(tmp_path):
     x = torch.arange(6).reshape(2, 3).T  # not contiguous
     save_tensors(tmp_path / "x.safetensors", {"x": x}, "a/1", rows=[1, 2])

@@ -1,21 +1,11 @@
 """Toy proteins and models: seconds, not minutes."""
 
 import pytest
-import torch
 
-from distil_rank.generators import command_prepare
+from distil_rank.generators import command_prepare, evaluate
 from distil_rank.generators.data import amino_acid_tokenizer, encode
 from distil_rank.generators.models import fresh
-from distil_rank.proteins.fasta import AMINO_ACIDS
-
-
-def toy_sequences(n, seed=0, low=12, high=70):
-    g = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(low, high, (n,), generator=g).tolist()
-    return [
-        "".join(AMINO_ACIDS[i] for i in torch.randint(20, (k,), generator=g).tolist())
-        for k in lengths
-    ]
+from tests.toys import toy_sequences
 
 
 def write_fasta(path, sequences):
@@ -32,6 +22,21 @@ def prepare(fasta, out, **more):
     given = {"split_by": "random", "held_out": 0.2, "context": 96} | more
     command_prepare.run(command_prepare.Config(fasta, out, **given))
     return out
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick():
+    """What is written to measure speed is short: no test looks at it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "TOKENS", 2)
+        yield
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Eighty proteins, prepared."""
+    folder = tmp_path_factory.mktemp("toy")
+    return prepare(write_toy_fasta(folder / "toy.fasta", 80), folder / "data")
 
 
 @pytest.fixture(scope="session")

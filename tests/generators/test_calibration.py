@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from distil_rank.core.errors import InputError
-from distil_rank.generators.calibration import bins_of, calibration, calibration_error
+from distil_rank.generators.calibration import bins_of, calibration
 
 
 def simulate(n, seed, shift=0.0):
@@ -21,18 +20,6 @@ def test_intervals_cover_the_true_error_at_the_null_and_off_it(gap):
     covered = np.mean([f["low"] <= gap <= f["high"] for f in found])
     assert 0.95 - 2.5 * np.sqrt(0.95 * 0.05 / 150) <= covered
     assert all(f["low"] <= f["value"] <= f["high"] for f in found)
-
-
-def test_the_squared_error_has_no_bias():
-    rng = np.random.default_rng(0)
-    share, gap = np.full(5, 0.2), np.array([0.03, -0.01, 0.0, 0.02, 0.01])
-    error = np.array([0.02, 0.03, 0.01, 0.02, 0.02])
-    deviation = rng.normal(0, error, (20_000, 5))
-    plain = (gap + deviation) ** 2 @ share
-    variance = deviation**2 @ share
-    assert np.mean(plain - variance.mean()) == pytest.approx(gap**2 @ share, rel=0.02)
-    found = calibration_error(gap, share, deviation)
-    assert found["value"] == pytest.approx(max(0, gap**2 @ share - variance.mean()) ** 0.5)
 
 
 def test_overconfidence_is_found_with_its_sign_and_size():
@@ -57,9 +44,3 @@ def test_bins_hold_as_many_tokens_as_ties_allow():
     assert np.bincount(place).tolist() == [100] * 10
     assert all(confidence[place == b].max() < confidence[place == b + 1].min() for b in range(9))
     assert np.bincount(bins_of(np.repeat([0.1, 0.5], [70, 30]))).tolist() == [70, 30]
-
-
-def test_no_tokens_are_refused():
-    empty = np.empty(0)
-    with pytest.raises(InputError, match="at least one token"):
-        calibration(empty, empty, np.empty(0, int))

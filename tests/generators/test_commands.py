@@ -21,14 +21,8 @@ from distil_rank.generators import (
 from distil_rank.generators.models import load, weights_sha256
 from distil_rank.generators.prepared import Prepared
 from distil_rank.generators.train import CHECKPOINT
-from tests.generators.conftest import prepare, write_toy_fasta
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16}
-
-
-@pytest.fixture
-def data(tmp_path):
-    return prepare(write_toy_fasta(tmp_path / "toy.fasta", 80), tmp_path / "data")
 
 
 def pretraining(data, out, steps=8, **more):

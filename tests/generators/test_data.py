@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from distil_rank.generators.data import END, encode, epoch_batches, parse, render
-from tests.generators.conftest import toy_sequences
+from tests.toys import toy_sequences
 
 
 @pytest.mark.parametrize("length", [1, 59, 60, 61, 120, 150])

@@ -12,19 +12,13 @@ from distil_rank.core.errors import InputError
 from distil_rank.generators.models import fresh, save
 from distil_rank.generators.prepared import PARTS, Prepared
 from distil_rank.proteins.splits import near_relatives
-from tests.generators.conftest import prepare, toy_sequences, write_fasta
+from tests.generators.conftest import prepare, write_fasta
+from tests.toys import mutated, toy_sequences
 
 
 def parts(folder):
     prepared = Prepared(folder)
     return [prepared.sequences(part) for part in PARTS if part != "hard"]
-
-
-def mutated(sequence, rate, rng):
-    letters = np.array(list(sequence))
-    places = rng.random(len(letters)) < rate
-    letters[places] = rng.choice(list("ACDEFGHIKLMNPQRSTVWY"), places.sum())
-    return "".join(letters)
 
 
 def test_every_protein_comes_back_once_in_its_part_and_in_order(tmp_path):

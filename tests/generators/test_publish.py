@@ -11,17 +11,14 @@ import pytest
 from distil_rank.__main__ import main
 from distil_rank.core.errors import InputError
 from distil_rank.generators import command_evaluate, command_publish, command_train
-from distil_rank.generators.data import amino_acid_tokenizer
 from distil_rank.generators.models import fresh, save
-from tests.generators.conftest import prepare, write_toy_fasta
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory, data, tokenizer):
     """A teacher, two students and the evaluation of the first."""
     folder = tmp_path_factory.mktemp("publish")
-    save(fresh(27, 2, 2, 32, 96, 0, 1), amino_acid_tokenizer(), folder / "teacher")
-    data = prepare(write_toy_fasta(folder / "toy.fasta", 80), folder / "data")
+    save(fresh(27, 2, 2, 32, 96, 0, 1), tokenizer, folder / "teacher")
     teacher = str(folder / "teacher")
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "batch_size": 8, "device": "cpu"}
     for name, steps in (("m", 2), ("other", 3)):

@@ -6,9 +6,8 @@ import torch
 
 from distil_rank.core.errors import InputError
 from distil_rank.generators import quality, sample
-from distil_rank.generators.family import membership
 from distil_rank.generators.sample import Sampler, choose, draw
-from tests.generators.conftest import toy_sequences
+from tests.toys import mutated, toy_sequences
 
 SHORT = Sampler(max_new_tokens=59)
 
@@ -106,14 +105,10 @@ def test_copied_pieces_are_not_new_and_other_proteins_are():
 def test_an_hmm_of_a_family_finds_its_members_and_no_others():
     pytest.importorskip("pyhmmer")
     rng = np.random.default_rng(0)
-    letters = np.array(list("ACDEFGHIKLMNPQRSTVWY"))
-    ancestor = rng.choice(letters, 120)
-
-    def members(n):
-        drawn = np.where(rng.random((n, 120)) < 0.4, rng.choice(letters, (n, 120)), ancestor)
-        return ["".join(row) for row in drawn]
-
-    found = membership([*members(15), *toy_sequences(5, 3, 100, 140), ""], members(20), members(40))
+    (ancestor,) = toy_sequences(1, low=120, high=121)
+    members = [mutated(ancestor, 0.4, rng) for _ in range(75)]
+    written = [*members[:15], *toy_sequences(5, 3, 100, 140), ""]
+    found = quality.membership(written, members[15:35], members[35:])
     shares = [found[name]["value"] for name in ("generated", "natural", "shuffled")]
     assert shares == [pytest.approx(15 / 21), 1.0, 0.0] and found["built_from"] >= 38
 

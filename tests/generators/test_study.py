@@ -12,10 +12,8 @@ from benchmarks.generator_study.paper import paper
 from distil_rank.core.devices import threads
 from distil_rank.core.errors import InputError
 from distil_rank.core.records import ROOT
-from distil_rank.generators.data import amino_acid_tokenizer
-from distil_rank.generators.inherit import initial_student
 from distil_rank.generators.loss import Objective
-from distil_rank.generators.models import fresh, load, save
+from distil_rank.generators.models import fresh, initial_student, load, save
 from distil_rank.generators.prepared import SPLIT, Prepared, digest
 from distil_rank.generators.train import Schedule
 from tests.generators.conftest import prepare, write_toy_fasta
@@ -36,15 +34,18 @@ TOY = design.Preset(
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("study")
-    save(fresh(27, 2, 2, 32, 96, 0, 1), amino_acid_tokenizer(), folder / "teacher")
-    fasta = write_toy_fasta(folder / "toy.fasta", 80)
-    first = Prepared(prepare(fasta, folder / "first"))
+def place(tmp_path_factory, data, tokenizer):
+    folder, first = tmp_path_factory.mktemp("study"), Prepared(data)
+    save(fresh(27, 2, 2, 32, 96, 0, 1), tokenizer, folder / "teacher")
     listed = {part: [digest(s) for s in first.sequences(part)] for part in ("validation", "test")}
     listed["hard"] = [listed["test"].pop() for _ in range(5)]
     (folder / "split.json").write_text(json.dumps({"schema": SPLIT, **listed}))
-    prepare(fasta, folder / "data", train_size_prop=0.5, split_by=str(folder / "split.json"))
+    prepare(
+        data.with_name("toy.fasta"),
+        folder / "data",
+        train_size_prop=0.5,
+        split_by=str(folder / "split.json"),
+    )
     return folder
 
 

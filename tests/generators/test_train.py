@@ -9,10 +9,8 @@ import torch
 
 from distil_rank.core.devices import threads
 from distil_rank.core.errors import InputError
-from distil_rank.generators.data import epoch_batches
-from distil_rank.generators.inherit import initial_student
 from distil_rank.generators.loss import Objective, distillation_sums
-from distil_rank.generators.models import fresh
+from distil_rank.generators.models import fresh, initial_student
 from distil_rank.generators.teachers import Cache, Live, read
 from distil_rank.generators.train import Schedule, fit, mean_nll
 
@@ -73,7 +71,7 @@ def test_exact_cache_gives_the_losses_of_the_live_teacher(proteins, teacher):
     objective = Objective(uncertainty=True, calibration=True)
     with threads(1):  # with more, sums may be taken in another order for another batch
         live, losses = trained(proteins, Live(teacher), objective=objective)
-        cache = Cache(teacher, proteins, batch_size=7)
+        cache = Cache(teacher, proteins)
         cached, again = trained(proteins, cache, objective=objective)
     assert again == losses
     assert torch.equal(cached, live)
@@ -100,20 +98,6 @@ def test_a_cache_too_large_is_refused_before_it_is_made(proteins, teacher, monke
     monkeypatch.setattr(torch, "empty", lambda *_: pytest.fail("allocated"))
     with pytest.raises(InputError, match="at most half of"):
         Cache(teacher, proteins)
-
-
-def test_a_protein_is_read_at_the_width_of_its_own_length(proteins, teacher):
-    order = np.argsort(proteins.lengths)
-    mixed = np.concatenate([order[:3], order[-3:]])
-    tokens, mask = proteins.batch(mixed)
-    with threads(1):
-        together = Live(teacher).targets(mixed, tokens, mask).states
-        for row, i in enumerate(mixed):
-            alone = Live(teacher).targets(mixed[[row]], *proteins.batch([i])).states[0]
-            assert torch.equal(together[row, : len(alone)], alone)
-            with torch.no_grad():
-                plain = teacher(input_ids=tokens[[row]]).logits[0, : len(alone)]
-            torch.testing.assert_close(alone, plain)
 
 
 def test_the_weights_best_on_validation_are_kept(proteins):
@@ -147,14 +131,6 @@ def test_dropout_of_a_given_model_is_off_and_the_global_generator_is_left_alone(
         fit(model, proteins, None, None, Objective(), SCHEDULE, report=log.append)
         assert torch.equal(before, torch.get_rng_state())
     assert logs[0] == logs[1]
-
-
-def test_batches_of_a_schedule_are_those_of_its_epochs_from_any_step_on(proteins):
-    schedule = replace(SCHEDULE, steps=13)  # five steps an epoch
-    whole = [b for epoch in range(3) for b in epoch_batches(proteins.lengths, 8, 5, epoch)][:13]
-    for first in (0, 4, 5, 12, 13):
-        found = list(schedule.batches(proteins.lengths, first))
-        assert [b.tolist() for b in found] == [b.tolist() for b in whole[first:]]
 
 
 class Interrupted(Exception):

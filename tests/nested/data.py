@@ -7,7 +7,8 @@ import torch
 
 from distil_rank.core.randomness import generator
 from distil_rank.nested import command_fit
-from distil_rank.proteins.fasta import AMINO_ACIDS, Protein, write_fasta
+from distil_rank.proteins.fasta import Protein, write_fasta
+from tests.toys import toy_sequences
 
 
 def family(rows=600, widths=(6, 10, 17), seed=0, dtype=torch.float64, noise=0.3):
@@ -26,10 +27,7 @@ def family(rows=600, widths=(6, 10, 17), seed=0, dtype=torch.float64, noise=0.3)
 
 
 def proteins(count=40, seed=0) -> list[Protein]:
-    draw = generator(seed, "proteins")
-    lengths = torch.randint(8, 40, (count,), generator=draw).tolist()
-    letters = [torch.randint(20, (n,), generator=draw).tolist() for n in lengths]
-    sequences = ["".join(AMINO_ACIDS[a] for a in row) for row in letters]
+    sequences = toy_sequences(count, seed, 8, 40)
     return [Protein(f"p{i}", f"p{i}", sequence) for i, sequence in enumerate(sequences)]
 
 

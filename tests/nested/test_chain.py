@@ -85,18 +85,6 @@ def test_float32_products_keep_the_eigenvalues(dtype, mean):
         found.update(x.masked_fill(x == 7, torch.nan), exact=False)
 
 
-def test_reconstruction_error_is_the_tail():
-    raws = family()
-    chain = NestedChain.fit(raws, "ols", held_out=0)
-    z = chain.embed(raws)
-    for stage, size in zip(chain.stages, "bc"):
-        error = (raws[size] - chain.reconstruct(z, size)).square().sum(1).mean()
-        torch.testing.assert_close(
-            error, stage.eigenvalues[stage.added :].sum(), rtol=1e-8, atol=1e-8
-        )
-    assert torch.equal(chain.reconstruct(z, "a"), raws["a"])
-
-
 def test_mean_of_nested_is_nested_of_mean_and_shapes_lead():
     raws = family(120)
     chain = NestedChain.fit(raws)
@@ -185,16 +173,16 @@ def test_sizes_keep_their_order_in_folder_and_file(tmp_path):
 def test_esm2_reference_outputs(shared_data):
     """103 residues determine 102 directions: too few for native stages, enough for 20 a stage."""
     raws = {}
-    for name in ("8m", "35m", "150m", "650m", "3b"):
+    for name in ("8m", "35m", "150m", "650m"):
         file = load_file(shared_data / "esm2_reference_outputs" / f"esm2_{name}.safetensors")
         raws[name] = file["output__last_hidden_state"][file["residue_mask"]]
-    assert raws["8m"].shape == (103, 320) and raws["3b"].shape == (103, 2560)
+    assert raws["8m"].shape == (103, 320) and raws["650m"].shape == (103, 1280)
     with pytest.raises(InputError, match=r"8m -> 35m: at least \d+ rows required .*, got 103"):
         NestedChain.fit(raws, "pcr", 20, held_out=0)
     chain = NestedChain.fit(
         raws, "pcr", 20, directions=dict.fromkeys(list(raws)[1:], 20), held_out=0
     )
-    assert list(chain.dims.values()) == [320, 340, 360, 380, 400]
+    assert list(chain.dims.values()) == [320, 340, 360, 380]
     z = chain.embed(raws)
     assert torch.equal(z[:, :320], raws["8m"])
     for upto, dim in enumerate(chain.dims.values(), start=1):
@@ -268,6 +256,7 @@ def test_bad_dims_and_folders(tmp_path):
     for dim in (0, 5, 18):
         with pytest.raises(InputError, match="between 6 and 17"):
             chain.embed(raws, dim)
+    assert torch.equal(chain.reconstruct(chain.embed(raws), "a"), raws["a"])
     with pytest.raises(InputError, match="one of the sizes"):
         chain.reconstruct(chain.embed(raws), "z")
     with pytest.raises(InputError, match="at least 10 dims"):

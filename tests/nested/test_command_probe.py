@@ -30,7 +30,7 @@ def probed(folder, tmp_path_factory):
         write_assay(out / "dms", f"TOY{i}", synthetic(i, 4))
     tasks = {"locations": write_locations(out), "residues": (write_residues(out),)}
     chain = folder / "chain"
-    run = probe.Config(out / "dms", chain, out / "results", mutants=60, max_proteins=60, **tasks)
+    run = probe.Config(out / "dms", chain, out / "results", mutants=30, max_proteins=60, **tasks)
     probe.run(run)
     return run
 
@@ -45,7 +45,7 @@ def test_record(probed):
     expected = {"one-hot", "raw_a", "raw_b", "raw_c", "concatenation", "nested-pcr_a"}
     expected |= {"nested-pcr_c", "nested-ols_c", "naive-pca_dim32", "random-completion_c"}
     assert expected <= names and record["assays"] == ["TOY0", "TOY1", "TOY2"]
-    assert [a["used"] for a in record["data"]["assays"]] == [60] * 3
+    assert [a["used"] for a in record["data"]["assays"]] == [30] * 3
     for pool in ("mean", "site"):
         assert set(record["spearman"][pool]) == names
         by_assay = record["spearman_by_assay"][pool]
@@ -144,6 +144,7 @@ def test_bad_input(probed, folder, tmp_path):
         ({"mutants": -5}, "--mutants must be at least 1"),  # not all but five
         ({"max_proteins": -5}, "--max-proteins must be at least 1"),
         ({"chain": tmp_path}, "of a nested chain required"),
+        ({"models": (str(folder / "a.pt"),)}, "models for a, b, c required, got none for b, c"),
         ({"locations": probed.locations[:1]}, "two FASTA files"),
         ({"locations": (tmp_path / "nowhere.fasta",) * 2}, "a location as second word"),
         ({"locations": probed.locations[:1] * 2}, "in no other part required, got 60 in location"),

@@ -108,18 +108,6 @@ def test_components_are_those_of_the_released_rule(rows, spectrum):
     assert published_components(L, rows) == reference.published_components(z.numpy())
 
 
-def test_few_rows_keep_few_components():
-    """515 rows of 1280 features: not everything, as where the median counts the null directions."""
-    draw = generator(0, "wide")
-    z = torch.randn(103, 256, generator=draw, dtype=torch.float64) * torch.logspace(0, -2, 256)
-    x = z[:, :60] + torch.randn(103, 60, generator=draw, dtype=torch.float64)
-    joint = Moments.of(torch.cat([z, x], 1))
-    kept = fit_stage(joint, 256, 5, "pcr").fit.components
-    assert kept == reference.published_components(z.numpy()) < 50
-    assert fit_stage(joint, 256, 5, "pcr", 90).fit.components == 90
-    assert fit_stage(joint, 256, 5, "ridge").fit.rank == 102
-
-
 @pytest.mark.parametrize("rows", [40, 101, 102, 140])
 def test_the_ridge_penalty_does_not_collapse_with_few_rows(rows):
     draw = generator(rows, "few rows")
