@@ -23,7 +23,7 @@ from distil_rank.core.errors import InputError, at_least, one_line_errors
 from distil_rank.core.heads import Head, load_head
 from distil_rank.core.intervals import bootstrap_counts
 from distil_rank.core.latency import compare_latency
-from distil_rank.core.linear import LowRankLinear
+from distil_rank.core.linear import LowRankLinear, linear
 from distil_rank.core.lowrank import optimum, refit_bias, truncated_svd
 from distil_rank.core.randomness import generator
 from distil_rank.core.records import Record, atomic_files, require_writable, write_json
@@ -120,7 +120,7 @@ def make_students(
     svd = [truncated_svd(w, rank) for w in weights]
     refitted = [refit_bias(w, c, A, B, mean) for w, c, (A, B) in zip(weights, biases, svd)]
     made: Students = {
-        CONSTANT: [students.Constant(y.mean(0)) for y in outputs],
+        CONSTANT: [linear(torch.zeros_like(w), y.mean(0)) for w, y in zip(weights, outputs)],
         SVD: [LowRankLinear(A, B, c) for (A, B), c in zip(svd, biases)],
         SVD_BIAS: [LowRankLinear(A, B, c) for (A, B), c in zip(svd, refitted)],
     }

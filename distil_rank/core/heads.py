@@ -165,23 +165,18 @@ def layer_norm(weight: Tensor, bias: Tensor, eps: float = 1e-5) -> nn.LayerNorm:
 def _folded(parts: Sequence[nn.Module], path: str | Path) -> list[nn.Module]:
     """Every Affine made part of the linear layer beside it."""
     done: list[nn.Module] = []
-    waiting: Affine | None = None
     for part in parts:
-        if isinstance(part, Affine) and waiting is not None:
-            scale, shift = part.scale * waiting.scale, part.scale * waiting.shift + part.shift
-            waiting = Affine(scale, shift)
-        elif isinstance(part, Affine) and done and isinstance(done[-1], nn.Linear):
-            done[-1] = _after(done[-1], part)
-        elif isinstance(part, Affine):
-            waiting = part
-        elif waiting is None:
-            done.append(part)
-        elif isinstance(part, nn.Linear):
-            done.append(_before(waiting, part))
-            waiting = None
-        else:
-            break
-    if waiting is not None:
+        match (done[-1] if done else None), part:
+            case Affine() as first, Affine() as then:
+                shift = then.scale * first.shift + then.shift
+                done[-1] = Affine(then.scale * first.scale, shift)
+            case nn.Linear() as layer, Affine() as affine:
+                done[-1] = _after(layer, affine)
+            case Affine() as affine, nn.Linear() as layer:
+                done[-1] = _before(affine, layer)
+            case _:
+                done.append(part)
+    if any(isinstance(part, Affine) for part in done):
         raise InputError(
             f"a scale and shift (BatchNorm) beside a linear layer required in {path}, got one"
             " between other layers, which no linear layer can take in"

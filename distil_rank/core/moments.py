@@ -130,19 +130,13 @@ class Moments:
 
     def part(self, columns: slice) -> Moments:
         """Moments of some of the features."""
-        scatter = self.scatter[columns, columns]
-        return self._of(self.mean[columns], scatter)
+        return Moments.given(self.count, self.mean[columns], self.scatter[columns, columns])
 
     def mapped(self, matrix: Tensor, shift: Tensor | None = None) -> Moments:
         """Moments of matrix @ x + shift (k,) from those of x (d,)."""
         mean = matrix @ self.mean
         scatter = symmetric_product(matrix @ self.scatter, matrix.T)
-        return self._of(mean if shift is None else mean + shift, scatter)
-
-    def _of(self, mean: Tensor, scatter: Tensor) -> Moments:
-        """Other moments of as many rows."""
-        count = torch.tensor(self.count, dtype=torch.float64)
-        return Moments.from_state({"count": count, "mean": mean, "scatter": scatter})
+        return Moments.given(self.count, mean if shift is None else mean + shift, scatter)
 
     def _shift(self, count: float, mean: Tensor) -> None:
         """Move count and mean, and add the between-group term of the scatter."""
@@ -170,9 +164,13 @@ class Moments:
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Moments:
         """Moments from what `state` returned, which stays as it is."""
-        moments = cls(len(state["mean"]), state["mean"].device)
-        moments.count = float(state["count"])
-        moments.mean, moments._upper = state["mean"].clone(), state["scatter"].clone()
+        return cls.given(float(state["count"]), state["mean"], state["scatter"])
+
+    @classmethod
+    def given(cls, count: float, mean: Tensor, scatter: Tensor) -> Moments:
+        """Moments from copies of their parts, in float64."""
+        moments = cls(len(mean), mean.device)
+        moments.count, moments.mean, moments._upper = count, mean.clone(), scatter.clone()
         return moments
 
 

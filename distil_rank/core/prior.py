@@ -36,12 +36,6 @@ def folds_of(x: Tensor, folds: int = FOLDS) -> list[Moments]:
     return [Moments.of(x[fold::folds]) for fold in range(min(folds, len(x)))]
 
 
-def _moments(count: float, mean: Tensor, scatter: Tensor) -> Moments:
-    return Moments.from_state(
-        {"count": torch.tensor(count, dtype=torch.float64), "mean": mean, "scatter": scatter}
-    )
-
-
 def merged(parts: list[Moments]) -> Moments:
     total = Moments(parts[0].dim, parts[0].mean.device)
     for part in parts:
@@ -56,7 +50,7 @@ def blended(own: Moments, prior: Moments, blend: Blend) -> Moments:
         return own
     mean = (1 - m) * own.mean + m * prior.mean.to(own.mean)
     covariance = (1 - a) * own.covariance + a * prior.covariance.to(own.mean)
-    return _moments(own.count, mean, own.count * covariance)
+    return Moments.given(own.count, mean, own.count * covariance)
 
 
 def choose(
@@ -135,4 +129,4 @@ def weights_own(W: Tensor, side: str, own: Moments) -> Moments:
     """
     shape = torch.eye(W.shape[1]).to(W) if side == "input" else W @ W.T
     variance = ((W @ own.covariance) * W).sum() if side == "input" else own.covariance.trace()
-    return _moments(1.0, own.mean, variance / W.square().sum().clamp_min(1e-300) * shape)
+    return Moments.given(1.0, own.mean, variance / W.square().sum().clamp_min(1e-300) * shape)
