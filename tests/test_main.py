@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -333,14 +332,14 @@ def test_interrupted_or_killed_the_previous_results_are_whole(
     for path in results.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
         before[path.name] = path.read_bytes()
-    command = [sys.executable, "main.py", *data, "--steps", "1000000", "--out", str(tmp_path)]
+    long = ["--rank", "20", "--steps", "1000000", "--out", str(tmp_path)]
+    command = [sys.executable, "-u", "main.py", *data, *long]
     # a process started in the background ignores Ctrl-C, and so would its children
     listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=listening
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, preexec_fn=listening, **pipes)
     try:
-        time.sleep(8)
+        assert process.stdout.readline().startswith("+---")  # a notice, before the work
         process.send_signal(sent)
         _, error = process.communicate(timeout=60)
     finally:

@@ -17,7 +17,6 @@ from distil_rank.core.records import (
     read_json,
     require_writable,
     save_tensors,
-    sha256,
     write_json,
     write_text,
 )
@@ -74,13 +73,6 @@ def test_a_folder_that_cannot_be_written_is_found(tmp_path):
     with pytest.raises(InputError, match="writable output folder"):
         require_writable(tmp_path / "file" / "out")
     assert list((tmp_path / "a" / "b").iterdir()) == []
-
-
-def test_sha256_is_of_the_bytes(tmp_path):
-    (tmp_path / "f").write_bytes(b"abc")
-    assert (
-        sha256(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    )
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
