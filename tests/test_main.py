@@ -59,7 +59,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
-    main.main([*data, *SMALL, "--rank", "3", "--latency-batches", "7", "--out", str(folder)])
+    main.main([*data, *SMALL, "--rank", "3", "--out", str(folder)])
     return folder
 
 
@@ -81,7 +81,7 @@ def test_every_familiar_key_is_there(results):
         assert experiment["cosine_improvement"] == gain
         ratio = experiment["params_teacher"] / experiment["params_student"]
         assert experiment["compression"] == ratio
-        assert [row["batch"] for row in experiment["latency"]] == [1, 7, 32, 512]
+        assert [row["batch"] for row in experiment["latency"]] == main.BATCHES
         assert list(students) == STUDENTS
         fields = {"value", "low", "high", "higher_is_better", "per_seed", "seeds_interval"}
         for label, metrics in students.items():
@@ -107,7 +107,7 @@ def test_what_was_chosen_and_what_holds_for_other_rows_is_recorded(results):
     assert task["wiener_mse"] < task["mse"] < 0.8 * task["constant_mse"]
     claim = summary["claim"]
     assert (claim["shape"], claim["rank"]) == ([1280, 1280], 64)
-    assert [row["batch"] for row in claim["latency"]] == [1, 7, 32, 512]
+    assert [row["batch"] for row in claim["latency"]] == main.BATCHES
     assert summary["notices"] == [] and str(results) not in json.dumps(summary)
     for text in ("1280 x 1280, rank 64", "7.5 is published", "On its own task", "between"):
         assert text in tables.closing_table(summary)
@@ -170,7 +170,7 @@ def without_machine(summary):
 
 
 def test_two_runs_agree_bit_for_bit_in_all_but_what_the_machine_decides(data, results, tmp_path):
-    main.main([*data, *SMALL, "--rank", "3", "--latency-batches", "7", "--out", str(tmp_path)])
+    main.main([*data, *SMALL, "--rank", "3", "--out", str(tmp_path)])
     assert without_machine(summary_of(tmp_path)) == without_machine(summary_of(results))
     first, second = (folder / "distil_rank_curves.json" for folder in (results, tmp_path))
     assert first.read_bytes() == second.read_bytes()
@@ -260,7 +260,6 @@ def test_quick_writes_into_the_folder_asked_for(given, folder):
         (["--rank", "25"], "--rank must be between 1 and 24"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--seeds", "-1"], "--seeds must be at least 1"),
-        (["--latency-batches", "0"], "--latency-batches must be at least 1"),
         (["--device", "tpu"], "--device must name a device"),
         (["--device", "cuda:99"], "--device must name a device"),
         (["--device", "meta"], "--device must name a device"),
