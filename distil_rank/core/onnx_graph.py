@@ -227,9 +227,13 @@ def _unit_norm(graph: Graph, name: str) -> Found:
     x, norm = graph.inputs(name)
     eps = 0.0
     while graph.is_a(norm, "Clip", "Max", "Expand"):
-        if not graph.is_a(norm, "Expand"):
-            eps = next((v for n in graph.inputs(norm) if (v := graph.number(n)) is not None), 0.0)
-        norm = graph.inputs(norm)[0]
+        inner, *bounds = graph.nodes[norm].input
+        if not graph.is_a(norm, "Expand"):  # min, and of a Clip also max
+            least = graph.number(bounds[0]) if bounds else graph.attribute(norm, "min", None)
+            if least is None or any(bounds[1:]):
+                return None
+            eps = least
+        norm = inner
     return (UnitNorm(eps), x) if graph.match(("ReduceL2", "x"), norm, {"x": x}) else None
 
 

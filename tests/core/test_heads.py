@@ -86,6 +86,12 @@ FORMS = {
         ("Add", ["g", "b"], "y", {}),
     ],
     "unit norm": [*FIRST, ("ReduceL2", ["h"], "n", {"axes": [-1]}), ("Div", ["h", "n"], "y", {})],
+    "unit norm, not below": [
+        *FIRST,
+        ("ReduceL2", ["h"], "n", {"axes": [-1]}),
+        ("Clip", ["n", "root"], "c", {}),
+        ("Div", ["h", "c"], "y", {}),
+    ],
     "standardized inputs": [
         ("Sub", ["x", "shift"], "c", {}),
         ("Div", ["c", "scale"], "z", {}),
@@ -120,6 +126,11 @@ def test_what_cannot_be_read_is_named_layer_by_layer(tmp_path):
     path = graph(tmp_path / "odd.onnx", [*nodes, ("Elu", ["h"], "last", {})], CONSTANTS)
     with pytest.raises(InputError, match=r"got Abs \(/first\); Elu \(/last\)"):
         load_head(path)
+    norm = ("ReduceL2", ["m"], "n", {"axes": [-1]})
+    for bounds in (["", "one"], ["half", "one"]):  # a norm that is cut from above is another layer
+        clip = [norm, ("Clip", ["n", *bounds], "c", {}), ("Div", ["m", "c"], "y", {})]
+        with pytest.raises(InputError, match=r"got Div \(/y\)"):
+            load_head(graph(path, [FIRST[0], *clip], CONSTANTS))
     assert (
         load_head(graph(path, [*FIRST, ("Elu", ["h"], "y", {})], CONSTANTS), "h")[0].bias[0] == B[0]
     )
