@@ -103,19 +103,32 @@ def _from_state_dict(
     tensors = read_state_dict(path)
     names = layer_names(tensors)
     chosen: list[str] = []
+    guessed = False  # other files than .pt sort names: only numbers tell the order of the module
     for key in keys or ("",):
         key = key.removesuffix(".weight")
         under = [x for x in names if not key or x.startswith(f"{key}.")]
-        # a key that names nothing is refused by layer_of
-        chosen += [key] if key in names or not under else sorted(under, key=_natural)
+        if key in names or not under:  # a key that names nothing is refused by layer_of
+            under = [key]
+        elif Path(path).suffix != ".pt":
+            under.sort(key=_natural)
+            guessed |= len({re.sub(r"\d+", "", name) for name in under}) > 1
+        chosen += under
     parts = [_layer(tensors, name, path) for name in chosen]
     places = [i for i, part in enumerate(parts) if isinstance(part, nn.Linear)]
-    for a, b in pairwise(part for part in parts if isinstance(part, nn.Linear)):
+    layers = [part for part in parts if isinstance(part, nn.Linear)]
+    for a, b in pairwise(layers):
         if a.out_features != b.in_features:
             raise InputError(
                 f"layers that fit together required in {path}, one has {a.out_features} outputs and"
                 f" the next reads {b.in_features} features; name them in order with --key"
             )
+    shapes = [(layer.in_features, layer.out_features) for layer in layers]
+    one_fits = len(parts) == len({*shapes}) and shapes[0][0] != shapes[-1][1]
+    if guessed and not one_fits:
+        raise InputError(
+            f"an order of the layers {', '.join(chosen)} required, which {path} sorts by name;"
+            " name them in order with --key"
+        )
     if len(places) > 1 and activation is None:
         raise InputError(
             f"an activation between the {len(places)} layers {', '.join(chosen)} required;"
@@ -201,6 +214,6 @@ def _linear(weight: Tensor, bias: Tensor, like: nn.Linear) -> nn.Linear:
     return linear(weight.to(like.weight), bias.expand(len(weight)).to(like.weight))
 
 
-def _natural(name: str) -> list[tuple[int, int, str]]:
+def _natural(name: str) -> list[str | int]:
     """Sorting key in which layer 10 follows layer 2."""
-    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"[.]", name)]
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]

@@ -1,5 +1,7 @@
 """Heads from ONNX as exporters write them, and from state dicts; what cannot be read is named."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -157,6 +159,23 @@ def test_a_state_dict_with_its_activation(tmp_path, parts):
     head = load_head(tmp_path / "head.safetensors", activation="relu")
     torch.testing.assert_close(head(rows(6)), made(rows(6)))
     assert not head.unit_norm_inputs
+
+
+def test_layers_come_in_the_order_of_the_module_or_of_the_keys(tmp_path):
+    """A .pt file keeps it; safetensors sorts names, which is an order only where no other fits."""
+    names = "input", "hidden", "output"
+    made = network(OrderedDict((name, nn.Linear(6, 6)) for name in names))
+    expected = made[2](made[1](made[0](rows(6)).tanh()).tanh())
+    torch.save(made.state_dict(), tmp_path / "head.pt")
+    save_file(made.state_dict(), tmp_path / "head.safetensors")
+    for name, key in (("head.pt", None), ("head.safetensors", names)):
+        torch.testing.assert_close(load_head(tmp_path / name, key, "tanh")(rows(6)), expected)
+    with pytest.raises(InputError, match=r"the layers hidden, input, output required"):
+        load_head(tmp_path / "head.safetensors", None, "tanh")
+    made = network(OrderedDict(dense=nn.Linear(6, 6), out_proj=nn.Linear(6, 2)))
+    save_file(made.state_dict(), tmp_path / "head.safetensors")
+    head = load_head(tmp_path / "head.safetensors", None, "tanh")
+    torch.testing.assert_close(head(rows(6)), made[1](made[0](rows(6)).tanh()))
 
 
 def test_published_heads():
