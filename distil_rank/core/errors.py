@@ -74,10 +74,10 @@ def _line(program: str, text: str) -> None:
     sys.stderr.write(f"{program}: error: {' '.join(text.split())}\n")
 
 
-def few(names: Sequence[str], most: int = 5) -> str:
-    """The first names, and how many more there are: a message stays short."""
-    more = f", and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def few(names: Sequence[str]) -> str:
+    """The first five names, and how many more there are: a message stays short."""
+    more = f", and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 def at_least(minimum: float, **flags: float | None) -> None:
