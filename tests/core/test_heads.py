@@ -14,7 +14,8 @@ from tests.core.rows import draw
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
-from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from onnx.numpy_helper import from_array  # noqa: E402
+from onnx.parser import parse_model  # noqa: E402
 
 
 def network(*parts: nn.Module) -> nn.Sequential:
@@ -27,17 +28,13 @@ def network(*parts: nn.Module) -> nn.Sequential:
     return made
 
 
-def graph(path, nodes, constants, d_in=6, opset=17):
-    """An ONNX file of (kind, inputs, output, attributes) and named constants."""
-    made = helper.make_graph(
-        [helper.make_node(k, i, [o], name=f"/{o}", **a) for k, i, o, a in nodes],
-        "head",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", d_in])],
-        [helper.make_tensor_value_info(nodes[-1][2], TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(t.numpy(), name) for name, t in constants.items()],
-    )
-    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", opset)])
-    model.ir_version = 8
+def graph(path, nodes):
+    """An ONNX file of nodes from x (rows, 6) to y; each is named /OUTPUT."""
+    signature = "head (float[rows, 6] x) => (float[rows, columns] y)"
+    model = parse_model(f'<ir_version: 8, opset_import: ["": 17]> {signature} {{ {nodes} }}')
+    for node in model.graph.node:
+        node.name = f"/{node.output[0]}"
+    model.graph.initializer.extend(from_array(t.numpy(), name) for name, t in CONSTANTS.items())
     onnx.save(model, str(path))
     return path
 
@@ -53,52 +50,22 @@ def rows(d: int, n: int = 40) -> Tensor:
 
 W, V, B = (draw(*shape, seed=i).float() for i, shape in enumerate([(5, 6), (6, 5), (5,)]))
 HALF, ROOT, ONE, EPS = (torch.tensor(v) for v in (0.5, 2**0.5, 1.0, 1e-3))
-FIRST = [("MatMul", ["x", "V"], "m", {}), ("Add", ["b", "m"], "h", {})]
+FIRST = "m = MatMul(x, V) h = Add(b, m)"
 FORMS = {
-    "gemm": [("Gemm", ["x", "W", "b"], "y", {"transB": 1, "alpha": 0.5, "beta": 2.0})],
-    "gemm of the transpose": [("Gemm", ["x", "V"], "y", {})],
-    "matmul and add": [*FIRST, ("Relu", ["h"], "y", {})],
-    "erf, half last": [
-        *FIRST,
-        ("Div", ["h", "root"], "d", {}),
-        ("Erf", ["d"], "e", {}),
-        ("Add", ["e", "one"], "a", {}),
-        ("Mul", ["h", "a"], "p", {}),
-        ("Mul", ["p", "half"], "y", {}),
-    ],
-    "erf, half first": [
-        *FIRST,
-        ("Mul", ["h", "inverse"], "d", {}),
-        ("Erf", ["d"], "e", {}),
-        ("Add", ["one", "e"], "a", {}),
-        ("Mul", ["half", "h"], "p", {}),
-        ("Mul", ["a", "p"], "y", {}),
-    ],
-    "silu": [*FIRST, ("Sigmoid", ["h"], "s", {}), ("Mul", ["h", "s"], "y", {})],
-    "layer norm, decomposed": [
-        *FIRST,
-        ("ReduceMean", ["h"], "mean", {"axes": [-1]}),
-        ("Sub", ["h", "mean"], "c", {}),
-        ("Mul", ["c", "c"], "c2", {}),
-        ("ReduceMean", ["c2"], "v", {"axes": [-1]}),
-        ("Add", ["v", "eps"], "ve", {}),
-        ("Sqrt", ["ve"], "s", {}),
-        ("Div", ["c", "s"], "n", {}),
-        ("Mul", ["n", "b"], "g", {}),
-        ("Add", ["g", "b"], "y", {}),
-    ],
-    "unit norm": [*FIRST, ("ReduceL2", ["h"], "n", {"axes": [-1]}), ("Div", ["h", "n"], "y", {})],
-    "unit norm, not below": [
-        *FIRST,
-        ("ReduceL2", ["h"], "n", {"axes": [-1]}),
-        ("Clip", ["n", "root"], "c", {}),
-        ("Div", ["h", "c"], "y", {}),
-    ],
-    "standardized inputs": [
-        ("Sub", ["x", "shift"], "c", {}),
-        ("Div", ["c", "scale"], "z", {}),
-        ("MatMul", ["z", "V"], "y", {}),
-    ],
+    "gemm": "y = Gemm<transB=1, alpha=0.5, beta=2.0>(x, W, b)",
+    "gemm of the transpose": "y = Gemm(x, V)",
+    "matmul and add": f"{FIRST} y = Relu(h)",
+    "erf, half last": f"{FIRST} d = Div(h, root) e = Erf(d) a = Add(e, one)"
+    " p = Mul(h, a) y = Mul(p, half)",
+    "erf, half first": f"{FIRST} d = Mul(h, inverse) e = Erf(d) a = Add(one, e)"
+    " p = Mul(half, h) y = Mul(a, p)",
+    "silu": f"{FIRST} s = Sigmoid(h) y = Mul(h, s)",
+    "layer norm, decomposed": f"{FIRST} mean = ReduceMean<axes=[-1]>(h) c = Sub(h, mean)"
+    " c2 = Mul(c, c) v = ReduceMean<axes=[-1]>(c2) ve = Add(v, eps) s = Sqrt(ve)"
+    " n = Div(c, s) g = Mul(n, b) y = Add(g, b)",
+    "unit norm": f"{FIRST} n = ReduceL2<axes=[-1]>(h) y = Div(h, n)",
+    "unit norm, not below": f"{FIRST} n = ReduceL2<axes=[-1]>(h) c = Clip(n, root) y = Div(h, c)",
+    "standardized inputs": "c = Sub(x, shift) z = Div(c, scale) y = MatMul(z, V)",
 }
 CONSTANTS = {"W": W, "V": V, "b": B, "half": HALF, "root": ROOT, "one": ONE, "eps": EPS}
 CONSTANTS |= {"inverse": 1 / ROOT, "shift": V[:, 0], "scale": V[:, 1].abs() + 0.5}
@@ -106,7 +73,7 @@ CONSTANTS |= {"inverse": 1 / ROOT, "shift": V[:, 0], "scale": V[:, 1].abs() + 0.
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_a_layer_is_read(tmp_path, form):
-    path = graph(tmp_path / "head.onnx", FORMS[form], CONSTANTS)
+    path = graph(tmp_path / "head.onnx", FORMS[form])
     torch.testing.assert_close(load_head(path)(rows(6)), expected(path, rows(6)))
 
 
@@ -124,18 +91,17 @@ def test_an_exported_network_is_the_same_function(tmp_path, modern):
 
 
 def test_what_cannot_be_read_is_named_layer_by_layer(tmp_path):
-    nodes = [("Abs", ["x"], "first", {}), ("MatMul", ["first", "V"], "h", {})]
-    path = graph(tmp_path / "odd.onnx", [*nodes, ("Elu", ["h"], "last", {})], CONSTANTS)
-    with pytest.raises(InputError, match=r"got Abs \(/first\); Elu \(/last\)"):
-        load_head(path)
-    norm = ("ReduceL2", ["m"], "n", {"axes": [-1]})
-    for bounds in (["", "one"], ["half", "one"]):  # a norm that is cut from above is another layer
-        clip = [norm, ("Clip", ["n", *bounds], "c", {}), ("Div", ["m", "c"], "y", {})]
-        with pytest.raises(InputError, match=r"got Div \(/y\)"):
-            load_head(graph(path, [FIRST[0], *clip], CONSTANTS))
-    assert (
-        load_head(graph(path, [*FIRST, ("Elu", ["h"], "y", {})], CONSTANTS), "h")[0].bias[0] == B[0]
-    )
+    path = tmp_path / "odd.onnx"
+    norm = "m = MatMul(x, V) n = ReduceL2<axes=[-1]>(m)"
+    for nodes, unread in (
+        ("first = Abs(x) h = MatMul(first, V) y = Elu(h)", r"Abs \(/first\); Elu \(/y\)"),
+        # a norm that is cut from above is another layer
+        (f'{norm} c = Clip(n, "", one) y = Div(m, c)', r"Div \(/y\)"),
+        (f"{norm} c = Clip(n, half, one) y = Div(m, c)", r"Div \(/y\)"),
+    ):
+        with pytest.raises(InputError, match=f"got {unread}"):
+            load_head(graph(path, nodes))
+    assert load_head(graph(path, f"{FIRST} y = Elu(h)"), "h")[0].bias[0] == B[0]
     with pytest.raises(InputError, match="it has y"):
         load_head(path, "z")
     (tmp_path / "text.onnx").write_text("not a graph")
