@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmarks import DATA
 from distil_rank.core.errors import InputError
 from distil_rank.core.heads import UnitNorm, load_head
 from tests.core.rows import draw
@@ -144,14 +143,12 @@ def test_layers_come_in_the_order_of_the_module_or_of_the_keys(tmp_path):
     torch.testing.assert_close(head(rows(6)), made[1](made[0](rows(6)).tanh()))
 
 
-def test_published_heads():
+def test_published_heads(shared_data):
     for layers, width in ((6, 320), (12, 480), (30, 640)):
-        path = DATA / "heads" / f"proteinclip_esm2_{layers}.onnx"
-        if not path.is_file():
-            pytest.skip("public heads are not at hand")
+        path = shared_data / "heads" / f"proteinclip_esm2_{layers}.onnx"
         x = nn.functional.normalize(rows(width))
         head = load_head(path)
         torch.testing.assert_close(head(x), expected(path, x), rtol=0, atol=1e-5)
         assert head.unit_norm_inputs and isinstance(head[-1], UnitNorm) and len(head.raw) == 4
-    path = DATA / "heads" / "hatspot_towers_650m.safetensors"
+    path = shared_data / "heads" / "hatspot_towers_650m.safetensors"
     assert load_head(path, ("domain_fc1", "domain_bn1"))[0].weight.shape == (16, 1280)
