@@ -159,29 +159,23 @@ def _walk(graph: Graph, name: str, sources: set[str]) -> tuple[list[nn.Module], 
 
 
 def _linear(graph: Graph, name: str) -> Found:
-    if graph.is_a(name, "Gemm"):
-        x, *names = graph.inputs(name)
-        if graph.attribute(name, "transA", 0) or not graph.constants.keys() >= set(names):
-            return None
-        weight, *shift = (graph.constants[k] for k in names)
-        weight = weight * graph.attribute(name, "alpha", 1.0)
-        weight = weight if graph.attribute(name, "transB", 0) else weight.T
-        return _made(weight, shift[0] * graph.attribute(name, "beta", 1.0) if shift else None, x)
-    added = graph.pair(name, "Add")
-    product, bias = added if added is not None else (name, None)
-    if not graph.is_a(product, "MatMul"):
+    """Gemm, or MatMul without its bias: an Add is an Affine, which the layer takes in."""
+    if not graph.is_a(name, "Gemm", "MatMul"):
         return None
-    x, w = graph.inputs(product)
-    if w not in graph.constants or x in graph.constants or graph.constants[w].ndim != 2:
+    x, *names = graph.inputs(name)
+    if graph.attribute(name, "transA", 0) or not graph.constants.keys() >= set(names):
         return None
-    return _made(graph.constants[w].T, bias, x)
-
-
-def _made(weight: Tensor, bias: Tensor | None, x: str) -> Found:
-    if bias is not None:
-        if bias.numel() not in (1, len(weight)):
+    weight, *shift = (graph.constants[k] for k in names)
+    if weight.ndim != 2:
+        return None
+    weight = weight * graph.attribute(name, "alpha", 1.0)
+    weight = weight if graph.attribute(name, "transB", 0) else weight.T
+    bias = None
+    if shift:
+        bias = shift[0].reshape(-1) * graph.attribute(name, "beta", 1.0)
+        if len(bias) not in (1, len(weight)):
             return None
-        bias = bias.reshape(-1).expand(len(weight)).contiguous()
+        bias = bias.expand(len(weight)).contiguous()
     return linear(weight.contiguous(), bias), x
 
 
