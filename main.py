@@ -23,7 +23,7 @@ from distil_rank.core.errors import InputError, at_least, one_line_errors
 from distil_rank.core.heads import Head, load_head
 from distil_rank.core.intervals import bootstrap_counts
 from distil_rank.core.latency import compare_latency
-from distil_rank.core.linear import LowRankLinear
+from distil_rank.core.linear import LowRankLinear, linear
 from distil_rank.core.lowrank import optimum, refit_bias, truncated_svd
 from distil_rank.core.randomness import generator
 from distil_rank.core.records import Record, atomic_files, require_writable, write_json
@@ -51,7 +51,6 @@ class Config:
     rank: int | None = None  # rank of every student; default: d / 20, at least 1
     seeds: int = 5  # number of seeds: each has its own teachers and batches
     steps: int = 1000  # steps of the optimizer
-    latency_batches: tuple[int, ...] = ()  # batch sizes to time beside 1, 32 and 512
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes CUDA where there is one
     out: Path | None = None  # where to write; default: results, with --quick results/quick
     quick: bool = False  # few steps, seeds and draws
@@ -61,6 +60,7 @@ PLAIN = students.Recipe()  # constant learning rate, AdamW's default decay, the 
 # warm-up and schedule, no decay, centered inputs, and a bias refitted before
 IMPROVED = replace(PLAIN, weight_decay=0.0, warmup=0.1, decay_lr=True, center=True)
 EFFORT = {False: (500, 50, 1000), True: (50, 20, 200)}  # denoisers' steps, timings, draws; --quick
+BATCHES = [1, 32, 512]  # rows whose latency is measured
 SYNTHETIC = "synthetic, matched to published statistics of ESM-2 650M"
 CONSTANT, SVD, SVD_BIAS = "constant (mean output)", "truncated SVD", "truncated SVD, bias refitted"
 PLAIN_DISTILLED, DISTILLED = "distilled, plain recipe", "distilled"
@@ -120,7 +120,7 @@ def make_students(
     svd = [truncated_svd(w, rank) for w in weights]
     refitted = [refit_bias(w, c, A, B, mean) for w, c, (A, B) in zip(weights, biases, svd)]
     made: Students = {
-        CONSTANT: [students.Constant(y.mean(0)) for y in outputs],
+        CONSTANT: [linear(torch.zeros_like(w), y.mean(0)) for w, y in zip(weights, outputs)],
         SVD: [LowRankLinear(A, B, c) for (A, B), c in zip(svd, biases)],
         SVD_BIAS: [LowRankLinear(A, B, c) for (A, B), c in zip(svd, refitted)],
     }
@@ -194,8 +194,7 @@ def run(config: Config) -> tuple[Record, Record]:
     head = summary.header(data, x, x_val, rank, known)
     if head["notices"]:
         print(framed(*head["notices"]))
-    batches = sorted({1, 32, 512, *config.latency_batches})
-    claim = summary.claim(batches, rounds, device)
+    claim = summary.claim(BATCHES, rounds, device)
     timings = {(summary.CLAIM, summary.CLAIM_RANK): claim["latency"]}  # of a shape and a rank
     experiments, curves = {}, {}
     total = len(taught) * (2 * config.steps + students.pilot_steps(config.steps))
@@ -207,7 +206,7 @@ def run(config: Config) -> tuple[Record, Record]:
             teacher, student = layers[0], made[DISTILLED][0]
             shape = (tuple(teacher.weight.shape), rank)
             if shape not in timings:
-                inputs = [rows.x[:1].repeat(n, 1) for n in batches]
+                inputs = [rows.x[:1].repeat(n, 1) for n in BATCHES]
                 timings[shape] = compare_latency(teacher, student, inputs, rounds)
             svd, distilled, best = (measured[label] for label in (SVD, DISTILLED, OPTIMUM))
             experiments[name] = {
@@ -239,8 +238,7 @@ def run(config: Config) -> tuple[Record, Record]:
 # 7. What the user may ask for ---------------------------------------------------------------------
 def check(config: Config) -> Config:
     """Reject impossible options, then apply --quick."""
-    smallest = min(config.latency_batches, default=1)
-    at_least(1, seeds=config.seeds, steps=config.steps, latency_batches=smallest)
+    at_least(1, seeds=config.seeds, steps=config.steps)
     if (config.train is None) != (config.val is None):
         raise InputError("--train and --val required, got one of them; give the other, or neither")
     if config.synthetic and config.train:

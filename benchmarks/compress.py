@@ -185,7 +185,8 @@ def prior() -> dict[str, Any]:
                 order = torch.randperm(len(train), generator=generator(draw, "fifty proteins"))
                 own, others = train[order[:50]], train[order[50:]]
                 folds = folds_of(own)
-                record = {"teacher": teacher, "rank": rank, "draw": draw, "full_data": full_fvu}
+                record: dict[str, Any] = {"teacher": teacher, "rank": rank, "draw": draw}
+                record["full_data"] = full_fvu
                 alone = optimum(W, c, Moments.of(own)).factors(rank)
                 record["no_prior"] = fvu(W, c, alone, val)
                 for name, rows in (("in_domain", others), ("out_of_domain", variants)):
@@ -419,8 +420,8 @@ def shape() -> Record:
     def low_rank(site: Site, ratio: float, int8: bool) -> nn.Module:
         rank = round(ratio * site.d_in * site.d_out / (site.d_in + site.d_out))
         draw = generator(rank, site.name)
-        shapes = (rank, site.d_in), (site.d_out, rank)
-        small = LowRankLinear(*(torch.randn(s, generator=draw) / 30 for s in shapes), site.bias)
+        A = torch.randn(rank, site.d_in, generator=draw) / 30
+        small = LowRankLinear(A, torch.randn(site.d_out, rank, generator=draw) / 30, site.bias)
         return in_place(eight(small.A), eight(small.B)) if int8 else small
 
     makers: dict[str, Callable[[Site], nn.Module]] = {"dense, int8": lambda s: eight(s.module)}
@@ -459,8 +460,7 @@ def forms(
         yield f"dense, int{bits}", quantise_model(dense, batches, bits)[0], None
     yield "dense, int3", *three_bits(dense, batches)
     for ratio, neurons in itertools.product((0.5, 0.3, 0.1), (False, True)):
-        options = {"loss": architecture.loss, "neurons": neurons}
-        small, _ = compress_model(dense, batches, ratio, **options)
+        small, _ = compress_model(dense, batches, ratio, loss=architecture.loss, neurons=neurons)
         form = f"{'neurons and ' * neurons}low rank {ratio:g}"
         yield f"{form}, float16", halved(small), None
         for bits in (8, 4):
@@ -490,7 +490,7 @@ def three_bits(dense: nn.Module, batches: list[Batch]) -> tuple[nn.Module, int]:
     return replaced(dense, made), round(bytes_of(dense) - saved)
 
 
-def block_dropped(dense: nn.Module, architecture: Architecture, batches: list[Batch]) -> nn.Module:
+def block_dropped(dense: Any, architecture: Architecture, batches: list[Batch]) -> nn.Module:
     """Without the one block whose absence raises the KL on the fitted proteins least."""
     found = []
     for i in range(len(dense.layers)):
@@ -543,7 +543,9 @@ def main(arguments: list[str]) -> None:
         start = time.perf_counter()
         found = LAYERS[part]() if part in LAYERS else WHOLE[part](names)
         seconds = time.perf_counter() - start
-        record = read_json(RESULT, SCHEMA) if RESULT.is_file() else {"schema": SCHEMA}
+        record: dict[str, Any] = {"schema": SCHEMA}
+        if RESULT.is_file():
+            record = read_json(RESULT, SCHEMA)
         machine = [*found.get("machine_dependent", []), "environment", "part_seconds"]
         found |= {"environment": environment("cpu"), "part_seconds": seconds}
         if part in WHOLE:

@@ -188,8 +188,8 @@ def states_and_logits(width: int = 256) -> Record:
     def peak(whole: bool) -> int:
         def once() -> None:
             pair = [Hidden(h, w) for h, w in zip(states, weights)]
-            given = [h @ w.T for h, w in pair] if whole else pair
-            loss = distillation_sums(*given, tokens, mask, Objective()).loss
+            given = [h @ w.T for h, w in zip(states, weights)] if whole else pair
+            loss = distillation_sums(given[0], given[1], tokens, mask, Objective()).loss
             torch.autograd.grad(loss, own)
 
         return peak_bytes(once)

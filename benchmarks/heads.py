@@ -62,6 +62,7 @@ def towers() -> nn.Sequential:
     path = DATA / TOWERS
     domain = load_head(path, ("domain_fc1", "domain_bn1"))
     combined = load_head(path, ("fc_combined", "bn_combined"))[0]
+    assert isinstance(combined, nn.Linear)
     last = load_head(path, "output_layer")
     fixed = read_state_dict(path)["tf_bn1.bias"].relu()  # the mean of a BatchNorm is its bias
     width = len(fixed)
@@ -111,7 +112,7 @@ def one_map(head: nn.Sequential, x: Tensor, rank: int, **options: Any) -> nn.Mod
 def across(head: nn.Sequential, sets: dict[str, tuple[Tensor, Tensor]], rank: int) -> list[Record]:
     """Fitted on one data set, used on another's held-out rows, at one size."""
     records = []
-    ratio = flops(list(head)) / rank / (head[1].in_features + head[-2].out_features)
+    ratio = flops(list(head)) / rank / sum(ends(head))
     for name, (x, _) in sets.items():
         small = {
             "one map": one_map(head, x, rank),

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -207,7 +208,7 @@ def embed(folder: Path) -> None:
     """Held-out proteins of up to 1022 residues, by the largest model, split by clusters."""
     fasta, store = folder / "heldout.fasta.gz", folder / "store"
     write_fasta(fasta, (protein for protein in split().held_out if len(protein.sequence) <= 1022))
-    options = {"store_dtype": "float16", "split": 0.2, "device": "cpu"}
+    options: dict[str, Any] = {"store_dtype": "float16", "split": 0.2, "device": "cpu"}
     command_embed.run(command_embed.Config(fasta, "nano-256", store, **options))
     for name in ("embeddings_train.pt", "embeddings_val.pt"):
         rows = torch.load(store / name, weights_only=True).clone()

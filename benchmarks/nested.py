@@ -323,9 +323,9 @@ MEASUREMENTS: dict[str, Callable[[Config], dict[str, Any]]] = {
 
 
 def run(config: Config) -> None:
-    record = (
-        read_json(OUT, RECORD) if OUT.exists() else {"schema": RECORD, "widths": [SMALL, LARGE]}
-    )
+    record: dict[str, Any] = {"schema": RECORD, "widths": [SMALL, LARGE]}
+    if OUT.exists():
+        record = read_json(OUT, RECORD)
     for name in config.only:
         record[name] = {**MEASUREMENTS[name](config), "environment": environment()}
         OUT.parent.mkdir(exist_ok=True)

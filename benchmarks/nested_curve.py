@@ -10,6 +10,7 @@ to test, so that the interval over draws holds all three. Data: $DISTIL_RANK_DAT
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -93,9 +94,7 @@ def differences(
     places = torch.arange(sum(sizes)).split(sizes)
     order = torch.randperm(sizes[0], generator=generator(draw, task.name, "probed"))
     tests = torch.randint(sizes[2], (sizes[2],), generator=generator(draw, task.name, "test"))
-    compared = [
-        Representation(f"raw_{n}", "raw", int(n), lambda raws, n=n: raws[n]) for n in WIDTHS
-    ]
+    compared = [Representation(f"raw_{n}", "raw", int(n), itemgetter(n)) for n in WIDTHS]
     for count, chain in fitted.items():
         for r in nested("nested", chain, list(chain.dims.values())[1:]):
             compared.append(replace(r, name=f"{r.name} {count}"))

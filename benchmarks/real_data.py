@@ -36,7 +36,6 @@ SETS = ROOT / "benchmarks" / "real_data.toml"
 GITHUB = "https://raw.githubusercontent.com/"
 SCANS = "ginnm/SingleSiteProteinGYM", "9844690432e30a6fc0d79b29a03822787405e20a/gym_single"
 DOWNLOADS = ".downloads"  # in DIR, until a set is made
-BLOCK = 1 << 20  # bytes read at once
 
 
 @dataclass(frozen=True)
@@ -125,11 +124,9 @@ def download(address: str, folder: Path) -> Path:
         with urlopen(request, timeout=60) as answer:
             start = start if answer.status == 206 else 0  # else it comes as a whole
             total = start + int(answer.headers.get("Content-Length", 0))
-            with path.open("ab" if start else "wb") as file:
-                shown = {"unit": "B", "unit_scale": True, "leave": False, "disable": None}
-                with tqdm(total=total, initial=start, **shown) as bar:
-                    for block in iter(lambda: answer.read(BLOCK), b""):
-                        bar.update(file.write(block))
+            mode, bar = "ab" if start else "wb", {"initial": start, "leave": False, "disable": None}
+            with path.open(mode) as file, tqdm.wrapattr(file, "write", total, **bar) as counted:
+                shutil.copyfileobj(answer, counted)
     except (OSError, ValueError, HTTPException) as error:
         if getattr(error, "code", None) == 416:  # it was whole, or longer than the file there
             path.unlink()

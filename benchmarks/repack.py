@@ -7,7 +7,7 @@ import pickle
 import shutil
 import textwrap
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,18 +129,14 @@ def fasta_of_fastas(sources: Sequence[Path], target: Path) -> None:
 
 
 def fasta(proteins: Iterable[tuple[str, str]], width: int = 10**6) -> str:
+    """Distinct proteins, each by its first name."""
+    names: dict[str, str] = {}
+    for name, sequence in proteins:
+        names.setdefault(sequence, name)
     return "".join(
         f">{name}\n" + "".join(f"{line}\n" for line in textwrap.wrap(sequence, width))
-        for name, sequence in distinct(proteins)
+        for sequence, name in names.items()
     )
-
-
-def distinct(proteins: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    seen = set()
-    for name, sequence in proteins:
-        if sequence not in seen:
-            seen.add(sequence)
-            yield name, sequence
 
 
 def families(sources: Sequence[Path], target: Path) -> None:

@@ -8,6 +8,8 @@ Intervals: bootstrap over the positions of a scan, whose mutants stay together, 
 whole scan; of means and differences, over scans.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -20,6 +22,7 @@ from distil_rank.core.randomness import generator
 from distil_rank.core.records import ROOT, Record, environment, interval, sha256, write_json
 from distil_rank.core.tables import markdown, with_interval
 from distil_rank.proteins.checkpoints import load_model
+from distil_rank.proteins.esm2 import ESM2
 from distil_rank.proteins.fasta import AMINO_ACIDS
 from distil_rank.proteins.variants import (
     Assay,
@@ -41,7 +44,7 @@ SCORES = {
 
 def substitution(wild_type: str) -> torch.Tensor:
     """BLOSUM62 (l, 20): of each amino acid with the wild type."""
-    rows = ScoringMatrix.from_name("BLOSUM62").shuffle(AMINO_ACIDS)
+    rows: Any = ScoringMatrix.from_name("BLOSUM62").shuffle(AMINO_ACIDS)
     table = torch.tensor([list(row) for row in rows], dtype=torch.float64)
     return table[[AMINO_ACIDS.index(letter) for letter in wild_type]]
 
@@ -54,7 +57,7 @@ def spearman(x: NDArray, y: NDArray, counts: NDArray) -> NDArray:
     return (xy - mean_x * mean_y) / np.sqrt((xx - mean_x**2) * (yy - mean_y**2))
 
 
-def measured(assay: Assay, model: torch.nn.Module) -> Record:
+def measured(assay: Assay, model: ESM2) -> Record:
     """Spearman of every score on one scan."""
     marginals = {
         "masked_marginal": masked_marginals(model, assay.wild_type),

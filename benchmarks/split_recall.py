@@ -69,7 +69,8 @@ def at_random(count: int) -> tuple[NDArray, NDArray]:
 
 def by_every_pair(sequences: list[str]) -> Record:
     """Held-out proteins with a near relative in training: of the split, and of one at random."""
-    parts = {"split": tuple(split(sequences, [0.2]).parts), "random": at_random(len(sequences))}
+    train, test = split(sequences, [0.2]).parts
+    parts = {"split": (train, test), "random": at_random(len(sequences))}
     found = {name: with_a_relative(sequences, *part, pairs=True) for name, part in parts.items()}
     shares = {name: found[name] / len(part[1]) for name, part in parts.items()}
     return {"proteins": len(sequences), "share": shares, "environment": environment()}

@@ -7,8 +7,6 @@ import torch
 
 from benchmarks import DATA
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @pytest.fixture
 def shared_data() -> Path:

@@ -11,21 +11,6 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.mean(0), torch.cov(x.T, correction=0).reshape(x.shape[1], x.shape[1])
 
 
-def mse(weight: Tensor, bias: Tensor, A: Tensor, B: Tensor, b: Tensor, x: Tensor) -> float:
-    """Mean over rows of |y - y'|^2 by running both layers."""
-    error = F.linear(x, weight, bias) - F.linear(F.linear(x, A), B, b)
-    return float(error.square().sum(1).mean())
-
-
-def best_low_rank_by_pinv(weight: Tensor, x: Tensor, rank: int) -> Tensor:
-    """Rank-r M minimizing E|y - M x|^2 on centered rows: pinv regression, SVD of the fit."""
-    x = x - x.mean(0)
-    y = x @ weight.T
-    regression = torch.linalg.pinv(x) @ y
-    _, _, Vh = torch.linalg.svd(x @ regression, full_matrices=False)
-    return (regression @ Vh[:rank].T @ Vh[:rank]).T
-
-
 def combined_loss(prediction: Tensor, target: Tensor, weight: float) -> Tensor:
     """MSE + weight (1 - cosine), by torch's own functions."""
     return (

@@ -61,7 +61,7 @@ class Config:
 
 
 def run(config: Config) -> None:
-    given = {"seeds": config.seeds, "steps": config.steps}
+    given: Record = {"seeds": config.seeds, "steps": config.steps}
     preset = replace(PRESETS[config.preset], **{k: v for k, v in given.items() if v is not None})
     at_least(2, seeds=preset.seeds)
     at_least(1, steps=preset.steps, workers=config.workers)
@@ -106,13 +106,13 @@ def conduct(preset: Preset, config: Config, bench: Bench) -> Record:
     doses: Record = {}
     base = Objective()
     for field, values in (("temperature", preset.temperatures), ("alpha", preset.alphas)):
-        objectives = [replace(base, **{field: float(value)}) for value in values]
+        objectives = [replace(base, **{field: float(v)}) for v in values]  # type: ignore[arg-type]
         done = iter(outcomes([r for o in objectives for r in runs(first, o, "random")]))
         doses[field] = {
             f"{value:g}": summary([next(done) for _ in range(preset.seeds)]) for value in values
         }
         best = min(doses[field], key=lambda value: doses[field][value]["validation_nll"])
-        base = replace(base, **{field: float(best)})
+        base = replace(base, **{field: float(best)})  # type: ignore[arg-type]
     plan = {
         (size, name): runs(size, *cell)
         for size in preset.sizes

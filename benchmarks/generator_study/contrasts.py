@@ -69,12 +69,12 @@ def planned(sizes: Mapping[str, Runs]) -> Record:
     means = [over_runs(d) for d in found.values()]
     corrected = holm([*found.values()])
     for ((size, name), d), mean, p in zip(found.items(), means, corrected, strict=True):
-        bounds = np.expm1([mean["value"], mean["low"], mean["high"]]).tolist()
+        value, low, high = np.expm1([mean["value"], mean["low"], mean["high"]]).tolist()
         below, above = CONTRASTS[name][2]
-        record[size][name] = interval(*bounds, False, runs=len(d)) | {
+        record[size][name] = interval(value, low, high, False, runs=len(d)) | {
             "corrected_p": p,
             "detectable": detectable(float(d.std(ddof=1)), len(d), len(found)),
-            "word": "no effect found" if p >= 0.05 else below if bounds[0] < 0 else above,
+            "word": "no effect found" if p >= 0.05 else below if value < 0 else above,
         }
     return record
 

@@ -82,8 +82,8 @@ class Bench:
             return found
         scores = score(student, self.measured)
         own = scores.protein < len(self.test)
-        tokens = (scores.confidence, scores.correct, scores.protein)
-        measured = calibration(*(values[own] for values in tokens))
+        tokens = scores.confidence[own], scores.correct[own], scores.protein[own]
+        measured = calibration(*tokens)
         return found | {
             "parameters": parameters(student),
             "log_perplexity": by_stratum(scores.nll, scores.predictions, self.strata),

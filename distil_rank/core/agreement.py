@@ -24,20 +24,20 @@ def measure_for(outputs: int, vector: bool = False) -> str:
     return "spearman" if outputs == 1 else "top1"
 
 
-def nearest(y: Tensor, count: int = NEIGHBORS) -> Tensor:
-    """Indices of the nearest other rows of y (n, d) (n, count), Euclidean."""
+def nearest(y: Tensor) -> Tensor:
+    """Indices (n, NEIGHBORS) of the nearest other rows of y (n, d), Euclidean."""
     found = []
     y = y.double()
     for start in range(0, len(y), 1024):
         distance = torch.cdist(y[start : start + 1024], y)
         distance[torch.arange(len(distance)), torch.arange(start, start + len(distance))] = np.inf
-        found.append(distance.topk(count, 1, largest=False).indices)
+        found.append(distance.topk(NEIGHBORS, 1, largest=False).indices)
     return torch.cat(found)
 
 
-def neighbors_kept(y: Tensor, other: Tensor, count: int = NEIGHBORS) -> Tensor:
+def neighbors_kept(y: Tensor, other: Tensor) -> Tensor:
     """Share of the nearest rows of y (n, d) that are nearest rows of `other` too (n,)."""
-    a, b = nearest(y, count), nearest(other, count)
+    a, b = nearest(y), nearest(other)
     return (a[:, :, None] == b[:, None, :]).any(2).double().mean(1)
 
 

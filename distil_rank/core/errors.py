@@ -27,26 +27,28 @@ def one_line_errors(program: str) -> Iterator[None]:
     """
     try:
         yield
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        extra = next((extra for extra, packages in _EXTRAS.items() if package in packages), None)
-        if extra is None:
-            raise
-        remedy = f"pip install 'distil-rank[{'generators' if 'generator' in program else extra}]'"
-        _line(program, f"the package {package} required, got none; {remedy}")
-        raise SystemExit(2) from None
-    except OSError as error:
-        if error.errno not in _REFUSED:
-            raise
-        where = f" ({error.filename})" if error.filename else ""
-        _line(program, f"a writable disk required, got: {error.strerror}{where}; choose another")
-        raise SystemExit(2) from None
-    except InputError as error:
-        _line(program, str(error))
-        raise SystemExit(2) from None
     except KeyboardInterrupt:
         sys.stderr.write(f"\n{program}: interrupted; earlier results are untouched\n")
         raise SystemExit(130) from None
+    except (InputError, ModuleNotFoundError, OSError) as error:
+        if (text := _told(error, program)) is None:
+            raise
+        sys.stderr.write(f"{program}: error: {' '.join(text.split())}\n")
+        raise SystemExit(2) from None
+
+
+def _told(error: Exception, program: str) -> str | None:
+    """What the user is told of an error; None of a defect of the program."""
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        extra = next((extra for extra, packages in _EXTRAS.items() if package in packages), None)
+        remedy = f"pip install 'distil-rank[{'generators' if 'generator' in program else extra}]'"
+        return f"the package {package} required, got none; {remedy}" if extra else None
+    if isinstance(error, OSError):
+        where = f" ({error.filename})" if error.filename else ""
+        text = f"a writable disk required, got: {error.strerror}{where}; choose another"
+        return text if error.errno in _REFUSED else None
+    return str(error)
 
 
 @contextmanager
@@ -70,14 +72,10 @@ def hub_errors(what: str, remedy: str) -> Iterator[None]:
         raise InputError(f"{what} required, got: {reason}; {remedy}") from None
 
 
-def _line(program: str, text: str) -> None:
-    sys.stderr.write(f"{program}: error: {' '.join(text.split())}\n")
-
-
-def few(names: Sequence[str], most: int = 5) -> str:
-    """The first names, and how many more there are: a message stays short."""
-    more = f", and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def few(names: Sequence[str]) -> str:
+    """The first five names, and how many more there are: a message stays short."""
+    more = f", and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 def at_least(minimum: float, **flags: float | None) -> None:

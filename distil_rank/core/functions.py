@@ -169,13 +169,13 @@ def drawn_rows(x: Tensor, width: float, count: int, seed: int) -> Tensor:
 
 
 def _mixed(f: Function, x: Tensor, own: Moments, share: float, width: float, seed: int) -> Moments:
-    """Moments of the rows of x and of drawn rows, weighted to their share."""
+    """Moments of the rows of x and of drawn rows, which count as their share."""
     if share == 0:
         return own
     rows = drawn_rows(x, width, DRAWN, seed)
-    weight = torch.full((len(rows),), own.count * share / (1 - share) / len(rows))
-    drawn = Moments.of(torch.cat([rows, outputs(f, rows)], 1), weight.to(x.device))
-    return drawn.merge(own)
+    drawn = Moments.of(torch.cat([rows, outputs(f, rows)], 1))
+    count = own.count * share / (1 - share)
+    return Moments.given(count, drawn.mean, count * drawn.covariance).merge(own)
 
 
 def _choose(

@@ -103,19 +103,32 @@ def _from_state_dict(
     tensors = read_state_dict(path)
     names = layer_names(tensors)
     chosen: list[str] = []
+    guessed = False  # other files than .pt sort names: only numbers tell the order of the module
     for key in keys or ("",):
         key = key.removesuffix(".weight")
         under = [x for x in names if not key or x.startswith(f"{key}.")]
-        # a key that names nothing is refused by layer_of
-        chosen += [key] if key in names or not under else sorted(under, key=_natural)
+        if key in names or not under:  # a key that names nothing is refused by layer_of
+            under = [key]
+        elif Path(path).suffix != ".pt":
+            under.sort(key=_natural)
+            guessed |= len({re.sub(r"\d+", "", name) for name in under}) > 1
+        chosen += under
     parts = [_layer(tensors, name, path) for name in chosen]
     places = [i for i, part in enumerate(parts) if isinstance(part, nn.Linear)]
-    for a, b in pairwise(part for part in parts if isinstance(part, nn.Linear)):
+    layers = [part for part in parts if isinstance(part, nn.Linear)]
+    for a, b in pairwise(layers):
         if a.out_features != b.in_features:
             raise InputError(
                 f"layers that fit together required in {path}, one has {a.out_features} outputs and"
                 f" the next reads {b.in_features} features; name them in order with --key"
             )
+    shapes = [(layer.in_features, layer.out_features) for layer in layers]
+    one_fits = len(parts) == len({*shapes}) and shapes[0][0] != shapes[-1][1]
+    if guessed and not one_fits:
+        raise InputError(
+            f"an order of the layers {', '.join(chosen)} required, which {path} sorts by name;"
+            " name them in order with --key"
+        )
     if len(places) > 1 and activation is None:
         raise InputError(
             f"an activation between the {len(places)} layers {', '.join(chosen)} required;"
@@ -165,23 +178,18 @@ def layer_norm(weight: Tensor, bias: Tensor, eps: float = 1e-5) -> nn.LayerNorm:
 def _folded(parts: Sequence[nn.Module], path: str | Path) -> list[nn.Module]:
     """Every Affine made part of the linear layer beside it."""
     done: list[nn.Module] = []
-    waiting: Affine | None = None
     for part in parts:
-        if isinstance(part, Affine) and waiting is not None:
-            scale, shift = part.scale * waiting.scale, part.scale * waiting.shift + part.shift
-            waiting = Affine(scale, shift)
-        elif isinstance(part, Affine) and done and isinstance(done[-1], nn.Linear):
-            done[-1] = _after(done[-1], part)
-        elif isinstance(part, Affine):
-            waiting = part
-        elif waiting is None:
-            done.append(part)
-        elif isinstance(part, nn.Linear):
-            done.append(_before(waiting, part))
-            waiting = None
-        else:
-            break
-    if waiting is not None:
+        match (done[-1] if done else None), part:
+            case Affine() as first, Affine() as then:
+                shift = then.scale * first.shift + then.shift
+                done[-1] = Affine(then.scale * first.scale, shift)
+            case nn.Linear() as layer, Affine() as affine:
+                done[-1] = _after(layer, affine)
+            case Affine() as affine, nn.Linear() as layer:
+                done[-1] = _before(affine, layer)
+            case _:
+                done.append(part)
+    if any(isinstance(part, Affine) for part in done):
         raise InputError(
             f"a scale and shift (BatchNorm) beside a linear layer required in {path}, got one"
             " between other layers, which no linear layer can take in"
@@ -206,6 +214,6 @@ def _linear(weight: Tensor, bias: Tensor, like: nn.Linear) -> nn.Linear:
     return linear(weight.to(like.weight), bias.expand(len(weight)).to(like.weight))
 
 
-def _natural(name: str) -> list[tuple[int, int, str]]:
+def _natural(name: str) -> list[str | int]:
     """Sorting key in which layer 10 follows layer 2."""
-    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"[.]", name)]
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]

@@ -31,12 +31,10 @@ def percentile_interval(draws: ArrayLike | Tensor) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def mean_interval(
-    values: ArrayLike, generator: torch.Generator, higher_is_better: bool, draws: int = 10_000
-) -> Metric:
+def mean_interval(values: ArrayLike, generator: torch.Generator, higher_is_better: bool) -> Metric:
     """Mean of independent values, for instance one an assay, with its bootstrap interval."""
     x = np.asarray(values, dtype=float)
-    rows = torch.randint(len(x), (draws, len(x)), generator=generator).numpy()
+    rows = torch.randint(len(x), (10 * DRAWS, len(x)), generator=generator).numpy()
     low, high = percentile_interval(x[rows].mean(1))
     return interval(float(x.mean()), low, high, higher_is_better, n=len(x))
 

@@ -47,21 +47,17 @@ def parameters(module: nn.Module) -> int:
 
 
 def compare_latency(
-    teacher: nn.Module,
-    student: nn.Module,
-    inputs: list[Tensor],
-    rounds: int = 50,
-    thread_count: int = 1,
+    teacher: nn.Module, student: nn.Module, inputs: list[Tensor], rounds: int = 50
 ) -> list[Latency]:
     """Time both in `rounds` interleaved pairs on each x (batch, d_in); one record a batch and mode.
 
-    Modes: eager and, on CUDA, a replayed graph. A sample is as many calls as fill SAMPLE_MS, so
-    that each side finds its own weights in the cache, as in steady use; the speed-up is the median
-    of the ratios of neighboring samples.
+    On one thread. Modes: eager and, on CUDA, a replayed graph. A sample is as many calls as fill
+    SAMPLE_MS, so that each side finds its own weights in the cache, as in steady use; the speed-up
+    is the median of the ratios of neighboring samples.
     """
     bound = parameters(teacher) / parameters(student)
     records = []
-    with torch.inference_mode(), threads(thread_count):
+    with torch.inference_mode(), threads(1):
         for x, mode in product(inputs, ["eager", "cuda graph"] if inputs[0].is_cuda else ["eager"]):
             wrap = cuda_graph if mode == "cuda graph" else partial
             samples = interleaved([wrap(module, x) for module in (teacher, student)], x, rounds)
@@ -69,7 +65,7 @@ def compare_latency(
             record = Latency(
                 batch=len(x),
                 mode=mode,
-                threads=thread_count,
+                threads=1,
                 rounds=rounds,
                 teacher_ms=quartiles(samples[:, 0], False),
                 student_ms=quartiles(samples[:, 1], False),

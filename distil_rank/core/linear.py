@@ -53,10 +53,9 @@ class LowRankLinear(nn.Module):
         rank, d_in = A.shape
         self.A = nn.Linear(d_in, rank, bias=False, device="meta")
         self.B = nn.Linear(rank, len(B), bias=bias is not None, device="meta")
-        self.A.weight = nn.Parameter(A.detach().clone(memory_format=torch.contiguous_format))
-        self.B.weight = nn.Parameter(B.detach().clone(memory_format=torch.contiguous_format))
+        self.A.weight, self.B.weight = _copied(A), _copied(B)
         if bias is not None:
-            self.B.bias = nn.Parameter(bias.detach().clone())
+            self.B.bias = _copied(bias)
         self.register_buffer("inner_mean", None if inner_mean is None else inner_mean.clone())
 
     @property
@@ -79,14 +78,6 @@ class LowRankLinear(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         return self.B.bias
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.A.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.A.weight.device
 
     def forward(self, input: Tensor) -> Tensor:  # nn.Linear's name, for calls by keyword
         return self.B(self.A(input))
@@ -123,9 +114,13 @@ class PrunedLinear(nn.Linear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__(weight.shape[1], len(weight), bias is not None, device="meta")
-        self.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
+        self.weight = _copied(weight)
         if bias is not None:
-            self.bias = nn.Parameter(bias.detach().clone())
+            self.bias = _copied(bias)
+
+
+def _copied(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().clone(memory_format=torch.contiguous_format))
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

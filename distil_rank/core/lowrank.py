@@ -49,13 +49,8 @@ class Optimum:
 
     @property
     def tails(self) -> Tensor:
-        """Loss at rank 0, 1, ... k (k + 1,)."""
+        """Loss at rank 0 (a constant: the variance in the metric), 1, ... k (k + 1,)."""
         return tails(self.eigenvalues, self.unexplained)
-
-    @property
-    def variance(self) -> float:
-        """Loss of a constant: the teacher's variance in the metric."""
-        return float(self.eigenvalues.sum()) + self.unexplained
 
     @property
     def fvu(self) -> Tensor:
@@ -118,15 +113,9 @@ def optimum_from_outputs(
     metric: Tensor | None = None,
 ) -> Optimum:
     """The same from the moments of y = W x + c (d_out,): the inputs are not needed."""
-    left, covariance, roots = weight.detach().to(outputs.mean), outputs.covariance, None
-    if metric is not None:
-        roots = metric_roots(metric.to(left))
-        left, covariance = roots[0] @ left, symmetric_product(roots[0] @ covariance, roots[0].T)
-    found, basis = leading_directions(covariance, rank or min(left.shape), left)
-    center = outputs.mean if bias is None else outputs.mean - bias.detach().to(outputs.mean)
-    rest = 0.0 if len(found) == min(weight.shape) else _rest(covariance, found)
-    sides = None if roots is None else (roots[0].T @ basis, roots[1] @ basis)
-    return Optimum(weight.detach(), center, outputs.mean, found, basis, rest, sides)
+    W, mean = weight.detach().to(outputs.mean), outputs.mean
+    center = mean if bias is None else mean - bias.detach().to(mean)
+    return _solve(W, weight, outputs.covariance, center, mean, rank, metric, of_outputs=True)
 
 
 @dataclass(frozen=True)
@@ -178,8 +167,7 @@ class Joint:
     ) -> Optimum:
         """Best students that read x and imitate y; see `regression` for `toward` and `ridge`."""
         M, S = self.regression(toward, ridge)
-        center = M @ self.input_mean
-        return _solve(M, M, S, center, self.output_mean, rank, metric)
+        return _solve(M, M, S, M @ self.input_mean, self.output_mean, rank, metric)
 
     def fvu(self, student: LowRankLinear) -> float:
         """FVU of a student fed with x, from the factors as they are stored."""
@@ -194,38 +182,35 @@ class Joint:
 def _solve(
     M: Tensor,
     stored: Tensor,
-    S: Tensor,
+    covariance: Tensor,
     center: Tensor,
     output_mean: Tensor,
     rank: int | None,
     metric: Tensor | None,
+    of_outputs: bool = False,
 ) -> Optimum:
-    """Eigenpairs of R M S M^T R^T in min(d_in, d_out) dimensions; `stored` is M in its dtype."""
+    """Eigenpairs of R M S M^T R^T from S, or `of_outputs` from M S M^T; `stored` is M in its dtype.
+
+    From S where d_out > d_in, they are sought in the range of R M.
+    """
     roots = None if metric is None else metric_roots(metric.to(M))
     left = M if roots is None else roots[0] @ M
-    covariance, lift = output_covariance(left, S)
-    left = left if lift is None else lift.T @ left
-    found, basis = leading_directions(covariance, rank or len(covariance), left)
-    basis = basis if lift is None else lift @ basis
-    rest = 0.0 if len(found) == len(covariance) else _rest(covariance, found)
+    Q = None
+    if of_outputs:
+        K = covariance if roots is None else symmetric_product(roots[0] @ covariance, roots[0].T)
+    else:
+        if len(M) > M.shape[1]:
+            Q, left = torch.linalg.qr(left)
+        K = symmetric_product(left @ covariance, left.T)
+    found, basis = leading_directions(K, rank or min(M.shape), left)
+    rest = max(0.0, float(K.trace() - found.sum())) if len(found) < min(M.shape) else 0.0
+    basis = basis if Q is None else Q @ basis
     sides = None if roots is None else (roots[0].T @ basis, roots[1] @ basis)
     return Optimum(stored.detach(), center, output_mean, found, basis, rest, sides)
 
 
 def _plus(x: Tensor, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias.detach().to(x)
-
-
-def _rest(covariance: Tensor, eigenvalues: Tensor) -> float:
-    return max(0.0, float(covariance.trace() - eigenvalues.sum()))
-
-
-def output_covariance(W: Tensor, S: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Cov(W x) = W S W^T; where d_out > d_in, R S R^T in the range of W = Q R, with Q."""
-    if len(W) <= W.shape[1]:
-        return symmetric_product(W @ S, W.T), None
-    Q, R = torch.linalg.qr(W)
-    return symmetric_product(R @ S, R.T), Q
 
 
 def leading_directions(covariance: Tensor, count: int, left: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,17 +6,17 @@ from torch import Tensor
 DAMPING = 1e-4  # of the mean of G's diagonal: directions nobody reads still count a little
 
 
-def metric_roots(metric: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+def metric_roots(metric: Tensor) -> tuple[Tensor, Tensor]:
     """R with R^T R = G, and its inverse, of a positive semidefinite G (d, d), damped.
 
     The Cholesky factor; where rounding has made G indefinite, its square root.
     """
     symmetric = (metric + metric.T) / 2
-    L, failed = torch.linalg.cholesky_ex(damped(symmetric, damping))
+    L, failed = torch.linalg.cholesky_ex(damped(symmetric))
     if not failed:
         return L.T, torch.linalg.solve_triangular(L.T, torch.eye(len(L)).to(L), upper=True)
     values, vectors = torch.linalg.eigh(symmetric)
-    values = damped(values.clamp_min(0).diag(), damping).diagonal()
+    values = damped(values.clamp_min(0).diag()).diagonal()
     return (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
 
 

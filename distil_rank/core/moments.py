@@ -20,9 +20,8 @@ BLOCK = 128  # columns per block of the symmetric product: only the upper triang
 class Moments:
     """Streaming moments of vectors x (d,), in float64, mergeable across shards and machines.
 
-    `scatter` is sum_i w_i (x_i - mean)(x_i - mean)^T and `count` is sum_i w_i (the number of rows
-    where there are no weights). Batches are combined as in Chan, Golub and LeVeque (1983), so a
-    large mean costs no precision.
+    `scatter` is sum_i (x_i - mean)(x_i - mean)^T over `count` rows. Batches are combined as in
+    Chan, Golub and LeVeque (1983), so a large mean costs no precision.
 
     >>> moments = Moments(2).update(torch.tensor([[0.0, 0.0], [2.0, 4.0]]))
     >>> moments.count, moments.mean.tolist(), moments.covariance.tolist()
@@ -37,10 +36,10 @@ class Moments:
         self._upper = torch.zeros(dim, dim, dtype=torch.float64, device=device)
 
     @classmethod
-    def of(cls, x: Tensor | Iterable[Tensor], weights: Tensor | None = None) -> Moments:
+    def of(cls, x: Tensor | Iterable[Tensor]) -> Moments:
         """Moments of the rows of x (n, d), or of a stream of such batches."""
         if isinstance(x, Tensor):
-            return cls(x.shape[-1], x.device).update(x, weights)
+            return cls(x.shape[-1], x.device).update(x)
         batches = iter(x)
         first = next(batches, None)
         if first is None:
@@ -66,41 +65,31 @@ class Moments:
             raise ValueError("covariance needs at least one row, got none")
         return self.scatter / self.count
 
-    def update(self, x: Tensor, weights: Tensor | None = None, exact: bool = True) -> Moments:
-        """Add the rows of x (n, d), any float dtype; weights (n,) >= 0, 1 by default.
+    def update(self, x: Tensor, exact: bool = True) -> Moments:
+        """Add the rows of x (n, d), any float dtype.
 
-        Without `exact`, rows of at most float32 and without weights are centered by block and
-        multiplied in float32; sums stay float64. Three times as fast, and the error of a covariance
-        is about 1e-7 of the two standard deviations.
+        Without `exact`, rows of at most float32 are centered by block and multiplied in float32;
+        sums stay float64. Three times as fast, and the error of a covariance is about 1e-7 of the
+        two standard deviations.
         """
         if x.ndim != 2 or x.shape[1] != self.dim:
             raise ValueError(f"rows of shape (n, {self.dim}) required, got {tuple(x.shape)}")
-        if weights is not None and (weights.shape != x.shape[:1] or not bool((weights >= 0).all())):
-            raise ValueError(
-                f"weights must be ({len(x)},) and non-negative, got {tuple(weights.shape)}"
-            )
-        if not exact and weights is None and x.dtype.itemsize <= 4:
-            for piece in x.split(SINGLE) if len(x) else ():
+        if not len(x):
+            return self
+        if not exact and x.dtype.itemsize <= 4:
+            for piece in x.split(SINGLE):
                 self._update_single(piece.detach().to(self.mean.device, torch.float32))
             return self
-        pieces = max(1, round(len(x) / ROWS))
-        parts = [None] * pieces if weights is None else weights.tensor_split(pieces)
-        for piece, part in zip(x.tensor_split(pieces), parts):
+        for piece in x.tensor_split(max(1, round(len(x) / ROWS))):
             rows = piece.detach().to(self.mean.device, torch.float64)
-            w = None if part is None else part.detach().to(rows)
-            count = float(len(rows)) if w is None else float(w.sum())
-            if count == 0:
-                continue
-            mean = rows.mean(0) if w is None else w @ rows / count
+            mean = rows.mean(0)
             if not bool(mean.isfinite().all()):
                 bad = int((~rows.isfinite()).any(1).sum())
                 raise ValueError(
                     f"finite values required, got NaN or infinity in {bad} of {len(rows)} rows"
                 )
             rows = rows - mean
-            if w is not None:
-                rows *= w.sqrt()[:, None]
-            self._shift(count, mean)
+            self._shift(float(len(rows)), mean)
             add_upper_product(self._upper, rows.T, rows)
         return self
 
@@ -130,19 +119,13 @@ class Moments:
 
     def part(self, columns: slice) -> Moments:
         """Moments of some of the features."""
-        scatter = self.scatter[columns, columns]
-        return self._of(self.mean[columns], scatter)
+        return Moments.given(self.count, self.mean[columns], self.scatter[columns, columns])
 
     def mapped(self, matrix: Tensor, shift: Tensor | None = None) -> Moments:
         """Moments of matrix @ x + shift (k,) from those of x (d,)."""
         mean = matrix @ self.mean
         scatter = symmetric_product(matrix @ self.scatter, matrix.T)
-        return self._of(mean if shift is None else mean + shift, scatter)
-
-    def _of(self, mean: Tensor, scatter: Tensor) -> Moments:
-        """Other moments of as many rows."""
-        count = torch.tensor(self.count, dtype=torch.float64)
-        return Moments.from_state({"count": count, "mean": mean, "scatter": scatter})
+        return Moments.given(self.count, mean if shift is None else mean + shift, scatter)
 
     def _shift(self, count: float, mean: Tensor) -> None:
         """Move count and mean, and add the between-group term of the scatter."""
@@ -170,9 +153,13 @@ class Moments:
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Moments:
         """Moments from what `state` returned, which stays as it is."""
-        moments = cls(len(state["mean"]), state["mean"].device)
-        moments.count = float(state["count"])
-        moments.mean, moments._upper = state["mean"].clone(), state["scatter"].clone()
+        return cls.given(float(state["count"]), state["mean"], state["scatter"])
+
+    @classmethod
+    def given(cls, count: float, mean: Tensor, scatter: Tensor) -> Moments:
+        """Moments from copies of their parts, in float64."""
+        moments = cls(len(mean), mean.device)
+        moments.count, moments.mean, moments._upper = count, mean.clone(), scatter.clone()
         return moments
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,14 @@ SIMPLE: dict[str, Callable[[], nn.Module]] = {
     "Tanh": nn.Tanh,
 }
 NOTHING = ("Identity", "Dropout", "Flatten")  # for one row of features in evaluation
+# forms of several nodes: (kind, inputs); a name is one tensor everywhere, a list any of its forms
+GATE = ("Add", ("Erf", [("Div", "x", 2**0.5), ("Mul", "x", 0.5**0.5)]), 1.0)
+GELU = [("Mul", ("Mul", a, b), c) for a, b, c in permutations(("x", GATE, 0.5))]
+SILU = ("Mul", "x", ("Sigmoid", "x"))
+CENTERED = ("Sub", "x", ("ReduceMean", "x"))
+SQUARE = [("Pow", CENTERED, 2.0), ("Mul", CENTERED, CENTERED)]
+SCALED = ("Mul", ("Div", CENTERED, ("Sqrt", ("Add", ("ReduceMean", SQUARE), "eps"))), "weight")
+LAYER_NORM = [("Add", SCALED, "bias"), SCALED]
 UNIT_NORM = "/unit_norm/"  # ProteinCLIP's last layer; its heads read inputs of unit length
 
 Found = tuple[nn.Module | None, str] | None
@@ -64,16 +73,33 @@ class Graph:
         variable, constant = sorted(self.inputs(name), key=lambda x: x in self.constants)
         return variable, self.constants[constant]
 
-    def product(self, name: str) -> tuple[float, list[str]]:
-        """Nested products of numbers and variables as a number and the variables."""
-        found = self.pair(name, "Mul")
-        if found is not None and found[1].numel() == 1:
-            number, factors = self.product(found[0])
-            return number * float(found[1]), factors
-        if found is None and self.is_a(name, "Mul"):
-            (a, left), (b, right) = map(self.product, self.inputs(name))
-            return a * b, left + right
-        return 1.0, [name]
+    def over_features(self, name: str) -> bool:
+        """Whether the node reduces over the last axis and keeps that axis."""
+        axes = self.attribute(name, "axes", None)
+        if axes is None and self.inputs(name)[-1] in self.constants:
+            axes = self.constants[self.inputs(name)[-1]].tolist()
+        return axes in ([-1], [1]) and bool(self.attribute(name, "keepdims", 1))
+
+    def match(self, form: Any, name: str, found: dict[str, str]) -> bool:
+        """Whether `name` is made as a form says; `found` then has the tensors that it names."""
+        if isinstance(form, list):
+            return any(self.match(choice, name, found) for choice in form)
+        if isinstance(form, str):
+            return found.setdefault(form, name) == name
+        if isinstance(form, float):
+            return math.isclose(self.number(name) or 0.0, form, rel_tol=1e-5)
+        kind, *parts = form
+        if not self.is_a(name, kind):
+            return False
+        if kind.startswith("Reduce") and not self.over_features(name):
+            return False
+        inputs = self.inputs(name)
+        for order in (inputs, inputs[::-1]) if kind in ("Add", "Mul") else (inputs,):
+            trial = dict(found)
+            if all(self.match(part, x, trial) for part, x in zip(parts, order)):
+                found.update(trial)
+                return True
+        return False
 
 
 def read_onnx(path: Path, output: str | None = None) -> tuple[list[nn.Module], bool]:
@@ -133,35 +159,31 @@ def _walk(graph: Graph, name: str, sources: set[str]) -> tuple[list[nn.Module], 
 
 
 def _linear(graph: Graph, name: str) -> Found:
-    if graph.is_a(name, "Gemm"):
-        x, w, *c = graph.inputs(name)
-        if graph.attribute(name, "transA", 0) or w not in graph.constants:
-            return None
-        weight = graph.constants[w] * graph.attribute(name, "alpha", 1.0)
-        weight = weight if graph.attribute(name, "transB", 0) else weight.T
-        if c and c[0] not in graph.constants:
-            return None
-        bias = graph.constants[c[0]] * graph.attribute(name, "beta", 1.0) if c else None
-        return _made(weight, bias, x)
-    added = graph.pair(name, "Add")
-    product, bias = added if added is not None else (name, None)
-    if not graph.is_a(product, "MatMul"):
+    """Gemm, or MatMul without its bias: an Add is an Affine, which the layer takes in."""
+    if not graph.is_a(name, "Gemm", "MatMul"):
         return None
-    x, w = graph.inputs(product)
-    if w not in graph.constants or x in graph.constants or graph.constants[w].ndim != 2:
+    x, *names = graph.inputs(name)
+    if graph.attribute(name, "transA", 0) or not graph.constants.keys() >= set(names):
         return None
-    return _made(graph.constants[w].T, bias, x)
-
-
-def _made(weight: Tensor, bias: Tensor | None, x: str) -> Found:
-    if bias is not None:
-        if bias.numel() not in (1, len(weight)):
+    weight, *shift = (graph.constants[k] for k in names)
+    if weight.ndim != 2:
+        return None
+    weight = weight * graph.attribute(name, "alpha", 1.0)
+    weight = weight if graph.attribute(name, "transB", 0) else weight.T
+    bias = None
+    if shift:
+        bias = shift[0].reshape(-1) * graph.attribute(name, "beta", 1.0)
+        if len(bias) not in (1, len(weight)):
             return None
-        bias = bias.reshape(-1).expand(len(weight)).contiguous()
+        bias = bias.expand(len(weight)).contiguous()
     return linear(weight.contiguous(), bias), x
 
 
 def _activation(graph: Graph, name: str) -> Found:
+    found: dict[str, str] = {}
+    for form, activation in ((GELU, nn.GELU), (SILU, nn.SiLU)):
+        if graph.match(form, name, found):
+            return activation(), found["x"]
     if graph.is_a(name, *SIMPLE):
         return SIMPLE[graph.nodes[name].op_type](), graph.inputs(name)[0]
     if graph.is_a(name, "Gelu"):
@@ -171,80 +193,23 @@ def _activation(graph: Graph, name: str) -> Found:
         return nn.Softmax(-1), graph.inputs(name)[0]
     if graph.is_a(name, *NOTHING):
         return None, graph.inputs(name)[0]
-    number, factors = graph.product(name)
-    if len(factors) != 2:
-        return None
-    for x, gate in (factors, factors[::-1]):
-        if number == 1 and graph.is_a(gate, "Sigmoid") and graph.inputs(gate) == [x]:
-            return nn.SiLU(), x
-        one = graph.pair(gate, "Add")
-        if one is None or not math.isclose(number, 0.5) or not graph.is_a(one[0], "Erf"):
-            continue
-        inner = graph.inputs(one[0])[0]
-        if float(one[1]) == 1 and _over_root_2(graph, inner) == x:
-            return nn.GELU(), x
     return None
 
 
-def _over_root_2(graph: Graph, name: str) -> str | None:
-    """x, where the node is x / sqrt(2)."""
-    number, factors = graph.product(name)
-    if graph.is_a(name, "Div"):
-        x, divisor = graph.inputs(name)
-        number, factors = 1 / (graph.number(divisor) or math.inf), [x]
-    return (
-        factors[0] if len(factors) == 1 and math.isclose(number, 0.5**0.5, rel_tol=1e-5) else None
-    )
-
-
 def _layer_norm(graph: Graph, name: str) -> Found:
-    if graph.is_a(name, "LayerNormalization"):
-        x, weight, *shift = graph.inputs(name)
-        if graph.attribute(name, "axis", -1) not in (-1, 1):
-            return None
-        w = graph.constants[weight]
-        b = graph.constants[shift[0]] if shift else torch.zeros_like(w)
-        return layer_norm(w, b, graph.attribute(name, "epsilon", 1e-5)), x
-    added = graph.pair(name, "Add")
-    scaled = graph.pair(added[0] if added else name, "Mul")
-    inner = scaled[0] if scaled else name
-    normalized = _standardized(graph, inner) if scaled else None
-    if normalized is None or scaled is None or scaled[1].ndim != 1:
+    found: dict[str, str] = {}
+    if graph.match(LAYER_NORM, name, found):
+        eps = graph.number(found["eps"])
+    elif graph.is_a(name, "LayerNormalization") and graph.attribute(name, "axis", -1) in (-1, 1):
+        found = dict(zip(("x", "weight", "bias"), graph.inputs(name)))
+        eps = graph.attribute(name, "epsilon", 1e-5)
+    else:
         return None
-    x, eps = normalized
-    bias = added[1] if added else torch.zeros_like(scaled[1])
-    return layer_norm(scaled[1], bias.expand_as(scaled[1]), eps), x
-
-
-def _standardized(graph: Graph, name: str) -> tuple[str, float] | None:
-    """x and eps, where the node is (x - mean x) / sqrt(mean (x - mean x)^2 + eps)."""
-    if not graph.is_a(name, "Div"):
+    weight, bias = (graph.constants.get(found.get(key, "")) for key in ("weight", "bias"))
+    if weight is None or weight.ndim != 1 or eps is None or (bias is None and "bias" in found):
         return None
-    centered, root = graph.inputs(name)
-    if not graph.is_a(centered, "Sub") or not graph.is_a(root, "Sqrt"):
-        return None
-    x, mean = graph.inputs(centered)
-    variance = graph.pair(graph.inputs(root)[0], "Add")
-    if variance is None or not _over_features(graph, mean, "ReduceMean", x):
-        return None
-    square = graph.inputs(variance[0])[0] if graph.is_a(variance[0], "ReduceMean") else ""
-    if not graph.is_a(square, "Pow", "Mul") or not _over_features(
-        graph, variance[0], "ReduceMean", square
-    ):
-        return None
-    base, other = graph.inputs(square)
-    squared = other == base if graph.is_a(square, "Mul") else graph.number(other) == 2
-    return (x, float(variance[1])) if base == centered and squared else None
-
-
-def _over_features(graph: Graph, name: str, kind: str, x: str) -> bool:
-    """Whether the node reduces x over its last axis and keeps that axis."""
-    if not graph.is_a(name, kind) or graph.inputs(name)[0] != x:
-        return False
-    axes = graph.attribute(name, "axes", None)
-    if axes is None and len(graph.inputs(name)) > 1:
-        axes = graph.constants[graph.inputs(name)[1]].tolist()
-    return axes in ([-1], [1]) and bool(graph.attribute(name, "keepdims", 1))
+    bias = torch.zeros_like(weight) if bias is None else bias.expand_as(weight)
+    return layer_norm(weight, bias, eps), found["x"]
 
 
 def _unit_norm(graph: Graph, name: str) -> Found:
@@ -256,16 +221,22 @@ def _unit_norm(graph: Graph, name: str) -> Found:
     x, norm = graph.inputs(name)
     eps = 0.0
     while graph.is_a(norm, "Clip", "Max", "Expand"):
-        if not graph.is_a(norm, "Expand"):
-            eps = next((v for n in graph.inputs(norm) if (v := graph.number(n)) is not None), 0.0)
-        norm = graph.inputs(norm)[0]
-    return (UnitNorm(eps), x) if _over_features(graph, norm, "ReduceL2", x) else None
+        inner, *bounds = graph.nodes[norm].input
+        if not graph.is_a(norm, "Expand"):  # min, and of a Clip also max
+            least = graph.number(bounds[0]) if bounds else graph.attribute(norm, "min", None)
+            if least is None or any(bounds[1:]):
+                return None
+            eps = least
+        norm = inner
+    return (UnitNorm(eps), x) if graph.match(("ReduceL2", "x"), norm, {"x": x}) else None
 
 
 def _scale(graph: Graph, name: str) -> Found:
     """BatchNormalization, and products, sums, differences and quotients with a constant."""
     if graph.is_a(name, "BatchNormalization"):
         x, *names = graph.inputs(name)
+        if not graph.constants.keys() >= set(names):
+            return None
         weight, bias, mean, variance = (graph.constants[k] for k in names)
         return batch_norm(weight, bias, mean, variance, graph.attribute(name, "epsilon", 1e-5)), x
     for kind in ("Add", "Mul", "Sub", "Div"):

@@ -8,7 +8,7 @@ used only where the held-out loss falls by more than one standard error over the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,12 +36,6 @@ def folds_of(x: Tensor, folds: int = FOLDS) -> list[Moments]:
     return [Moments.of(x[fold::folds]) for fold in range(min(folds, len(x)))]
 
 
-def _moments(count: float, mean: Tensor, scatter: Tensor) -> Moments:
-    return Moments.from_state(
-        {"count": torch.tensor(count, dtype=torch.float64), "mean": mean, "scatter": scatter}
-    )
-
-
 def merged(parts: list[Moments]) -> Moments:
     total = Moments(parts[0].dim, parts[0].mean.device)
     for part in parts:
@@ -56,7 +50,7 @@ def blended(own: Moments, prior: Moments, blend: Blend) -> Moments:
         return own
     mean = (1 - m) * own.mean + m * prior.mean.to(own.mean)
     covariance = (1 - a) * own.covariance + a * prior.covariance.to(own.mean)
-    return _moments(own.count, mean, own.count * covariance)
+    return Moments.given(own.count, mean, own.count * covariance)
 
 
 def choose(
@@ -73,24 +67,17 @@ def choose(
     prior's mean may be used too.
     """
     folds = [fold for fold in folds if fold.count > 0]
+    choices = [Blend(a, m, 1.0) for a in weights for m in sorted({0.0, a * means})]
     if len(folds) < 2:
-        return Blend(0.0, 0.0, 1.0)
-    choices = [
-        Blend(0.0, 0.0, 1.0),
-        *(Blend(a, m, 1.0) for a in weights[1:] for m in ((0.0, a) if means else (0.0,))),
-    ]
+        return choices[0]
     losses = torch.zeros(len(choices), len(folds), dtype=torch.float64)
     for f, fold in enumerate(folds):
         own = merged(folds[:f] + folds[f + 1 :])
-        bases = {
-            a: leading_directions(blended(own, prior, Blend(a, 0, 1)).covariance, rank, left)[1]
-            for a in weights
-        }
         for i, choice in enumerate(choices):
-            U = bases[choice.weight]
-            shift = fold.mean - (
-                (1 - choice.mean_weight) * own.mean + choice.mean_weight * prior.mean.to(own.mean)
-            )
+            mixed = blended(own, prior, choice)
+            if choice.mean_weight == 0:  # the mean changes no direction
+                U = leading_directions(mixed.covariance, rank, left)[1]
+            shift = fold.mean - mixed.mean
             missed = fold.covariance.trace() - ((fold.covariance @ U) * U).sum()
             losses[i, f] = missed + shift @ shift - (U.T @ shift).square().sum()
     counts = torch.tensor([fold.count for fold in folds], dtype=torch.float64)
@@ -101,7 +88,7 @@ def choose(
     error = (shares.square() @ (saved - shares @ saved).square()).sqrt()
     if best == 0 or float(totals[0] - totals[best]) <= float(error) or totals[0] <= 0:
         return choices[0]
-    return Blend(choices[best].weight, choices[best].mean_weight, float(totals[best] / totals[0]))
+    return replace(choices[best], relative_loss=float(totals[best] / totals[0]))
 
 
 def blended_moments(
@@ -135,4 +122,4 @@ def weights_own(W: Tensor, side: str, own: Moments) -> Moments:
     """
     shape = torch.eye(W.shape[1]).to(W) if side == "input" else W @ W.T
     variance = ((W @ own.covariance) * W).sum() if side == "input" else own.covariance.trace()
-    return _moments(1.0, own.mean, variance / W.square().sum().clamp_min(1e-300) * shape)
+    return Moments.given(1.0, own.mean, variance / W.square().sum().clamp_min(1e-300) * shape)

@@ -83,19 +83,15 @@ def summarize(
     With a reference student, also the paired difference in FVU: same rows, seeds and draws, and
     its interval over rows and seeds together.
     """
-    found = [_values_and_draws(rows, counts) for rows in seeds]
-    values, draws = (
-        {name: torch.stack([part[i][name] for part in found]) for name in HIGHER_IS_BETTER}
-        for i in range(2)
-    )
+    ones = counts.new_ones(1, counts.shape[1])
+    values, draws = _drawn(seeds, ones), _drawn(seeds, counts)
     summary: dict[str, Any] = {
         name: _metric(values[name], draws[name], better)
         for name, better in HIGHER_IS_BETTER.items()
     }
     if reference is not None:
-        other = [_values_and_draws(rows, counts) for rows in reference]
-        by_seed = values["fvu"] - torch.stack([value["fvu"] for value, _ in other])
-        paired = draws["fvu"] - torch.stack([drawn["fvu"] for _, drawn in other])
+        by_seed = values["fvu"] - _drawn(reference, ones)["fvu"]
+        paired = draws["fvu"] - _drawn(reference, counts)["fvu"]
         summary["fvu_minus_optimum"] = _over_rows_and_seeds(_metric(by_seed, paired, False))
     return summary
 
@@ -116,38 +112,26 @@ def _over_rows_and_seeds(metric: Metric) -> Record:
     }
 
 
-def _values_and_draws(rows: RowErrors, counts: Tensor) -> tuple[dict[str, Tensor], ...]:
-    """Metrics of one seed: each value () and each draw (draws,)."""
-    values = metric_draws(rows, counts.new_ones(1, counts.shape[1]))
-    draws = metric_draws(rows, counts)
-    return {k: v[0].cpu() for k, v in values.items()}, {k: v.cpu() for k, v in draws.items()}
+def _drawn(seeds: list[RowErrors], counts: Tensor) -> dict[str, Tensor]:
+    """Metrics of one student under each row of counts (seeds, draws)."""
+    found = [metric_draws(rows, counts) for rows in seeds]
+    return {name: torch.stack([f[name] for f in found]).cpu() for name in HIGHER_IS_BETTER}
 
 
 def _metric(per_seed: Tensor, draws: Tensor, higher_is_better: bool) -> Metric:
-    """From the value of each seed (seeds,) and the draws (seeds, draws)."""
+    """From the value of each seed (seeds, 1) and the draws (seeds, draws)."""
     low, high = percentile_interval(draws.mean(0))
-    values = per_seed.tolist()
-    mean = float(per_seed.mean())
+    values = per_seed[:, 0].tolist()
     more = {"seeds_interval": t_interval(values), "per_seed": values}
-    return interval(mean, low, high, higher_is_better, **more)
+    return interval(float(per_seed.mean()), low, high, higher_is_better, **more)
 
 
 def rank_curves(solution: Optimum, outputs: Tensor) -> dict[str, Tensor]:
     """FVU of rank 0 ... k: of the optimum on its own and on held-out outputs, and the floor there.
 
-    And the optimum's mean cosine on the held-out outputs (n, d_out).
-    """
-    achieved, cosine = held_out_curve(solution, outputs)
-    floor = floor_curve(outputs)
-    return {"train_fvu": solution.fvu, "fvu": achieved, "floor_fvu": floor, "cosine": cosine}
-
-
-def held_out_curve(solution: Optimum, outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """FVU and mean cosine of the optimum at rank 0 ... k on held-out outputs (n, d_out).
-
-    With y - m = sum_i z_i u_i (m the fitted output mean), the rank-r student outputs
-    m + sum_{i<=r} z_i u_i, so all ranks are cumulated sums over the columns of z = (y - m) U.
-    Two (k + 1,) float64.
+    And the optimum's mean cosine on the held-out outputs (n, d_out). With y - m = sum_i z_i u_i (m
+    the fitted output mean), the rank-r student outputs m + sum_{i<=r} z_i u_i, so all ranks are
+    cumulated sums over the columns of z = (y - m) U.
     """
     m = solution.output_mean
     y = outputs.to(m)
@@ -157,7 +141,12 @@ def held_out_curve(solution: Optimum, outputs: Tensor) -> tuple[Tensor, Tensor]:
     inner = (y @ m)[:, None] + _cumulated(z * (z + u))
     length = m.square().sum() + _cumulated(z * (z + 2 * u))
     norms = (y.square().sum(1, keepdim=True) * length).clamp_min(1e-32).sqrt()
-    return error.clamp_min(0) / (y - y.mean(0)).square().sum(), (inner / norms).mean(0)
+    return {
+        "train_fvu": solution.fvu,
+        "fvu": error.clamp_min(0) / (y - y.mean(0)).square().sum(),
+        "floor_fvu": floor_curve(outputs),
+        "cosine": (inner / norms).mean(0),
+    }
 
 
 def floor_curve(outputs: Tensor) -> Tensor:

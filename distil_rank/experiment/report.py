@@ -126,9 +126,8 @@ def function_kept(axes: Axes, head: Record) -> None:
         axes.plot(x, y, marker="o", ms=4, lw=1.8, label=label, **style)
         axes.fill_between(x, low, high, color=style["color"], alpha=0.12, lw=0)
     axes.set_xscale("log", base=2)
-    sizes = [
-        2**i for i in range(7) if 2**i <= max(s["bytes_ratio"] for s in head["students"]) * 1.3
-    ]
+    largest = max(s["bytes_ratio"] for s in head["students"])
+    sizes = [2**i for i in range(7) if 2**i <= 1.3 * largest]
     axes.set_xticks(sizes, [f"1/{n}" if n > 1 else "1" for n in sizes])
     axes.set_xlabel("size of the student over the head's, in bytes")
     axes.legend(fontsize=9, loc="lower left")
@@ -223,7 +222,5 @@ def percent_axis(axis: Any) -> None:
 
 def plain_axis(axis: Any, unit: str = "", times: float = 1) -> None:
     """Log axis in plain numbers: 1, 10, 100."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{times * v:g}{unit}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(lambda value, _: f"{times * value:g}{unit}")
+    axis.set_minor_formatter("")

@@ -37,17 +37,6 @@ class Recipe:
         return self.lr * rise * fall
 
 
-class Constant(nn.Module):
-    """One output (d_out,) for every row: what any cosine must be compared with."""
-
-    def __init__(self, output: Tensor):
-        super().__init__()
-        self.output = nn.Parameter(output, requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.output.expand(len(x), -1)
-
-
 def distillation_loss(p: Tensor, y: Tensor, cosine_weight: float) -> tuple[Tensor, Tensor]:
     """Loss (k,) of predictions p (k, n, d) for targets y, and its gradient by p (k, n, d).
 

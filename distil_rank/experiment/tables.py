@@ -151,11 +151,6 @@ def head_table(head: Record) -> str:
     return markdown(rows)
 
 
-def head_line(head: Record) -> str:
-    rows = f"{head['n_train']:,} rows to fit on, {head['n_val']:,} held out"
-    return f"Head {head['name']}, {head['weights']:,} weights, {rows}, 95 % intervals"
-
-
 def rank_table(summary: Record) -> str:
     """Smallest rank of the optimum that reaches each FVU on held-out rows, and the floor's."""
     targets = list(next(iter(summary["experiments"].values()))["rank_for_fvu"])
@@ -176,8 +171,9 @@ def closing_table(summary: Record) -> str:
         gain = f"{gains[0]} x smaller), {gains[1]} x faster"
         parts.append(f"{name} teacher: {before:,} -> {after:,} parameters ({gain} at batch 32")
         parts += [fidelity_table(experiment), *remarks(experiment)]
-    if "head" in summary:
-        parts += [head_line(summary["head"]), head_table(summary["head"])]
+    if head := summary.get("head"):
+        rows = f"{head['n_train']:,} rows to fit on, {head['n_val']:,} held out, 95 % intervals"
+        parts += [f"Head {head['name']}, {head['weights']:,} weights, {rows}", head_table(head)]
     parts += ["Smallest rank of the optimum, held out", rank_table(summary)]
     parts += ["Latency", latency_table(summary), batch_one(summary)]
     return "\n\n".join(parts)

@@ -3,15 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-KINDS = [
-    "plain",
-    "n < d",
-    "n = d",
-    "one null direction",
-    "duplicated rows",
-    "constant features",
-    "features scaled by 1e4",
-]
+from benchmarks.lowrank import difficult
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -21,20 +13,10 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 def rows(kind: str = "plain", n: int = 90, d: int = 24) -> Tensor:
     """Correlated rows (n, d) with a large mean, and the difficulty that the name says."""
-    x = draw(n, d, seed=3) @ draw(d, d, seed=4) + 5 * draw(d, seed=5)
-    if kind == "n < d":
-        return x[: d // 2]
-    if kind == "n = d":
-        return x[:d]
-    if kind == "one null direction":
-        return x - x.mean(1, keepdim=True)  # as after LayerNorm
-    if kind == "duplicated rows":
-        return x[: d // 3].repeat(5, 1)
-    if kind == "constant features":
-        x[:, ::3] = 7.0
-    if kind == "features scaled by 1e4":
-        x[:, ::4] *= 1e4
-    return x
+    return difficult(draw(n, d, seed=3) @ draw(d, d, seed=4) + 5 * draw(d, seed=5))[kind]
+
+
+KINDS = list(difficult(draw(2, 1)))
 
 
 def layer(d_out: int = 24, d_in: int = 24, bias: bool = True, seed: int = 7) -> nn.Linear:

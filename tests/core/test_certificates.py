@@ -1,5 +1,7 @@
 """compress_linear and its certificate: what it says is what the stored factors do."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,6 @@ from distil_rank.core.certificates import certify
 from distil_rank.core.errors import InputError
 from distil_rank.core.lowrank import optimum
 from distil_rank.core.prior import folds_of
-from tests import reference
 from tests.core.rows import KINDS, draw, layer, loss, rows
 
 
@@ -30,11 +31,9 @@ def test_the_student_has_the_teachers_dtype_and_the_certificate_is_of_the_cast_f
     x, teacher = rows(), layer().to(dtype)
     student, certificate = compress_linear(teacher, Moments.of(x.to(dtype)), rank=6)
     assert student.A.weight.dtype == student.B.bias.dtype == dtype
-    parts = (teacher.weight, teacher.bias, student.A.weight, student.B.weight, student.B.bias)
-    W, c, A, B, b = (t.detach().double() for t in parts)
-    x = x.to(dtype).double()
-    y = x @ W.T + c
-    fvu = reference.mse(W, c, A, B, b, x) / loss(y.mean(0), y)
+    x, teacher, exact = x.to(dtype).double(), teacher.double(), copy.deepcopy(student).double()
+    y = teacher(x).detach()
+    fvu = loss(exact(x), y) / loss(y.mean(0), y)
     assert certificate.achieved_fvu == pytest.approx(fvu, rel=1e-9)
     assert certificate.gap >= -1e-12
 
@@ -64,20 +63,6 @@ def test_a_prior_helps_few_rows_and_is_left_out_where_it_does_not():
     assert sum(ratios["own", 12]) / 5 < 0.97
     with pytest.raises(InputError, match="folds required"):
         compress_linear(teacher, Moments.of(held), 5, prior="own")
-
-
-def test_full_rank_is_the_teacher():
-    x, teacher = rows(), layer()
-    student, certificate = compress_linear(teacher, Moments.of(x), rank=24)
-    torch.testing.assert_close(student(x), teacher(x))
-    assert certificate.floor_fvu == 0 and certificate.achieved_fvu < 1e-20
-
-
-def test_merged_shards_and_a_stream_give_the_same_student():
-    x, teacher = rows(), layer()
-    shards = Moments.of(x[:31]).merge(Moments.of(x[31:].split(7)))
-    whole, parts = (compress_linear(teacher, m, rank=5)[0] for m in (Moments.of(x), shards))
-    torch.testing.assert_close(parts(x), whole(x), rtol=1e-9, atol=1e-9)
 
 
 def test_fvu_chooses_the_smallest_rank_that_reaches_it():

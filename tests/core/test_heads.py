@@ -1,18 +1,20 @@
 """Heads from ONNX as exporters write them, and from state dicts; what cannot be read is named."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmarks import DATA
 from distil_rank.core.errors import InputError
 from distil_rank.core.heads import UnitNorm, load_head
 from tests.core.rows import draw
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
-from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from onnx.numpy_helper import from_array  # noqa: E402
+from onnx.parser import parse_model  # noqa: E402
 
 
 def network(*parts: nn.Module) -> nn.Sequential:
@@ -25,17 +27,13 @@ def network(*parts: nn.Module) -> nn.Sequential:
     return made
 
 
-def graph(path, nodes, constants, d_in=6, opset=17):
-    """An ONNX file of (kind, inputs, output, attributes) and named constants."""
-    made = helper.make_graph(
-        [helper.make_node(k, i, [o], name=f"/{o}", **a) for k, i, o, a in nodes],
-        "head",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", d_in])],
-        [helper.make_tensor_value_info(nodes[-1][2], TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(t.numpy(), name) for name, t in constants.items()],
-    )
-    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", opset)])
-    model.ir_version = 8
+def graph(path, nodes):
+    """An ONNX file of nodes from x (rows, 6) to y; each is named /OUTPUT."""
+    signature = "head (float[rows, 6] x) => (float[rows, columns] y)"
+    model = parse_model(f'<ir_version: 8, opset_import: ["": 17]> {signature} {{ {nodes} }}')
+    for node in model.graph.node:
+        node.name = f"/{node.output[0]}"
+    model.graph.initializer.extend(from_array(t.numpy(), name) for name, t in CONSTANTS.items())
     onnx.save(model, str(path))
     return path
 
@@ -51,46 +49,22 @@ def rows(d: int, n: int = 40) -> Tensor:
 
 W, V, B = (draw(*shape, seed=i).float() for i, shape in enumerate([(5, 6), (6, 5), (5,)]))
 HALF, ROOT, ONE, EPS = (torch.tensor(v) for v in (0.5, 2**0.5, 1.0, 1e-3))
-FIRST = [("MatMul", ["x", "V"], "m", {}), ("Add", ["b", "m"], "h", {})]
+FIRST = "m = MatMul(x, V) h = Add(b, m)"
 FORMS = {
-    "gemm": [("Gemm", ["x", "W", "b"], "y", {"transB": 1, "alpha": 0.5, "beta": 2.0})],
-    "gemm of the transpose": [("Gemm", ["x", "V"], "y", {})],
-    "matmul and add": [*FIRST, ("Relu", ["h"], "y", {})],
-    "erf, half last": [
-        *FIRST,
-        ("Div", ["h", "root"], "d", {}),
-        ("Erf", ["d"], "e", {}),
-        ("Add", ["e", "one"], "a", {}),
-        ("Mul", ["h", "a"], "p", {}),
-        ("Mul", ["p", "half"], "y", {}),
-    ],
-    "erf, half first": [
-        *FIRST,
-        ("Mul", ["h", "inverse"], "d", {}),
-        ("Erf", ["d"], "e", {}),
-        ("Add", ["one", "e"], "a", {}),
-        ("Mul", ["half", "h"], "p", {}),
-        ("Mul", ["a", "p"], "y", {}),
-    ],
-    "silu": [*FIRST, ("Sigmoid", ["h"], "s", {}), ("Mul", ["h", "s"], "y", {})],
-    "layer norm, decomposed": [
-        *FIRST,
-        ("ReduceMean", ["h"], "mean", {"axes": [-1]}),
-        ("Sub", ["h", "mean"], "c", {}),
-        ("Mul", ["c", "c"], "c2", {}),
-        ("ReduceMean", ["c2"], "v", {"axes": [-1]}),
-        ("Add", ["v", "eps"], "ve", {}),
-        ("Sqrt", ["ve"], "s", {}),
-        ("Div", ["c", "s"], "n", {}),
-        ("Mul", ["n", "b"], "g", {}),
-        ("Add", ["g", "b"], "y", {}),
-    ],
-    "unit norm": [*FIRST, ("ReduceL2", ["h"], "n", {"axes": [-1]}), ("Div", ["h", "n"], "y", {})],
-    "standardized inputs": [
-        ("Sub", ["x", "shift"], "c", {}),
-        ("Div", ["c", "scale"], "z", {}),
-        ("MatMul", ["z", "V"], "y", {}),
-    ],
+    "gemm": "y = Gemm<transB=1, alpha=0.5, beta=2.0>(x, W, b)",
+    "gemm of the transpose": "y = Gemm(x, V)",
+    "matmul and add": f"{FIRST} y = Relu(h)",
+    "erf, half last": f"{FIRST} d = Div(h, root) e = Erf(d) a = Add(e, one)"
+    " p = Mul(h, a) y = Mul(p, half)",
+    "erf, half first": f"{FIRST} d = Mul(h, inverse) e = Erf(d) a = Add(one, e)"
+    " p = Mul(half, h) y = Mul(a, p)",
+    "silu": f"{FIRST} s = Sigmoid(h) y = Mul(h, s)",
+    "layer norm, decomposed": f"{FIRST} mean = ReduceMean<axes=[-1]>(h) c = Sub(h, mean)"
+    " c2 = Mul(c, c) v = ReduceMean<axes=[-1]>(c2) ve = Add(v, eps) s = Sqrt(ve)"
+    " n = Div(c, s) g = Mul(n, b) y = Add(g, b)",
+    "unit norm": f"{FIRST} n = ReduceL2<axes=[-1]>(h) y = Div(h, n)",
+    "unit norm, not below": f"{FIRST} n = ReduceL2<axes=[-1]>(h) c = Clip(n, root) y = Div(h, c)",
+    "standardized inputs": "c = Sub(x, shift) z = Div(c, scale) y = MatMul(z, V)",
 }
 CONSTANTS = {"W": W, "V": V, "b": B, "half": HALF, "root": ROOT, "one": ONE, "eps": EPS}
 CONSTANTS |= {"inverse": 1 / ROOT, "shift": V[:, 0], "scale": V[:, 1].abs() + 0.5}
@@ -98,7 +72,7 @@ CONSTANTS |= {"inverse": 1 / ROOT, "shift": V[:, 0], "scale": V[:, 1].abs() + 0.
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_a_layer_is_read(tmp_path, form):
-    path = graph(tmp_path / "head.onnx", FORMS[form], CONSTANTS)
+    path = graph(tmp_path / "head.onnx", FORMS[form])
     torch.testing.assert_close(load_head(path)(rows(6)), expected(path, rows(6)))
 
 
@@ -116,13 +90,17 @@ def test_an_exported_network_is_the_same_function(tmp_path, modern):
 
 
 def test_what_cannot_be_read_is_named_layer_by_layer(tmp_path):
-    nodes = [("Abs", ["x"], "first", {}), ("MatMul", ["first", "V"], "h", {})]
-    path = graph(tmp_path / "odd.onnx", [*nodes, ("Elu", ["h"], "last", {})], CONSTANTS)
-    with pytest.raises(InputError, match=r"got Abs \(/first\); Elu \(/last\)"):
-        load_head(path)
-    assert (
-        load_head(graph(path, [*FIRST, ("Elu", ["h"], "y", {})], CONSTANTS), "h")[0].bias[0] == B[0]
-    )
+    path = tmp_path / "odd.onnx"
+    norm = "m = MatMul(x, V) n = ReduceL2<axes=[-1]>(m)"
+    for nodes, unread in (
+        ("first = Abs(x) h = MatMul(first, V) y = Elu(h)", r"Abs \(/first\); Elu \(/y\)"),
+        # a norm that is cut from above is another layer
+        (f'{norm} c = Clip(n, "", one) y = Div(m, c)', r"Div \(/y\)"),
+        (f"{norm} c = Clip(n, half, one) y = Div(m, c)", r"Div \(/y\)"),
+    ):
+        with pytest.raises(InputError, match=f"got {unread}"):
+            load_head(graph(path, nodes))
+    assert load_head(graph(path, f"{FIRST} y = Elu(h)"), "h")[0].bias[0] == B[0]
     with pytest.raises(InputError, match="it has y"):
         load_head(path, "z")
     (tmp_path / "text.onnx").write_text("not a graph")
@@ -148,14 +126,29 @@ def test_a_state_dict_with_its_activation(tmp_path, parts):
     assert not head.unit_norm_inputs
 
 
-def test_published_heads():
+def test_layers_come_in_the_order_of_the_module_or_of_the_keys(tmp_path):
+    """A .pt file keeps it; safetensors sorts names, which is an order only where no other fits."""
+    names = "input", "hidden", "output"
+    made = network(OrderedDict((name, nn.Linear(6, 6)) for name in names))
+    expected = made[2](made[1](made[0](rows(6)).tanh()).tanh())
+    torch.save(made.state_dict(), tmp_path / "head.pt")
+    save_file(made.state_dict(), tmp_path / "head.safetensors")
+    for name, key in (("head.pt", None), ("head.safetensors", names)):
+        torch.testing.assert_close(load_head(tmp_path / name, key, "tanh")(rows(6)), expected)
+    with pytest.raises(InputError, match=r"the layers hidden, input, output required"):
+        load_head(tmp_path / "head.safetensors", None, "tanh")
+    made = network(OrderedDict(dense=nn.Linear(6, 6), out_proj=nn.Linear(6, 2)))
+    save_file(made.state_dict(), tmp_path / "head.safetensors")
+    head = load_head(tmp_path / "head.safetensors", None, "tanh")
+    torch.testing.assert_close(head(rows(6)), made[1](made[0](rows(6)).tanh()))
+
+
+def test_published_heads(shared_data):
     for layers, width in ((6, 320), (12, 480), (30, 640)):
-        path = DATA / "heads" / f"proteinclip_esm2_{layers}.onnx"
-        if not path.is_file():
-            pytest.skip("public heads are not at hand")
+        path = shared_data / "heads" / f"proteinclip_esm2_{layers}.onnx"
         x = nn.functional.normalize(rows(width))
         head = load_head(path)
         torch.testing.assert_close(head(x), expected(path, x), rtol=0, atol=1e-5)
         assert head.unit_norm_inputs and isinstance(head[-1], UnitNorm) and len(head.raw) == 4
-    path = DATA / "heads" / "hatspot_towers_650m.safetensors"
+    path = shared_data / "heads" / "hatspot_towers_650m.safetensors"
     assert load_head(path, ("domain_fc1", "domain_bn1"))[0].weight.shape == (16, 1280)

@@ -17,9 +17,7 @@ from distil_rank.core.records import (
     read_json,
     require_writable,
     save_tensors,
-    sha256,
     write_json,
-    write_text,
 )
 
 
@@ -76,36 +74,23 @@ def test_a_folder_that_cannot_be_written_is_found(tmp_path):
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
-def test_sha256_is_of_the_bytes(tmp_path):
-    (tmp_path / "f").write_bytes(b"abc")
-    assert (
-        sha256(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    )
+@pytest.mark.parametrize("inner", ["", "a"])
+def test_a_file_or_folder_appears_whole_or_not_at_all(tmp_path, inner):
+    def fill(place, text):
+        if inner:
+            place.mkdir()
+        (place / inner).write_text(text)
 
-
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "f.txt"
-    write_text(path, "old")
+    path = tmp_path / "made"
     with pytest.raises(RuntimeError), atomic(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["f.txt"]
-    with atomic(path) as temporary:
-        temporary.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new" and path.stat().st_mode & 0o777 == 0o644
-
-
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    with pytest.raises(RuntimeError), atomic(tmp_path / "made") as temporary:
-        temporary.mkdir()
-        (temporary / "a").write_text("half")
+        fill(temporary, "half")
         raise RuntimeError
     assert os.listdir(tmp_path) == []
-    with atomic(tmp_path / "made") as temporary:
-        temporary.mkdir()
-        (temporary / "a").write_text("whole")
-    assert (tmp_path / "made" / "a").read_text() == "whole" and os.listdir(tmp_path) == ["made"]
+    with atomic(path) as temporary:
+        fill(temporary, "whole")
+        assert not path.exists()
+    assert (path / inner).read_text() == "whole" and os.listdir(tmp_path) == ["made"]
+    assert inner or path.stat().st_mode & 0o777 == 0o644
 
 
 def test_equal_tensors_and_metadata_are_equal_files(tmp_path):
