@@ -79,6 +79,14 @@ class LowRankLinear(nn.Module):
     def bias(self) -> Tensor | None:
         return self.B.bias
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.A.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.A.weight.device
+
     def forward(self, input: Tensor) -> Tensor:  # nn.Linear's name, for calls by keyword
         return self.B(self.A(input))
 
