@@ -34,7 +34,7 @@ from distil_rank.compress.architectures import PHASES, Architecture
 from distil_rank.compress.calibration import collect, measure
 from distil_rank.compress.dense_models import load_dense
 from distil_rank.compress.evaluate import compare, cost, masked_divergence
-from distil_rank.compress.models import compress_model, quantise_model
+from distil_rank.compress.models import compress_model
 from distil_rank.compress.neurons import PrunedMLP, find_mlps, selected
 from distil_rank.compress.quantise import (
     GROUP,
@@ -42,8 +42,10 @@ from distil_rank.compress.quantise import (
     in_place,
     module_bytes,
     on_integers,
+    quantise_model,
     rounded,
 )
+from distil_rank.compress.ranks import largest_rank
 from distil_rank.compress.sites import Batch, Read, Site, find_sites, observe, replaced, trace
 from distil_rank.compress.storage import WEIGHTS, save
 from distil_rank.core.intervals import t_interval
@@ -304,16 +306,37 @@ def student(
     ratio: float,
 ) -> tuple[nn.Module, float | None]:
     """The compressed model and the mean FVU of its layers on the batches shown."""
-    options: dict[str, Any] = {"loss": architecture.loss, "neurons": "neurons" in method}
-    options["sequential"] = "sequential" in method
-    if not method.startswith("Fisher"):
-        options = {"loss": None, "method": "budget" if method == "budget" else "uniform"}
-    small, report = compress_model(dense, batches, ratio, held_out=shown, **options)
-    if method not in BASELINES:
-        return small, report.mean_fvu
+    options: dict[str, Any] = {"ratio": ratio, "loss": None}
     sites = trace(dense, batches, find_sites(dense))
-    ranks = {x.name: x.rank for x in report.layers}
-    return baseline_model(method, dense, batches, shown, sites, ranks)
+    if method.startswith("Fisher"):
+        options |= {"loss": architecture.loss, "neurons": "neurons" in method}
+        options["sequential"] = "sequential" in method
+    elif method != "budget":
+        options = {"ranks": uniform(sites, ratio), "loss": None}
+    if method in BASELINES:
+        return baseline_model(method, dense, batches, shown, sites, options["ranks"])
+    small, report = compress_model(dense, batches, held_out=shown, **options)
+    return small, report.mean_fvu
+
+
+def uniform(sites: list[Site], ratio: float) -> dict[str, int | None]:
+    """Ranks at the largest common share of the layers' parameters that fits the ratio."""
+
+    def at(share: float) -> dict[str, int | None]:
+        ranks = {s: max(1, int(share * s.parameters / (s.d_in + s.d_out))) for s in sites}
+        return {s.name: r if r <= largest_rank(s.d_in, s.d_out) else None for s, r in ranks.items()}
+
+    def spent(ranks: Mapping[str, int | None]) -> int:
+        return sum(
+            s.parameters if (r := ranks[s.name]) is None else r * (s.d_in + s.d_out) for s in sites
+        )
+
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        fits = spent(at(middle)) <= ratio * sum(s.parameters for s in sites)
+        low, high = (middle, high) if fits else (low, middle)
+    return at(low)
 
 
 def baseline_model(

@@ -27,8 +27,9 @@ from distil_rank.compress.calibration import collect, load_prior, save_prior
 from distil_rank.compress.dense_models import Dense, load_dense, weights_dtype
 from distil_rank.compress.evaluate import compare, cost, mutation_effects
 from distil_rank.compress.export import save_merged, save_onnx
-from distil_rank.compress.models import compress_model, quantise_model, rounded
+from distil_rank.compress.models import compress_model, rounded
 from distil_rank.compress.neurons import find_mlps
+from distil_rank.compress.quantise import quantise_model
 from distil_rank.compress.recover import recover
 from distil_rank.compress.report import SCHEMA, draw, readme, summary
 from distil_rank.compress.sites import Batch, find_sites, trace

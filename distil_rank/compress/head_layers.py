@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from distil_rank.compress.quantise import imitated, module_bytes, quantise
-from distil_rank.compress.ranks import Layer, allocate, largest_rank
+from distil_rank.compress.ranks import Options, allocate, largest_rank, low_rank
 from distil_rank.core.certificates import require_linear
 from distil_rank.core.errors import InputError
 from distil_rank.core.functions import fvu
@@ -158,19 +158,21 @@ def choices_of_ranks(
         return [{t.place: ranks[t.place] if ranks[t.place] <= t.limit else None for t in targets}]
     choices: list[Ranks] = []
     for tilt in TILTS if of_output and len(targets) > 1 else (1.0,):
-        table: list[Layer] = []
+        table: list[Options] = []
         fixed = 0.0
         for i, t in enumerate(reversed(targets)):
-            row, beside = _row(t, of_output, tilt**i, None if request.bytes is None else int8)
-            table.insert(0, row)
+            options, beside = _options(
+                t, of_output, tilt**i, None if request.bytes is None else int8
+            )
+            table.insert(0, options)
             fixed += beside
         if request.speedup is not None:
-            budget = sum(row.dense_cost for row in table) / request.speedup
+            budget = sum(float(options.costs[-1]) for options in table) / request.speedup
         else:
             assert request.bytes is not None
             others = [part for part in parts if not isinstance(part, nn.Linear)]
             fixed += sum(map(module_bytes, others))
-            least = fixed + sum(min(row.rank_cost, row.dense_cost) for row in table)
+            least = fixed + sum(options.costs[0] for options in table)
             if request.bytes < least:
                 raise InputError(
                     f"at least {least:.0f} bytes required (rank 1 everywhere), got {request.bytes};"
@@ -182,7 +184,7 @@ def choices_of_ranks(
     return choices
 
 
-def _row(t: Target, of_output: bool, weight: float, int8: bool | None) -> tuple[Layer, float]:
+def _options(t: Target, of_output: bool, weight: float, int8: bool | None) -> tuple[Options, float]:
     """The layer's loss by rank, and bytes beside its weights; int8 None: count weights, not bytes.
 
     The loss is the layer's own FVU, or its part of the head's squared error times `weight`.
@@ -195,8 +197,8 @@ def _row(t: Target, of_output: bool, weight: float, int8: bool | None) -> tuple[
     if int8 is not None:  # the bias stays, and B's rows have scales
         each = (1 + 4 / sum(shape), float(size)) if int8 else (float(size), float(size))
         fixed = layer.out_features * (4 + 4 if int8 else size)
-    importance = weight if of_output else None
-    return Layer(str(t.place), *shape, best.tails.cpu().numpy(), importance, bytes=each), fixed
+    tails = best.tails.cpu().numpy()
+    return low_rank(str(t.place), *shape, tails, weight if of_output else None, each), fixed
 
 
 @dataclass(frozen=True)

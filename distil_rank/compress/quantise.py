@@ -15,6 +15,7 @@ Weights are small in memory and on disk; products run in the input's dtype, or o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -22,6 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distil_rank.compress.calibration import MEMORY, collect
+from distil_rank.compress.sites import Batch, find_sites, replaced, trace
+from distil_rank.core.errors import InputError
 from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.lowrank import Joint
 from distil_rank.core.randomness import generator
@@ -43,14 +47,14 @@ def rounded(
     of falling variance, errors passed on. group: one scale (m, n / group) for so many columns of a
     row; of several shrunken ones the best, because few bits gain more from finer steps.
     """
-    n, tiny = matrix.shape[1], torch.finfo(torch.float32).tiny
+    n = matrix.shape[1]
     levels = 2 ** (bits - 1) - 1
     weight = torch.ones(n).to(matrix) if moments is None else moments.diagonal()
     parts = [(matrix, weight)]
     if group is not None:
         parts = list(zip(matrix.split(group, 1), weight.split(group)))
     scale = torch.stack([_scale(x, w, levels, group is not None) for x, w in parts], 1)
-    scale = scale.clamp_min(tiny).float()
+    scale = scale.clamp_min(TINY).float()
     steps = scale.repeat_interleave(group or n, 1)[:, :n].to(matrix)
     scale = scale[:, 0] if group is None else scale
     if moments is None:
@@ -173,6 +177,31 @@ def integers_are_exact() -> bool:
     """Whether this processor's eight-bit products are: without VNNI instructions some saturate."""
     worst = torch.full((4, 64), 127, dtype=torch.int8)
     return torch.equal(torch._int_mm(worst, -worst.T), torch.full((4, 4), -64 * 127**2).int())
+
+
+def quantise_model(
+    model: nn.Module, batches: Sequence[Batch], bits: int, memory: int = MEMORY
+) -> tuple[nn.Module, dict[str, float]]:
+    """Copy of a model, dense or compressed, with all its linear layers in 8 or 4 bits.
+
+    Layers are fitted to the model's own activations. Returns by layer the squared error of its
+    output over the output's second moment.
+    """
+    if bits not in (4, 8):
+        raise InputError(f"8 or 4 bits required, got {bits}")
+    made: dict[str, QuantLinear] = {}
+    errors = {}
+    sites = trace(model, batches, find_sites(model))
+    for statistics in collect(model, batches, sites, memory=memory, inputs_only=True):
+        moments = statistics.moments
+        second = moments.covariance + moments.mean.outer(moments.mean)
+        for site in statistics.sites:
+            new = QuantLinear.of(site.weight, site.bias, second, bits)
+            W = site.weight.to(second)
+            lost, whole = ((x * (x @ second)).sum() for x in (new.weight.to(second) - W, W))
+            errors[site.name] = float(lost / whole.clamp_min(1e-300))
+            made[site.name] = new.train(site.module.training)
+    return on_integers(replaced(model, made)), errors
 
 
 def imitated(student: LowRankLinear, joint: Joint) -> Joint:

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from distil_rank.compress.architectures import describe
+from distil_rank.compress.sites import find_sites
+from distil_rank.core.lowrank import truncated_svd
 from distil_rank.proteins.esm2 import ESM2
 
 KINDS = ("esm2", "EsmModel", "EsmForMaskedLM", "GPT2LMHeadModel")
@@ -53,6 +55,15 @@ def _build(kind: str, width: int, layers: int) -> nn.Module:
     if kind == "EsmModel":
         return transformers.EsmModel(config, add_pooling_layer=False)
     return getattr(transformers, kind)(config)
+
+
+def thin(model: nn.Module, rank: int = 4) -> nn.Module:
+    """The model, all of whose linear layers now have this rank: its own students can be exact."""
+    with torch.no_grad():
+        for site in find_sites(model):
+            A, B = truncated_svd(site.weight, min(rank, *site.weight.shape))
+            site.weight.copy_(B @ A)
+    return model
 
 
 def token_batches(

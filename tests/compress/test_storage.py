@@ -15,7 +15,8 @@ from distil_rank.compress.architectures import describe
 from distil_rank.compress.dense_models import load_dense
 from distil_rank.compress.export import save_merged, save_onnx
 from distil_rank.compress.heads import compress_head
-from distil_rank.compress.models import compress_model, quantise_model
+from distil_rank.compress.models import compress_model
+from distil_rank.compress.quantise import quantise_model
 from distil_rank.core.errors import InputError
 from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.records import ROOT
