@@ -111,7 +111,7 @@ def one_map(head: nn.Sequential, x: Tensor, rank: int, **options: Any) -> nn.Mod
 def across(head: nn.Sequential, sets: dict[str, tuple[Tensor, Tensor]], rank: int) -> list[Record]:
     """Fitted on one data set, used on another's held-out rows, at one size."""
     records = []
-    ratio = flops(list(head)) / rank / (head[1].in_features + head[-2].out_features)
+    ratio = flops(head) / rank / (head[1].in_features + head[-2].out_features)
     for name, (x, _) in sets.items():
         small = {
             "one map": one_map(head, x, rank),

@@ -89,7 +89,7 @@ def find_sites(
     ]
     if not chosen:
         raise InputError(
-            f"a pattern that matches a linear layer required, got {include};"
+            f"patterns that leave a linear layer required, got {include} without {exclude};"
             f" layers are {', '.join(linear)}"
         )
     return chosen

@@ -151,7 +151,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(folder, capsys):
         (("--max-length", "0"), "--max-length"),
         (("--recover", "-1"), "--recover"),
         (("--device", "tpu"), "--device"),
-        (("--include", "x"), "pattern"),
+        (("--exclude", "*"), "pattern"),
         (("--int8", "--int4"), "leave one out"),
         (("--dms", str(folder / "none")), "assay"),
         (("--prior", str(folder / "proteins.fasta")), "moments"),

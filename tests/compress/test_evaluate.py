@@ -191,8 +191,7 @@ def test_mutation_effects_mask_one_position_at_a_time(kind, tmp_path):
     mutants = [f"{old}{i + 1}{new}" for i, old in enumerate(sequence) for new in letters]
     rows = [f"{m},{i * i % 7}\n" for i, m in enumerate(mutants)]
     (tmp_path / "assay.csv").write_text("mutant,score\n" + "".join(rows))
-    models = {"before": model, "after": small}
-    found = mutation_effects(architecture, models, read_assays(tmp_path))["assays"]["assay"]
+    found = mutation_effects(architecture, model, small, read_assays(tmp_path))["assays"]["assay"]
     predicted = []
     for mutant in mutants:
         tokens = tokenise([sequence])

@@ -197,6 +197,15 @@ def test_bytes_are_kept_by_one_map_of_a_double_head():
     assert 1500 < certificate.bytes_after <= 2000
 
 
+def test_without_held_out_rows_nothing_is_said_of_them():
+    for options in ({}, {"int8": True}, {"metric": "whole"}, {"metric": "whole", "int8": True}):
+        certificate = compress_head(mlp(), rows(300), rank=3, **options)[1]
+        assert certificate.output_fvu.keys() == {"fitted"} and certificate.held_out_rows is None
+        layer = certificate.layers[0]
+        assert layer.achieved_fvu > 0
+        assert layer.held_out_achieved_fvu is layer.held_out_floor_fvu is None
+
+
 def test_layers_that_would_not_shrink_stay_dense():
     head, x = mlp(), rows(300)
     small, certificate = compress_head(head, x, rank=35)
