@@ -98,7 +98,7 @@ def run(config: Config) -> None:
     if checkpoint is not None:
         record["before_recovery"] = compare(architecture, model, small, tests, seed=config.seed)
         better, losses = recover(
-            *(architecture, model, small, raw), config.recover, config.seed, checkpoint
+            *(architecture, model, small, raw, config.recover), config.seed, checkpoint
         )
         record |= {"recovery_loss": losses, "recovery_kept": better is not small}
         small = better

@@ -87,8 +87,8 @@ def test_a_recovery_with_another_prior_is_refused(folder, capsys, monkeypatch):
     moments = folder / "moments.safetensors"
     compress(folder, "--moments-out", str(moments), out="first")
 
-    def killed(*_, checkpoint, **__):
-        checkpoint.save({})
+    def killed(*arguments):
+        arguments[-1].save({})
         raise KeyboardInterrupt
 
     monkeypatch.setattr("distil_rank.compress.command_model.recover", killed)
