@@ -435,9 +435,8 @@ def shape() -> Record:
     sites = [s for s in find_sites(dense) if s.d_out > 1]
     numbers = sum(p.numel() for p in dense.parameters())
 
-    def eight(layer: nn.Module) -> QuantLinear:
-        W, scale = rounded(layer.weight)  # type: ignore[arg-type]
-        return QuantLinear(W, scale, layer.bias, layer.in_features)  # type: ignore[arg-type]
+    def eight(layer: Any) -> QuantLinear:
+        return QuantLinear.of(layer.weight, layer.bias)
 
     def low_rank(site: Site, ratio: float, int8: bool) -> nn.Module:
         rank = round(ratio * site.d_in * site.d_out / (site.d_in + site.d_out))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distil_rank.compress.head_certificate import LayerCertificate, Student, flops
 from distil_rank.compress.head_layers import Request
-from distil_rank.compress.quantise import certify_int8, dequantised, imitated, quantise
+from distil_rank.compress.quantise import certify_int8, dequantised, quantise
 from distil_rank.core.errors import InputError
 from distil_rank.core.functions import FunctionCertificate, distill_function, fvu
 from distil_rank.core.heads import UnitNorm
@@ -91,7 +91,7 @@ def whole_student(
         rows = {"": x} | ({} if held_out is None else {"held_out_": held_out})
         pairs = {side: torch.cat([v, f(v)], 1) for side, v in rows.items()}
         joints = {side: Joint.of(Moments.of(pair), shape[0]) for side, pair in pairs.items()}
-        plain, new = new, quantise(new, imitated(new, joints[""]))
+        plain, new = new, quantise(new, joints[""].input_mean, joints[""].inputs)
         stored = dequantised(new)
         measured |= {f"{side}achieved_fvu": joint.fvu(stored) for side, joint in joints.items()}
         measured["int8"] = certify_int8(plain, new, list(joints.values())[-1])

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from distil_rank.compress.quantise import imitated, module_bytes, quantise
+from distil_rank.compress.quantise import module_bytes, quantise
 from distil_rank.compress.ranks import Options, allocate, largest_rank, low_rank
 from distil_rank.core.certificates import require_linear
 from distil_rank.core.errors import InputError
@@ -255,14 +255,13 @@ def _student(t: Target, rank: int | None, reads: Tensor | None, int8: bool) -> F
         bias = joint.output_mean - M @ joint.input_mean
         new = linear(M.to(layer.weight), bias.to(layer.weight)).requires_grad_(trained)
         return Fitted(t, reads, new)
-    if reads is not None:
+    if reads is None:
+        best = t.best if G is None else optimum(layer.weight, layer.bias, t.moments, rank, G)
+        inputs = t.moments.mean, t.moments.covariance
+    else:
         joint = t.joint(reads)
         best = joint.optimum(layer.weight, metric=G, rank=rank)
-    else:
-        joint, best = Joint.of_layer(layer.weight, layer.bias, t.moments), t.best
-        if G is not None:
-            best = optimum(layer.weight, layer.bias, t.moments, rank, G)
+        inputs = joint.input_mean, joint.inputs
     student = best.student(rank).to(layer.weight).requires_grad_(trained)
     require_finite(student)
-    eight = quantise(student, imitated(student, joint)) if int8 else None
-    return Fitted(t, reads, student, eight)
+    return Fitted(t, reads, student, quantise(student, *inputs) if int8 else None)

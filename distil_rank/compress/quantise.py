@@ -50,9 +50,7 @@ def rounded(
     n = matrix.shape[1]
     levels = 2 ** (bits - 1) - 1
     weight = torch.ones(n).to(matrix) if moments is None else moments.diagonal()
-    parts = [(matrix, weight)]
-    if group is not None:
-        parts = list(zip(matrix.split(group, 1), weight.split(group)))
+    parts = zip(matrix.split(group or n, 1), weight.split(group or n))
     scale = torch.stack([_scale(x, w, levels, group is not None) for x, w in parts], 1)
     scale = scale.clamp_min(TINY).float()
     steps = scale.repeat_interleave(group or n, 1)[:, :n].to(matrix)
@@ -110,9 +108,12 @@ class QuantLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @classmethod
-    def of(cls, W: Tensor, bias: Tensor | None, moments: Tensor, bits: int) -> QuantLinear:
-        """The layer fitted to inputs with these second moments (d_in, d_in)."""
-        integers, scale = rounded(W.to(moments), moments, bits, None if bits == 8 else GROUP)
+    def of(
+        cls, W: Tensor, bias: Tensor | None, moments: Tensor | None = None, bits: int = 8
+    ) -> QuantLinear:
+        """The layer fitted to inputs with these second moments (d_in, d_in), or to none."""
+        W = W.detach() if moments is None else W.detach().to(moments)
+        integers, scale = rounded(W, moments, bits, None if bits == 8 else GROUP)
         if bits == 4:
             integers = nn.functional.pad(integers + 8, (0, W.shape[1] % 2)).to(torch.uint8)
             integers = integers[:, ::2] + 16 * integers[:, 1::2]
@@ -204,35 +205,26 @@ def quantise_model(
     return on_integers(replaced(model, made)), errors
 
 
-def imitated(student: LowRankLinear, joint: Joint) -> Joint:
-    """The inputs of `joint` with the student's own output: what eight bits have to match."""
-    A, B = (p.weight.detach().to(joint.inputs) for p in (student.A, student.B))
-    cross = B @ (A @ joint.inputs)
-    mean = B @ (A @ joint.input_mean)
-    if student.B.bias is not None:
-        mean = mean + student.B.bias.detach().to(mean)
-    outputs = cross @ (B @ A).T
-    return Joint(joint.rows, joint.input_mean, mean, joint.inputs, cross, outputs)
-
-
-def quantise(student: LowRankLinear, joint: Joint) -> LowRankLinear:
-    """Eight-bit version of a student that matches the outputs of `joint` best (see `imitated`)."""
-    S = joint.inputs
+def quantise(student: LowRankLinear, mean: Tensor, S: Tensor) -> LowRankLinear:
+    """Eight-bit version that matches the student best on inputs of this mean and covariance S."""
     A, B = (p.weight.detach().to(S) for p in (student.A, student.B))
     variance = ((A @ S) * A).sum(1).clamp_min(1e-300)
     spread = (variance / variance.mean()) ** BALANCE
     source = generator(0, "int8 rotation")
     turn = torch.randn(len(A), len(A), generator=source, dtype=torch.float64)
     turn = torch.linalg.qr(turn).Q.to(S)
-    rows = QuantLinear.of(turn.T @ (A / spread[:, None]), None, S, 8)
+    rows = QuantLinear.of(turn.T @ (A / spread[:, None]), None, S)
     A_q = rows.numbers().to(S)
     Z = A_q @ S @ A_q.T
     Z = Z + 1e-9 * Z.trace().clamp_min(1e-300) / len(Z) * torch.eye(len(Z)).to(S)
     # the best B for the rounded A, drawn to this one in directions without variance
     target = (B * spread) @ turn
-    fitted = target + torch.linalg.solve(Z, ((joint.cross - target @ (A_q @ S)) @ A_q.T).T).T
-    found = QuantLinear.of(fitted, None, Z, 8)
-    bias = joint.output_mean - found.numbers().to(S) @ (A_q @ joint.input_mean)
+    cross = B @ (A @ S)
+    fitted = target + torch.linalg.solve(Z, ((cross - target @ (A_q @ S)) @ A_q.T).T).T
+    found = QuantLinear.of(fitted, None, Z)
+    bias = B @ (A @ mean)
+    bias = bias if student.B.bias is None else bias + student.B.bias.detach().to(bias)
+    bias = bias - found.numbers().to(S) @ (A_q @ mean)
     dtype = student.A.weight.dtype if student.A.weight.dtype != torch.float64 else torch.float32
     found.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
     return in_place(rows, found)
