@@ -161,21 +161,17 @@ def certify_layers(
     seed: int,
 ) -> list[LayerCertificate]:
     """One certificate a linear layer, from the factors as they are stored."""
-    known = {found.target.place: found for found in fitted}
-    certificates = []
-    dense = reached = held_out  # held-out rows on their way through both heads
+    if held_out is None:
+        return [_certify(found, None, None) for found in fitted]
+    known, certificates = {found.target.place: found for found in fitted}, []
+    x = reached = held_out  # on their way through both heads
     for i, (part, new) in enumerate(zip(parts, small)):
-        pair = None
-        if dense is not None and reached is not None:
-            pair = part(dense), new(reached)
+        y, other = part(x), new(reached)
         if i in known:
-            joint, lost = None, None
-            if pair is not None:
-                both = torch.cat([reached, pair[0]], 1)  # type: ignore[list-item]
-                joint = Joint.of(Moments.of(both), known[i].target.layer.in_features)
-                lost = fvu_interval(*pair, seed) if new is not part else None
-            certificates.append(_certify(known[i], joint, lost))
-        dense, reached = pair or (None, None)
+            both = Moments.of(torch.cat([reached, y], 1))
+            lost = fvu_interval(y, other, seed) if new is not part else None
+            certificates.append(_certify(known[i], Joint.of(both, reached.shape[1]), lost))
+        x, reached = y, other
     return certificates
 
 

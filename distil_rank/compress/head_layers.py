@@ -156,49 +156,46 @@ def choices_of_ranks(
     if request.fvu is not None:
         ranks = {t.place: smallest_rank(t.best.fvu, request.fvu) for t in targets}
         return [{t.place: ranks[t.place] if ranks[t.place] <= t.limit else None for t in targets}]
+    others = [part for part in parts if not isinstance(part, nn.Linear)]
+    fixed = sum(map(module_bytes, others))  # so do biases, and in eight bits scales of B's rows
+    for t in targets:
+        fixed += t.layer.out_features * (8 if int8 else t.layer.weight.element_size())
     choices: list[Ranks] = []
     for tilt in TILTS if of_output and len(targets) > 1 else (1.0,):
-        table: list[Options] = []
-        fixed = 0.0
-        for i, t in enumerate(reversed(targets)):
-            options, beside = _options(
-                t, of_output, tilt**i, None if request.bytes is None else int8
-            )
-            table.insert(0, options)
-            fixed += beside
+        weights = [tilt**i if of_output else None for i in reversed(range(len(targets)))]
+        options = [
+            _options(t, weight, request.bytes is not None, int8)
+            for t, weight in zip(targets, weights)
+        ]
         if request.speedup is not None:
-            budget = sum(float(options.costs[-1]) for options in table) / request.speedup
+            budget = sum(float(x.costs[-1]) for x in options) / request.speedup
         else:
             assert request.bytes is not None
-            others = [part for part in parts if not isinstance(part, nn.Linear)]
-            fixed += sum(map(module_bytes, others))
-            least = fixed + sum(options.costs[0] for options in table)
+            least = fixed + sum(x.costs[0] for x in options)
             if request.bytes < least:
                 raise InputError(
                     f"at least {least:.0f} bytes required (rank 1 everywhere), got {request.bytes};"
                     " ask for more"
                 )
             budget = request.bytes - fixed
-        found = {int(name): rank for name, rank in allocate(table, budget).ranks.items()}
+        found = {int(name): rank for name, rank in allocate(options, budget).ranks.items()}
         choices += [] if found in choices else [found]
     return choices
 
 
-def _options(t: Target, of_output: bool, weight: float, int8: bool | None) -> tuple[Options, float]:
-    """The layer's loss by rank, and bytes beside its weights; int8 None: count weights, not bytes.
+def _options(t: Target, weight: float | None, in_bytes: bool, int8: bool) -> Options:
+    """Costs in bytes, or in weights, and losses by rank.
 
-    The loss is the layer's own FVU, or its part of the head's squared error times `weight`.
+    weight: of the layer's part of the head's squared error; None: its own FVU.
     """
     layer, best = t.layer, t.best
-    if of_output and t.metric is not None:
+    if weight is not None and t.metric is not None:
         best = optimum(layer.weight, layer.bias, t.moments, metric=t.metric)
     shape, size = (layer.in_features, layer.out_features), layer.weight.element_size()
-    each, fixed = (1.0, 1.0), 0.0
-    if int8 is not None:  # the bias stays, and B's rows have scales
-        each = (1 + 4 / sum(shape), float(size)) if int8 else (float(size), float(size))
-        fixed = layer.out_features * (4 + 4 if int8 else size)
-    tails = best.tails.cpu().numpy()
-    return low_rank(str(t.place), *shape, tails, weight if of_output else None, each), fixed
+    each = (1.0, 1.0)
+    if in_bytes:  # in eight bits A's rows have scales
+        each = (1 + 4 / sum(shape) if int8 else size, size)
+    return low_rank(str(t.place), *shape, best.tails.cpu().numpy(), weight, each)
 
 
 @dataclass(frozen=True)

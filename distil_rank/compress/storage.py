@@ -95,8 +95,10 @@ def save(
         texts["README.md"] = readme
     files = {name: text.encode() for name, text in texts.items()}
     if architecture is not None:
+        known = {"model_type": MODEL_TYPE, "architectures": [architecture.class_name]}
         files |= {
-            "config.json": config_json(architecture),
+            # what transformers reads first: a type that only this package registers (`auto`)
+            "config.json": json.dumps(known, indent=1).encode(),
             **tokenizer_files(architecture.source, architecture.is_esm),
         }
     require_writable(folder)
@@ -116,12 +118,6 @@ def require_other_folder(folder: Path, source: Path) -> None:
         raise InputError(
             f"another folder than that of {source}, which would be replaced, required for --out"
         )
-
-
-def config_json(architecture: Architecture) -> bytes:
-    """What transformers reads first: a type that only this package registers (`auto`)."""
-    known = {"model_type": MODEL_TYPE, "architectures": [architecture.class_name]}
-    return json.dumps(known, indent=1).encode()
 
 
 def describe_module(module: nn.Module, architecture: Architecture | None) -> dict[str, Any]:
