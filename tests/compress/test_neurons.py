@@ -2,6 +2,7 @@
 MLPs are found whatever their modules are, and the folder of a pruned model is read everywhere."""
 
 import itertools
+from functools import cache
 
 import numpy as np
 import pytest
@@ -149,11 +150,15 @@ def test_only_mlps_are_found():
         assert len(found) == 2 and all(len(names) == 2 for names in found.values()), kind
 
 
+INCLUDE = ("*fc?", "*dense", "*mlp*")
+
+
+@cache
 def pruned_model(kind: str, sequential: bool = False):
     model = small_model(kind)
     batches = token_batches(model, rows=8, length=40)
     small, report = compress_model(
-        model, batches, ratio=0.3, include=("*fc?", "*dense", "*mlp*"), sequential=sequential
+        model, batches, ratio=0.3, include=INCLUDE, sequential=sequential
     )
     return model, batches, small, report
 
@@ -166,9 +171,8 @@ def test_neurons_beat_low_rank_within_the_same_budget(kind, sequential):
     called = [x for x in report.layers if x.note != "not called in the forward pass"]
     assert sum(x.parameters_after for x in called) <= 0.3 * sum(x.parameters for x in called)
     assert report.parameters_after == sum(p.numel() for p in small.parameters())
-    include = ("*fc?", "*dense", "*mlp*")
     low_rank, _ = compress_model(
-        model, batches, ratio=0.3, include=include, sequential=sequential, neurons=False
+        model, batches, ratio=0.3, include=INCLUDE, sequential=sequential, neurons=False
     )
     losses = [
         compare(describe(model), model, m, batches)["hidden_fvu"]["value"]
