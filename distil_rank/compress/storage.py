@@ -26,6 +26,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -262,20 +263,13 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         ) from None
     if hasattr(module, "tie_weights"):
         cast(Any, module).tie_weights()
-    for alias, name in description["tied"].items():
-        _tie(module, alias, name)
+    for alias, name in description["tied"].items():  # one parameter again
+        owner, _, attribute = alias.rpartition(".")
+        setattr(module.get_submodule(owner), attribute, attrgetter(name)(module))
     if kind == "transformers":
         cast(Any, module).config._name_or_path = str(folder)  # whose tokenizer it is
     on_integers(module, kind != "head")  # a head stays what its certificate measured
     return savable(module).eval().requires_grad_(False)
-
-
-def _tie(module: nn.Module, alias: str, name: str) -> None:
-    """Make two names one parameter again."""
-    owner, _, attribute = name.rpartition(".")
-    shared = getattr(module.get_submodule(owner), attribute)
-    owner, _, attribute = alias.rpartition(".")
-    setattr(module.get_submodule(owner), attribute, shared)
 
 
 def savable(model: nn.Module) -> nn.Module:
