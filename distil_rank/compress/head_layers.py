@@ -122,11 +122,8 @@ def squared_jacobian(parts: Sequence[nn.Module], y: Tensor, source: torch.Genera
     """G = E[J^T J] (d, d), J the derivative of what the parts make of y (n, d).
 
     By random signs: J^T v with independent signs v has J^T J as its second moment, exactly so for
-    one output. A single linear part gives G = H^T H.
+    one output.
     """
-    if len(parts) == 1 and isinstance(parts[0], nn.Linear):
-        H = parts[0].weight.detach().double()
-        return H.T @ H
     total = torch.zeros(y.shape[1], y.shape[1], dtype=torch.float64, device=y.device)
     for _ in range(PROBES):
         with torch.enable_grad():
@@ -234,10 +231,8 @@ def fit_best(
     int8: bool,
 ) -> tuple[list[nn.Module], list[Fitted]]:
     """The fit whose output is nearest to the head's on the rows x (n, d_in)."""
-    fits = [fit(parts, targets, ranks, x, int8) for ranks in choices]
-    if len(fits) == 1:
-        return fits[0]
     y = nn.Sequential(*parts)(x)
+    fits = [fit(parts, targets, ranks, x, int8) for ranks in choices]
     return min(fits, key=lambda found: fvu(nn.Sequential(*found[0])(x), y))
 
 
