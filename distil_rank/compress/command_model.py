@@ -23,10 +23,10 @@ import tyro
 from torch import nn
 
 from distil_rank.compress.calibration import collect, load_prior, save_prior
-from distil_rank.compress.dense_models import Dense, load_dense, weights_dtype
+from distil_rank.compress.dense_models import Dense, as_narrow_as, load_dense
 from distil_rank.compress.evaluate import compare, cost, mutation_effects
 from distil_rank.compress.export import save_merged, save_onnx
-from distil_rank.compress.models import compress_model, rounded
+from distil_rank.compress.models import compress_model
 from distil_rank.compress.neurons import find_mlps
 from distil_rank.compress.quantise import quantise_model
 from distil_rank.compress.recover import recover
@@ -102,7 +102,7 @@ def run(config: Config) -> None:
         )
         record |= {"recovery_loss": losses, "recovery_kept": better is not small}
         small = better
-    small = rounded(small, weights_dtype(model))
+    small = as_narrow_as(model, small)
     if bits := 8 * config.int8 or 4 * config.int4:
         small, lost = quantise_model(small, batches, bits)
         record["quantisation"] = {"bits": bits, "loss": lost}

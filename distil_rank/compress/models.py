@@ -8,13 +8,11 @@ called with: token tensors, mappings (model(**batch)) or tuples (model(*batch)).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from distil_rank.compress.calibration import (
@@ -32,8 +30,7 @@ from distil_rank.compress.sequential import sequential_students
 from distil_rank.compress.sites import Batch, Site, find_sites, replaced, trace
 from distil_rank.compress.storage import savable
 from distil_rank.core.errors import InputError
-from distil_rank.core.linear import LowRankLinear, PrunedLinear
-from distil_rank.core.lowrank import Optimum, require_finite
+from distil_rank.core.lowrank import Optimum
 from distil_rank.core.moments import Moments
 from distil_rank.core.prior import FOLDS, Blend, blended_moments
 
@@ -286,19 +283,11 @@ def _layer_report(site: Site, chosen: Choice, solved: Solved, held: Fidelity | N
             losses = solved.neurons[name].losses
             loss = float(losses[len(mlp.kept)] / losses[0])
     weight = solved.blends[name].weight if name in solved.blends and after < dense else None
-    measured = {} if held is None else {f"held_out_{k}": v for k, v in vars(held).items()}
-    fields: dict[str, Any] = {"loss": loss, **measured, "prior_weight": weight}
-    shape = site.d_in, site.d_out
-    return LayerReport(name, *shape, rank, note, dense, after, neurons=neurons, **fields)
-
-
-def rounded(small: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Copy of a model with factors that `dtype` holds exactly: as narrow on disk as its source."""
-    result = copy.deepcopy(small)
-    for part in result.modules():
-        if isinstance(part, LowRankLinear | PrunedLinear):
-            with torch.no_grad():
-                for p in part.parameters():
-                    p.copy_(p.to(dtype))
-            require_finite(part)
-    return result
+    measured: dict[str, Any] = {} if held is None else vars(held)
+    return LayerReport(
+        *(name, site.d_in, site.d_out, rank, note, dense, after),
+        loss=loss,
+        prior_weight=weight,
+        neurons=neurons,
+        **{f"held_out_{key}": value for key, value in measured.items()},
+    )
