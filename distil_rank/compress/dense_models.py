@@ -39,9 +39,11 @@ class Dense(NamedTuple):
 
 def as_narrow_as(source: nn.Module, small: nn.Module) -> nn.Module:
     """Copy of `small` with factors that a dtype holds exactly, if it holds all of the source."""
-    dtypes = torch.float16, torch.bfloat16, torch.float32
-    held = (all(torch.equal(p.to(d).to(p.dtype), p) for p in source.parameters()) for d in dtypes)
-    dtype = next((d for d, whole in zip(dtypes, held) if whole), torch.float32)
+
+    def holds(dtype: torch.dtype) -> bool:
+        return all(torch.equal(p.to(dtype).to(p.dtype), p) for p in source.parameters())
+
+    dtype = next(filter(holds, (torch.float16, torch.bfloat16)), torch.float32)
     result = copy.deepcopy(small)
     for part in result.modules():
         if isinstance(part, LowRankLinear | PrunedLinear):
