@@ -120,38 +120,24 @@ def cells() -> dict[str, Any]:
     Over data x teachers x ranks x rows x draws.
     """
     records = []
-    train, val = peptides()
-    variants, variants_val = gb1()
-    for data, (x, held) in {
-        "peptides": (train, val),
-        "GB1 variants": (variants, variants_val),
-    }.items():
-        for teacher, (W, c) in teachers(x).items():
-            for n in (200, 1000, len(x)):
-                for draw in range(3 if n < len(x) else 1):
-                    rows = subset(x, n, draw)
-                    moments, folds = Moments.of(rows), folds_of(rows)
-                    best = optimum(W, c, moments)
-                    for rank in (8, 16, 32, 64):
-                        record = {
-                            "data": data,
-                            "teacher": teacher,
-                            "n": n,
-                            "draw": draw,
-                            "rank": rank,
-                        }
-                        record["optimum"] = fvu(W, c, best.factors(rank), held)
-                        own, blend = moments, None
-                        if n < FEW * x.shape[1]:  # as `distil-rank compress` does without a prior
-                            own, blend = blended_moments(W, "input", folds, None, rank)
-                        record["few rows"] = fvu(W, c, optimum(W, c, own).factors(rank), held)
-                        record["own_weight"] = blend.weight if blend else 0.0
-                        for name, method in BASELINES.items():
-                            record[name] = fvu(W, c, method(W, c, rows, rank, refit=False), held)
-                            record[f"{name}, refitted"] = fvu(
-                                W, c, method(W, c, rows, rank, refit=True), held
-                            )
-                        records.append(record)
+    for data, (x, held) in {"peptides": peptides(), "GB1 variants": gb1()}.items():
+        for (teacher, (W, c)), n in itertools.product(teachers(x).items(), (200, 1000, len(x))):
+            for draw in range(3 if n < len(x) else 1):
+                rows = subset(x, n, draw)
+                moments, folds = Moments.of(rows), folds_of(rows)
+                best = optimum(W, c, moments)
+                for rank in (8, 16, 32, 64):
+                    record = {"data": data, "teacher": teacher, "n": n, "draw": draw, "rank": rank}
+                    record["optimum"] = fvu(W, c, best.factors(rank), held)
+                    own, blend = moments, None
+                    if n < FEW * x.shape[1]:  # as `distil-rank compress` does without a prior
+                        own, blend = blended_moments(W, "input", folds, None, rank)
+                    record["few rows"] = fvu(W, c, optimum(W, c, own).factors(rank), held)
+                    record["own_weight"] = blend.weight if blend else 0.0
+                    for name, method in BASELINES.items():
+                        for form, refit in ((name, False), (f"{name}, refitted", True)):
+                            record[form] = fvu(W, c, method(W, c, rows, rank, refit), held)
+                    records.append(record)
     methods = [form for name in BASELINES for form in (name, f"{name}, refitted")]
     against = {
         ours: {name: verdict(records, ours, name) for name in methods}
@@ -195,17 +181,17 @@ def prior() -> dict[str, Any]:
                     record[name] = fvu(W, c, optimum(W, c, moments).factors(rank), val)
                     record[f"{name}_weight"] = blend.weight
                 records.append(record)
+
+    def over(name: str, other: str) -> list[float]:
+        return [r[name] / r[other] for r in records]
+
     return {
         "proteins": 50,
-        "in_domain_over_full_data": summary([r["in_domain"] / r["full_data"] for r in records]),
-        "no_prior_over_full_data": summary([r["no_prior"] / r["full_data"] for r in records]),
-        "worst_in_domain_over_full_data": max(r["in_domain"] / r["full_data"] for r in records),
-        "worst_out_of_domain_over_no_prior": max(
-            r["out_of_domain"] / r["no_prior"] for r in records
-        ),
-        "mean_out_of_domain_over_no_prior": summary(
-            [r["out_of_domain"] / r["no_prior"] for r in records]
-        ),
+        "in_domain_over_full_data": summary(over("in_domain", "full_data")),
+        "no_prior_over_full_data": summary(over("no_prior", "full_data")),
+        "worst_in_domain_over_full_data": max(over("in_domain", "full_data")),
+        "worst_out_of_domain_over_no_prior": max(over("out_of_domain", "no_prior")),
+        "mean_out_of_domain_over_no_prior": summary(over("out_of_domain", "no_prior")),
         "records": records,
     }
 
