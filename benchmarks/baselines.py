@@ -8,6 +8,8 @@ form: centered rows and the bias that makes it unbiased.
 import torch
 from torch import Tensor
 
+from distil_rank.core import functions
+
 Factors = tuple[Tensor, Tensor, Tensor]
 
 
@@ -78,8 +80,6 @@ BASELINES = {"plain SVD": plain_svd, "ASVD": asvd, "SVD-LLM": svd_llm, "alternat
 
 
 def fvu(W: Tensor, c: Tensor, factors: Factors, x: Tensor) -> float:
-    """Mean squared error over variance of the teacher's output on rows x, summed over features."""
+    """Of a student's output on rows x, as a model of the teacher's."""
     A, B, bias = factors
-    y = x @ W.T + c
-    error = x @ A.T @ B.T + bias - y
-    return float(error.square().sum() / (y - y.mean(0)).square().sum())
+    return functions.fvu(x @ A.T @ B.T + bias, x @ W.T + c)

@@ -34,7 +34,7 @@ from distil_rank.compress.architectures import PHASES, Architecture
 from distil_rank.compress.calibration import collect, measure
 from distil_rank.compress.dense_models import load_dense
 from distil_rank.compress.evaluate import compare, cost, masked_divergence
-from distil_rank.compress.models import compress_model, quantise_model
+from distil_rank.compress.models import compress_model
 from distil_rank.compress.neurons import PrunedMLP, find_mlps, selected
 from distil_rank.compress.quantise import (
     GROUP,
@@ -42,8 +42,10 @@ from distil_rank.compress.quantise import (
     in_place,
     module_bytes,
     on_integers,
+    quantise_model,
     rounded,
 )
+from distil_rank.compress.ranks import largest_rank
 from distil_rank.compress.sites import Batch, Read, Site, find_sites, observe, replaced, trace
 from distil_rank.compress.storage import WEIGHTS, save
 from distil_rank.core.intervals import t_interval
@@ -118,38 +120,24 @@ def cells() -> dict[str, Any]:
     Over data x teachers x ranks x rows x draws.
     """
     records = []
-    train, val = peptides()
-    variants, variants_val = gb1()
-    for data, (x, held) in {
-        "peptides": (train, val),
-        "GB1 variants": (variants, variants_val),
-    }.items():
-        for teacher, (W, c) in teachers(x).items():
-            for n in (200, 1000, len(x)):
-                for draw in range(3 if n < len(x) else 1):
-                    rows = subset(x, n, draw)
-                    moments, folds = Moments.of(rows), folds_of(rows)
-                    best = optimum(W, c, moments)
-                    for rank in (8, 16, 32, 64):
-                        record = {
-                            "data": data,
-                            "teacher": teacher,
-                            "n": n,
-                            "draw": draw,
-                            "rank": rank,
-                        }
-                        record["optimum"] = fvu(W, c, best.factors(rank), held)
-                        own, blend = moments, None
-                        if n < FEW * x.shape[1]:  # as `distil-rank compress` does without a prior
-                            own, blend = blended_moments(W, "input", folds, None, rank)
-                        record["few rows"] = fvu(W, c, optimum(W, c, own).factors(rank), held)
-                        record["own_weight"] = blend.weight if blend else 0.0
-                        for name, method in BASELINES.items():
-                            record[name] = fvu(W, c, method(W, c, rows, rank, refit=False), held)
-                            record[f"{name}, refitted"] = fvu(
-                                W, c, method(W, c, rows, rank, refit=True), held
-                            )
-                        records.append(record)
+    for data, (x, held) in {"peptides": peptides(), "GB1 variants": gb1()}.items():
+        for (teacher, (W, c)), n in itertools.product(teachers(x).items(), (200, 1000, len(x))):
+            for draw in range(3 if n < len(x) else 1):
+                rows = subset(x, n, draw)
+                moments, folds = Moments.of(rows), folds_of(rows)
+                best = optimum(W, c, moments)
+                for rank in (8, 16, 32, 64):
+                    record = {"data": data, "teacher": teacher, "n": n, "draw": draw, "rank": rank}
+                    record["optimum"] = fvu(W, c, best.factors(rank), held)
+                    own, blend = moments, None
+                    if n < FEW * x.shape[1]:  # as `distil-rank compress` does without a prior
+                        own, blend = blended_moments(W, "input", folds, None, rank)
+                    record["few rows"] = fvu(W, c, optimum(W, c, own).factors(rank), held)
+                    record["own_weight"] = blend.weight if blend else 0.0
+                    for name, method in BASELINES.items():
+                        for form, refit in ((name, False), (f"{name}, refitted", True)):
+                            record[form] = fvu(W, c, method(W, c, rows, rank, refit), held)
+                    records.append(record)
     methods = [form for name in BASELINES for form in (name, f"{name}, refitted")]
     against = {
         ours: {name: verdict(records, ours, name) for name in methods}
@@ -194,17 +182,17 @@ def prior() -> dict[str, Any]:
                     record[name] = fvu(W, c, optimum(W, c, moments).factors(rank), val)
                     record[f"{name}_weight"] = blend.weight
                 records.append(record)
+
+    def over(name: str, other: str) -> list[float]:
+        return [r[name] / r[other] for r in records]
+
     return {
         "proteins": 50,
-        "in_domain_over_full_data": summary([r["in_domain"] / r["full_data"] for r in records]),
-        "no_prior_over_full_data": summary([r["no_prior"] / r["full_data"] for r in records]),
-        "worst_in_domain_over_full_data": max(r["in_domain"] / r["full_data"] for r in records),
-        "worst_out_of_domain_over_no_prior": max(
-            r["out_of_domain"] / r["no_prior"] for r in records
-        ),
-        "mean_out_of_domain_over_no_prior": summary(
-            [r["out_of_domain"] / r["no_prior"] for r in records]
-        ),
+        "in_domain_over_full_data": summary(over("in_domain", "full_data")),
+        "no_prior_over_full_data": summary(over("no_prior", "full_data")),
+        "worst_in_domain_over_full_data": max(over("in_domain", "full_data")),
+        "worst_out_of_domain_over_no_prior": max(over("out_of_domain", "no_prior")),
+        "mean_out_of_domain_over_no_prior": summary(over("out_of_domain", "no_prior")),
         "records": records,
     }
 
@@ -305,16 +293,37 @@ def student(
     ratio: float,
 ) -> tuple[nn.Module, float | None]:
     """The compressed model and the mean FVU of its layers on the batches shown."""
-    options: dict[str, Any] = {"loss": architecture.loss, "neurons": "neurons" in method}
-    options["sequential"] = "sequential" in method
-    if not method.startswith("Fisher"):
-        options = {"loss": None, "method": "budget" if method == "budget" else "uniform"}
-    small, report = compress_model(dense, batches, ratio, held_out=shown, **options)
-    if method not in BASELINES:
-        return small, report.mean_fvu
+    options: dict[str, Any] = {"ratio": ratio, "loss": None}
     sites = trace(dense, batches, find_sites(dense))
-    ranks = {x.name: x.rank for x in report.layers}
-    return baseline_model(method, dense, batches, shown, sites, ranks)
+    if method.startswith("Fisher"):
+        options |= {"loss": architecture.loss, "neurons": "neurons" in method}
+        options["sequential"] = "sequential" in method
+    elif method != "budget":
+        options = {"ranks": uniform(sites, ratio), "loss": None}
+    if method in BASELINES:
+        return baseline_model(method, dense, batches, shown, sites, options["ranks"])
+    small, report = compress_model(dense, batches, held_out=shown, **options)
+    return small, report.mean_fvu
+
+
+def uniform(sites: list[Site], ratio: float) -> dict[str, int | None]:
+    """Ranks at the largest common share of the layers' parameters that fits the ratio."""
+
+    def at(share: float) -> dict[str, int | None]:
+        ranks = {s: max(1, int(share * s.parameters / (s.d_in + s.d_out))) for s in sites}
+        return {s.name: r if r <= largest_rank(s.d_in, s.d_out) else None for s, r in ranks.items()}
+
+    def spent(ranks: Mapping[str, int | None]) -> int:
+        return sum(
+            s.parameters if (r := ranks[s.name]) is None else r * (s.d_in + s.d_out) for s in sites
+        )
+
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        fits = spent(at(middle)) <= ratio * sum(s.parameters for s in sites)
+        low, high = (middle, high) if fits else (low, middle)
+    return at(low)
 
 
 def baseline_model(
@@ -413,9 +422,8 @@ def shape() -> Record:
     sites = [s for s in find_sites(dense) if s.d_out > 1]
     numbers = sum(p.numel() for p in dense.parameters())
 
-    def eight(layer: nn.Module) -> QuantLinear:
-        W, scale = rounded(layer.weight)  # type: ignore[arg-type]
-        return QuantLinear(W, scale, layer.bias, layer.in_features)  # type: ignore[arg-type]
+    def eight(layer: Any) -> QuantLinear:
+        return QuantLinear.of(layer.weight, layer.bias)
 
     def low_rank(site: Site, ratio: float, int8: bool) -> nn.Module:
         rank = round(ratio * site.d_in * site.d_out / (site.d_in + site.d_out))

@@ -112,7 +112,7 @@ def one_map(head: nn.Sequential, x: Tensor, rank: int, **options: Any) -> nn.Mod
 def across(head: nn.Sequential, sets: dict[str, tuple[Tensor, Tensor]], rank: int) -> list[Record]:
     """Fitted on one data set, used on another's held-out rows, at one size."""
     records = []
-    ratio = flops(list(head)) / rank / sum(ends(head))
+    ratio = flops(head) / rank / sum(ends(head))
     for name, (x, _) in sets.items():
         small = {
             "one map": one_map(head, x, rank),

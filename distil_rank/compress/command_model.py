@@ -22,13 +22,13 @@ import torch
 import tyro
 from torch import nn
 
-from distil_rank.compress.architectures import Architecture
 from distil_rank.compress.calibration import collect, load_prior, save_prior
-from distil_rank.compress.dense_models import Dense, load_dense, weights_dtype
+from distil_rank.compress.dense_models import Dense, as_narrow_as, load_dense
 from distil_rank.compress.evaluate import compare, cost, mutation_effects
 from distil_rank.compress.export import save_merged, save_onnx
-from distil_rank.compress.models import compress_model, quantise_model, rounded
+from distil_rank.compress.models import compress_model
 from distil_rank.compress.neurons import find_mlps
+from distil_rank.compress.quantise import quantise_model
 from distil_rank.compress.recover import recover
 from distil_rank.compress.report import SCHEMA, draw, readme, summary
 from distil_rank.compress.sites import Batch, find_sites, trace
@@ -60,8 +60,6 @@ class Config:
     held_out: float = 0.1  # share of the proteins kept aside
     max_length: int = 1022  # longest protein in residues
     sequential: bool = False  # fit each block to what the compressed blocks before it do
-    neurons: bool = True  # drop neurons of an MLP where that loses less than low rank
-    include: tuple[str, ...] = ("*",)  # name patterns of the layers to compress
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
     recover: int = 0  # steps of distillation of the factors afterwards
     int8: bool = False  # eight-bit weights
@@ -87,31 +85,31 @@ def run(config: Config) -> None:
     out = config.out
     require_writable(out if out.exists() else out.absolute().parent)
     checkpoint = recovery_checkpoint(config, dense, fitted) if config.recover else None
-    if config.moments_out is not None:
-        write_moments(config, model, batches)
+    write_moments(config, model, batches)
     small, report = compress_model(
         *(model, batches, config.ratio),
-        include=config.include,
         exclude=config.exclude,
         held_out=architecture.calibration(tests),
         loss=architecture.loss,
         sequential=config.sequential,
         prior=prior,
-        neurons=config.neurons,
     )
     record: Record = {"schema": SCHEMA, "compression": report.record()}
     if checkpoint is not None:
-        small = recovered(config, architecture, model, small, raw, tests, record, checkpoint)
-    small = rounded(small, weights_dtype(model))
+        record["before_recovery"] = compare(architecture, model, small, tests, seed=config.seed)
+        better, losses = recover(
+            *(architecture, model, small, raw, config.recover), config.seed, checkpoint
+        )
+        record |= {"recovery_loss": losses, "recovery_kept": better is not small}
+        small = better
+    small = as_narrow_as(model, small)
     if bits := 8 * config.int8 or 4 * config.int4:
         small, lost = quantise_model(small, batches, bits)
         record["quantisation"] = {"bits": bits, "loss": lost}
     record["evaluation"] = compare(architecture, model, small, tests, seed=config.seed)
     record["cost"] = cost(model, small, max(tests, key=len))
     if assays:
-        record["mutations"] = mutation_effects(
-            architecture, {"before": model, "after": small}, assays
-        )
+        record["mutations"] = mutation_effects(architecture, model, small, assays)
     data = {"source": shown_path(config.fasta), "sha256": sha256(config.fasta)}
     record |= {
         "seconds": time.perf_counter() - started,
@@ -124,7 +122,8 @@ def run(config: Config) -> None:
     }
     text = readme(Path(config.model).name, architecture.class_name, record, out)
     save(small, out, architecture, certificate=record["compression"], readme=text)
-    record["cost"] |= sizes_of(dense, out)
+    size = (out / WEIGHTS).stat().st_size
+    record["cost"] |= {"bytes_before": dense.bytes, "bytes_after": size}
     write_json(out / "report.json", record)
     draw(out)
     if config.merge:
@@ -133,11 +132,6 @@ def run(config: Config) -> None:
         shown = (min(held_out, key=len), max(held_out, key=len))
         save_onnx(small.cpu(), architecture, shown, out / "model.onnx")
     print(summary(record, out))
-
-
-def sizes_of(dense: Dense, out: Path) -> dict[str, int]:
-    """Bytes of the weight files, before and after."""
-    return {"bytes_before": dense.bytes, "bytes_after": (out / WEIGHTS).stat().st_size}
 
 
 def checked(
@@ -207,10 +201,11 @@ def note(line: str) -> None:
 
 
 def write_moments(config: Config, model: nn.Module, batches: list[Batch]) -> None:
-    """The dense model's moments on these proteins, for use as a prior elsewhere."""
-    assert config.moments_out is not None
-    sites = trace(model, batches, find_sites(model, config.include, config.exclude))
-    mlps = find_mlps(model, batches, sites) if config.neurons else {}
+    """The dense model's moments on these proteins, for use as a prior elsewhere, if asked for."""
+    if config.moments_out is None:
+        return
+    sites = trace(model, batches, find_sites(model, exclude=config.exclude))
+    mlps = find_mlps(model, batches, sites)
     found = collect(model, batches, [replace(s, of_inputs=s.name in mlps) for s in sites])
     save_prior(config.moments_out, found, model=Path(config.model).name)
 
@@ -222,26 +217,3 @@ def recovery_checkpoint(config: Config, dense: Dense, fitted: list[str]) -> Chec
     found = Checkpoint(path, config_record(config), dense.sha256, fitted, prior)
     found.load()
     return found
-
-
-def recovered(
-    config: Config,
-    architecture: Architecture,
-    model: nn.Module,
-    small: nn.Module,
-    raw: list[Batch],
-    tests: list[Batch],
-    record: Record,
-    checkpoint: Checkpoint,
-) -> nn.Module:
-    """The model after --recover steps, which an interrupted command goes on with."""
-    record["before_recovery"] = compare(architecture, model, small, tests, seed=config.seed)
-    better, losses = recover(
-        *(architecture, model, small, raw, config.recover),
-        seed=config.seed,
-        checkpoint=checkpoint,
-    )
-    states = small.state_dict().values(), better.state_dict().values()
-    kept = any(not torch.equal(a, b) for a, b in zip(*states))
-    record |= {"recovery_loss": losses, "recovery_kept": kept}
-    return better

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from torch import nn
 
 from distil_rank.compress.architectures import TASKS, Architecture, describe
 from distil_rank.core.errors import InputError
+from distil_rank.core.linear import LowRankLinear, PrunedLinear
+from distil_rank.core.lowrank import require_finite
 from distil_rank.core.records import sha256
 from distil_rank.core.resume import fingerprint
 from distil_rank.proteins.checkpoints import load_model, locate
@@ -34,12 +37,21 @@ class Dense(NamedTuple):
     bytes: int  # of all weight files
 
 
-def weights_dtype(model: nn.Module) -> torch.dtype:
-    """The narrowest floating-point dtype that holds all parameters exactly."""
-    for dtype in (torch.float16, torch.bfloat16):
-        if all(torch.equal(p.to(dtype).to(p.dtype), p) for p in model.parameters()):
-            return dtype
-    return torch.float32
+def as_narrow_as(source: nn.Module, small: nn.Module) -> nn.Module:
+    """Copy of `small` with factors that a dtype holds exactly, if it holds all of the source."""
+
+    def holds(dtype: torch.dtype) -> bool:
+        return all(torch.equal(p.to(dtype).to(p.dtype), p) for p in source.parameters())
+
+    dtype = next(filter(holds, (torch.float16, torch.bfloat16)), torch.float32)
+    result = copy.deepcopy(small)
+    for part in result.modules():
+        if isinstance(part, LowRankLinear | PrunedLinear):
+            with torch.no_grad():
+                for p in part.parameters():
+                    p.copy_(p.to(dtype))
+            require_finite(part)
+    return result
 
 
 def load_dense(name: str, device: torch.device | str = "cpu") -> Dense:

@@ -8,7 +8,7 @@ proteins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -152,12 +152,12 @@ class _AsESM2:
 
 
 def mutation_effects(
-    architecture: Architecture, models: Mapping[str, nn.Module], assays: Sequence[Assay]
+    architecture: Architecture, dense: nn.Module, small: nn.Module, assays: Sequence[Assay]
 ) -> Record:
-    """Spearman of masked-marginal scores with measured ones, by assay and model, and its mean."""
+    """Spearman of masked-marginal scores with measured ones, by assay, before and after; means."""
     found: Record = {assay.name: {"mutants": len(assay.mutants)} for assay in assays}
     means = {}
-    for label, model in models.items():
+    for label, model in (("before", dense), ("after", small)):
         scored: Any = model if architecture.kind == "esm2" else _AsESM2(architecture, model)
         for assay in assays:
             scores = additive_scores(masked_marginals(scored, assay.wild_type), assay)

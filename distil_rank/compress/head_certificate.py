@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
 from distil_rank.compress.head_layers import Fitted
-from distil_rank.compress.quantise import Int8Certificate, certify_int8, dequantised
+from distil_rank.compress.quantise import (
+    Int8Certificate,
+    QuantLinear,
+    certify_int8,
+    dequantised,
+    module_bytes,
+)
+from distil_rank.core.agreement import function_kept, measure_for
+from distil_rank.core.errors import InputError
 from distil_rank.core.functions import FunctionCertificate
+from distil_rank.core.heads import UnitNorm
 from distil_rank.core.intervals import DRAWS, bootstrap_counts, percentile_interval
 from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.lowrank import Joint, Optimum, floor_fvu, leading_eigenpairs
@@ -84,6 +94,49 @@ class HeadCertificate:
         return {"schema": SCHEMA, **record, "layers": [known(x) for x in record["layers"]]}
 
 
+@dataclass
+class Student:
+    """The parts of a compressed head, and what is known of them."""
+
+    parts: list[nn.Module]
+    layers: list[LayerCertificate]
+    blend: Blend | None = None
+    function: FunctionCertificate | NarrowCertificate | None = None
+
+
+def certify_head(
+    head: nn.Module,
+    small: nn.Module,
+    found: Student,
+    rows: Mapping[str, Tensor],
+    request: Mapping[str, float],
+    metric: str,
+    seed: int,
+) -> HeadCertificate:
+    """Of the whole head, on rows by name: fitted and, where there are some, held_out."""
+    outputs = {name: (head(x), small(x)) for name, x in rows.items()}
+    last = head[-1] if isinstance(head, nn.Sequential) else head
+    y, other = outputs["held_out" if "held_out" in outputs else "fitted"]
+    measure = measure_for(y.shape[1], isinstance(last, UnitNorm))
+    kept = {}
+    with suppress(InputError):  # of few or equal rows nothing is known
+        kept[measure] = function_kept(y, other, measure, seed)
+    return HeadCertificate(
+        request=dict(request),
+        metric=metric,
+        rows=len(rows["fitted"]),
+        held_out_rows=len(rows["held_out"]) if "held_out" in rows else None,
+        flops_ratio=flops([head]) / flops([small]),
+        bytes_before=module_bytes(head),
+        bytes_after=module_bytes(small),
+        output_fvu={name: fvu_interval(*pair, seed) for name, pair in outputs.items()},
+        kept=kept,
+        function=found.function,
+        prior=found.blend,
+        layers=found.layers,
+    )
+
+
 def rank_curve(best: Optimum, held: Joint | None) -> RankCurve:
     """FVU of the students of `best` by rank, on the fitted rows and on held-out ones."""
     limit = len(best.eigenvalues)
@@ -108,21 +161,17 @@ def certify_layers(
     seed: int,
 ) -> list[LayerCertificate]:
     """One certificate a linear layer, from the factors as they are stored."""
-    known = {found.target.place: found for found in fitted}
-    certificates = []
-    dense = reached = held_out  # held-out rows on their way through both heads
+    if held_out is None:
+        return [_certify(found, None, None) for found in fitted]
+    known, certificates = {found.target.place: found for found in fitted}, []
+    x = reached = held_out  # on their way through both heads
     for i, (part, new) in enumerate(zip(parts, small)):
-        pair = None
-        if dense is not None and reached is not None:
-            pair = part(dense), new(reached)
+        y, other = part(x), new(reached)
         if i in known:
-            joint, lost = None, None
-            if pair is not None:
-                both = torch.cat([reached, pair[0]], 1)  # type: ignore[list-item]
-                joint = Joint.of(Moments.of(both), known[i].target.layer.in_features)
-                lost = fvu_interval(*pair, seed) if new is not part else None
-            certificates.append(_certify(known[i], joint, lost))
-        dense, reached = pair or (None, None)
+            both = Moments.of(torch.cat([reached, y], 1))
+            lost = fvu_interval(y, other, seed) if new is not part else None
+            certificates.append(_certify(known[i], Joint.of(both, reached.shape[1]), lost))
+        x, reached = y, other
     return certificates
 
 
@@ -166,12 +215,7 @@ def fvu_interval(y: Tensor, other: Tensor, seed: int) -> Metric:
     return interval(float(fvu(rows.sum(0))), *percentile_interval(fvu(counts @ rows)), False)
 
 
-def flops(parts: Sequence[nn.Module]) -> int:
+def flops(parts: Iterable[nn.Module]) -> int:
     """Multiply-adds of the linear layers for one row."""
-    weights: list[Tensor] = []
-    for part in parts:
-        if isinstance(part, LowRankLinear):
-            weights += [part.A.weight, part.B.weight]
-        elif isinstance(part, nn.Linear):
-            weights.append(part.weight)
-    return sum(weight.numel() for weight in weights)
+    layers = [m for part in parts for m in part.modules() if isinstance(m, nn.Linear | QuantLinear)]
+    return sum(layer.in_features * layer.out_features for layer in layers)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from distil_rank.compress.head_certificate import LayerCertificate, flops
+from distil_rank.compress.head_certificate import LayerCertificate, Student, flops
 from distil_rank.compress.head_layers import Request
-from distil_rank.compress.quantise import certify_int8, dequantised, imitated, quantise
+from distil_rank.compress.quantise import certify_int8, dequantised, quantise
 from distil_rank.core.errors import InputError
 from distil_rank.core.functions import FunctionCertificate, distill_function, fvu
 from distil_rank.core.heads import UnitNorm
@@ -18,6 +18,7 @@ from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.lowrank import Joint
 from distil_rank.core.moments import Moments
 from distil_rank.core.narrow import NarrowCertificate, distill_narrow
+from distil_rank.core.records import Record
 
 
 def split(parts: Sequence[nn.Module]) -> tuple[nn.Sequential, nn.Sequential, nn.Sequential]:
@@ -35,30 +36,23 @@ def narrow_student(
     request: Request,
     int8: bool,
     seed: int,
-) -> tuple[list[nn.Module], LayerCertificate, FunctionCertificate | NarrowCertificate]:
-    """The parts of a head with one narrow layer, and the certificates of that layer."""
+) -> Student:
+    """A head as one narrow layer."""
     before, f, after = split(parts)
     x, held_out = before(x), None if held_out is None else before(held_out)
-    d_in, d_out = x.shape[1], f(x[:2]).shape[1]
+    shape = x.shape[1], f(x[:2]).shape[1]
     if request.fvu is not None or int8:
         got = "int8" if int8 else "fvu"
         raise InputError(f"rank, speedup or bytes required for a narrow layer, got {got}")
-    width = affordable(parts, request, d_in, d_out, bias=True)
-    student, found = distill_narrow(f, x, width, after, seed=seed)
-    held = None if held_out is None else fvu(after(student(held_out)), after(f(held_out)))
-    student.requires_grad_(any(p.requires_grad for p in f.parameters()))
-    if isinstance(student, LowRankLinear):  # no bent feature helped: as wide as a map can be
-        width = student.rank
-    layer = LayerCertificate(
-        *("head", d_in, d_out, width),
-        note=f"the whole head as one narrow layer, {found.bent} of its features bent",
-        achieved_fvu=found.achieved_fvu,
-        held_out_achieved_fvu=held,
-        parameters_before=flops(parts),
-        parameters_after=width * (d_in + d_out),
-    )
-    made = list(student) if isinstance(student, nn.Sequential) else [student]
-    return [*before, *made, *after], layer, found
+    width = affordable(parts, request, *shape, bias=True)
+    new, found = distill_narrow(f, x, width, after, seed=seed)
+    measured: Record = {"achieved_fvu": found.achieved_fvu}
+    if held_out is not None:
+        measured["held_out_achieved_fvu"] = fvu(after(new(held_out)), after(f(held_out)))
+    if isinstance(new, LowRankLinear):  # no bent feature helped: as wide as a map can be
+        width = new.rank
+    note = f"the whole head as one narrow layer, {found.bent} of its features bent"
+    return _student(parts, shape, width, new, found, measured | {"note": note})
 
 
 def whole_student(
@@ -68,56 +62,59 @@ def whole_student(
     request: Request,
     int8: bool,
     seed: int,
-) -> tuple[list[nn.Module], LayerCertificate, FunctionCertificate | NarrowCertificate]:
-    """The parts of the small head, the certificate of its one map, and that of the function."""
-    before, f, after = split(parts)
+) -> Student:
+    """A head as one low-rank map."""
+    before, f, _ = split(parts)
     x, held_out = before(x), None if held_out is None else before(held_out)
-    y = f(x)
-    d_in, d_out = x.shape[1], y.shape[1]
-    limit = min(d_in, d_out)
+    shape = x.shape[1], f(x[:2]).shape[1]
+    limit = min(shape)
 
     def at(rank: int) -> tuple[LowRankLinear, FunctionCertificate]:
         return distill_function(f, x, rank, held_out=held_out, seed=seed)
 
     if request.fvu is not None:
         ranks, wanted = range(1, limit + 1), request.fvu
-        found = bisect.bisect_left(ranks, True, key=lambda r: at(r)[1].achieved_fvu <= wanted)
-        if found == limit:
+        place = bisect.bisect_left(ranks, True, key=lambda r: at(r)[1].achieved_fvu <= wanted)
+        if place == limit:
             least = at(limit)[1].achieved_fvu
             raise InputError(
                 f"an FVU of at least {least:.3g} required, which no linear map is below, got"
                 f" {wanted}; fit the head layer by layer with --metric output"
             )
-        rank = ranks[found]
+        rank = ranks[place]
     else:
-        rank = min(limit, affordable(parts, request, d_in, d_out, int8))
-    student, certificate = at(rank)
-    student.requires_grad_(any(p.requires_grad for p in f.parameters()))
-    new: nn.Module = student
-    achieved, held_achieved, eight = (
-        certificate.achieved_fvu,
-        certificate.held_out_achieved_fvu,
-        None,
-    )
+        rank = min(limit, affordable(parts, request, *shape, int8))
+    new, found = at(rank)
+    names = ("achieved_fvu", "floor_fvu", "held_out_achieved_fvu", "held_out_floor_fvu")
+    measured: Record = {name: getattr(found, name) for name in names}
     if int8:
-        joint = measured = Joint.of(Moments.of(torch.cat([x, y], 1)), d_in)
-        if held_out is not None:
-            measured = Joint.of(Moments.of(torch.cat([held_out, f(held_out)], 1)), d_in)
-        quantised = quantise(student, imitated(student, joint))
-        new, eight = quantised, certify_int8(student, quantised, measured)
-        achieved, held_achieved = joint.fvu(dequantised(quantised)), eight.fvu
-    layer = LayerCertificate(
-        *("head", d_in, d_out, rank),
-        note="the whole head as one map",
-        achieved_fvu=achieved,
-        floor_fvu=certificate.floor_fvu,
-        held_out_achieved_fvu=held_achieved,
-        held_out_floor_fvu=certificate.held_out_floor_fvu,
-        parameters_before=flops(parts),
-        parameters_after=rank * (d_in + d_out),
-        int8=eight,
-    )
-    return [*before, new, *after], layer, certificate
+        rows = {"": x} | ({} if held_out is None else {"held_out_": held_out})
+        pairs = {side: torch.cat([v, f(v)], 1) for side, v in rows.items()}
+        joints = {side: Joint.of(Moments.of(pair), shape[0]) for side, pair in pairs.items()}
+        plain, new = new, quantise(new, joints[""].input_mean, joints[""].inputs)
+        stored = dequantised(new)
+        measured |= {f"{side}achieved_fvu": joint.fvu(stored) for side, joint in joints.items()}
+        measured["int8"] = certify_int8(plain, new, list(joints.values())[-1])
+    note = "the whole head as one map"
+    return _student(parts, shape, rank, new, found, measured | {"note": note})
+
+
+def _student(
+    parts: Sequence[nn.Module],
+    shape: tuple[int, int],
+    width: int,
+    new: nn.Module,
+    found: FunctionCertificate | NarrowCertificate,
+    measured: Record,
+) -> Student:
+    """The head with `new`, trained where the head is (not in eight bits), and its certificate."""
+    before, f, after = split(parts)
+    trained = any(p.requires_grad for p in f.parameters())
+    new.requires_grad_(trained and "int8" not in measured)
+    layers = list(new) if isinstance(new, nn.Sequential) else [new]
+    measured |= {"parameters_before": flops(parts), "parameters_after": width * sum(shape)}
+    layer = LayerCertificate("head", *shape, width, **measured)
+    return Student([*before, *layers, *after], [layer], function=found)
 
 
 def affordable(

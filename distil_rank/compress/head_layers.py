@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from distil_rank.compress.quantise import imitated, module_bytes, quantise
-from distil_rank.compress.ranks import Layer, allocate, largest_rank
+from distil_rank.compress.quantise import module_bytes, quantise
+from distil_rank.compress.ranks import Options, allocate, largest_rank, low_rank
 from distil_rank.core.certificates import require_linear
 from distil_rank.core.errors import InputError
 from distil_rank.core.functions import fvu
@@ -122,11 +122,8 @@ def squared_jacobian(parts: Sequence[nn.Module], y: Tensor, source: torch.Genera
     """G = E[J^T J] (d, d), J the derivative of what the parts make of y (n, d).
 
     By random signs: J^T v with independent signs v has J^T J as its second moment, exactly so for
-    one output. A single linear part gives G = H^T H.
+    one output.
     """
-    if len(parts) == 1 and isinstance(parts[0], nn.Linear):
-        H = parts[0].weight.detach().double()
-        return H.T @ H
     total = torch.zeros(y.shape[1], y.shape[1], dtype=torch.float64, device=y.device)
     for _ in range(PROBES):
         with torch.enable_grad():
@@ -156,47 +153,46 @@ def choices_of_ranks(
     if request.fvu is not None:
         ranks = {t.place: smallest_rank(t.best.fvu, request.fvu) for t in targets}
         return [{t.place: ranks[t.place] if ranks[t.place] <= t.limit else None for t in targets}]
+    others = [part for part in parts if not isinstance(part, nn.Linear)]
+    fixed = sum(map(module_bytes, others))  # so do biases, and in eight bits scales of B's rows
+    for t in targets:
+        fixed += t.layer.out_features * (8 if int8 else t.layer.weight.element_size())
     choices: list[Ranks] = []
     for tilt in TILTS if of_output and len(targets) > 1 else (1.0,):
-        table: list[Layer] = []
-        fixed = 0.0
-        for i, t in enumerate(reversed(targets)):
-            row, beside = _row(t, of_output, tilt**i, None if request.bytes is None else int8)
-            table.insert(0, row)
-            fixed += beside
+        weights = [tilt**i if of_output else None for i in reversed(range(len(targets)))]
+        options = [
+            _options(t, weight, request.bytes is not None, int8)
+            for t, weight in zip(targets, weights)
+        ]
         if request.speedup is not None:
-            budget = sum(row.dense_cost for row in table) / request.speedup
+            budget = sum(float(x.costs[-1]) for x in options) / request.speedup
         else:
             assert request.bytes is not None
-            others = [part for part in parts if not isinstance(part, nn.Linear)]
-            fixed += sum(map(module_bytes, others))
-            least = fixed + sum(min(row.rank_cost, row.dense_cost) for row in table)
+            least = fixed + sum(x.costs[0] for x in options)
             if request.bytes < least:
                 raise InputError(
                     f"at least {least:.0f} bytes required (rank 1 everywhere), got {request.bytes};"
                     " ask for more"
                 )
             budget = request.bytes - fixed
-        found = {int(name): rank for name, rank in allocate(table, budget).ranks.items()}
+        found = {int(name): rank for name, rank in allocate(options, budget).ranks.items()}
         choices += [] if found in choices else [found]
     return choices
 
 
-def _row(t: Target, of_output: bool, weight: float, int8: bool | None) -> tuple[Layer, float]:
-    """The layer's loss by rank, and bytes beside its weights; int8 None: count weights, not bytes.
+def _options(t: Target, weight: float | None, in_bytes: bool, int8: bool) -> Options:
+    """Costs in bytes, or in weights, and losses by rank.
 
-    The loss is the layer's own FVU, or its part of the head's squared error times `weight`.
+    weight: of the layer's part of the head's squared error; None: its own FVU.
     """
     layer, best = t.layer, t.best
-    if of_output and t.metric is not None:
+    if weight is not None and t.metric is not None:
         best = optimum(layer.weight, layer.bias, t.moments, metric=t.metric)
     shape, size = (layer.in_features, layer.out_features), layer.weight.element_size()
-    each, fixed = (1.0, 1.0), 0.0
-    if int8 is not None:  # the bias stays, and B's rows have scales
-        each = (1 + 4 / sum(shape), float(size)) if int8 else (float(size), float(size))
-        fixed = layer.out_features * (4 + 4 if int8 else size)
-    importance = weight if of_output else None
-    return Layer(str(t.place), *shape, best.tails.cpu().numpy(), importance, bytes=each), fixed
+    each = (1.0, 1.0)
+    if in_bytes:  # in eight bits A's rows have scales
+        each = (1 + 4 / sum(shape) if int8 else size, size)
+    return low_rank(str(t.place), *shape, best.tails.cpu().numpy(), weight, each)
 
 
 @dataclass(frozen=True)
@@ -235,10 +231,8 @@ def fit_best(
     int8: bool,
 ) -> tuple[list[nn.Module], list[Fitted]]:
     """The fit whose output is nearest to the head's on the rows x (n, d_in)."""
-    fits = [fit(parts, targets, ranks, x, int8) for ranks in choices]
-    if len(fits) == 1:
-        return fits[0]
     y = nn.Sequential(*parts)(x)
+    fits = [fit(parts, targets, ranks, x, int8) for ranks in choices]
     return min(fits, key=lambda found: fvu(nn.Sequential(*found[0])(x), y))
 
 
@@ -253,14 +247,13 @@ def _student(t: Target, rank: int | None, reads: Tensor | None, int8: bool) -> F
         bias = joint.output_mean - M @ joint.input_mean
         new = linear(M.to(layer.weight), bias.to(layer.weight)).requires_grad_(trained)
         return Fitted(t, reads, new)
-    if reads is not None:
+    if reads is None:
+        best = t.best if G is None else optimum(layer.weight, layer.bias, t.moments, rank, G)
+        inputs = t.moments.mean, t.moments.covariance
+    else:
         joint = t.joint(reads)
         best = joint.optimum(layer.weight, metric=G, rank=rank)
-    else:
-        joint, best = Joint.of_layer(layer.weight, layer.bias, t.moments), t.best
-        if G is not None:
-            best = optimum(layer.weight, layer.bias, t.moments, rank, G)
+        inputs = joint.input_mean, joint.inputs
     student = best.student(rank).to(layer.weight).requires_grad_(trained)
     require_finite(student)
-    eight = quantise(student, imitated(student, joint)) if int8 else None
-    return Fitted(t, reads, student, eight)
+    return Fitted(t, reads, student, quantise(student, *inputs) if int8 else None)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from distil_rank.compress.head_certificate import flops, fvu_interval
 from distil_rank.compress.head_function import split
 from distil_rank.compress.heads import compress_head, parts_of
-from distil_rank.compress.quantise import QuantLinear, module_bytes, rounded
+from distil_rank.compress.quantise import QuantLinear, module_bytes
 from distil_rank.compress.sites import evaluating
 from distil_rank.compress.tasks import choose_metric, load_labels, task_change
 from distil_rank.core.agreement import function_kept, measure_for
@@ -110,13 +110,12 @@ def _students(
             if ranks not in known:
                 known.append(ranks)
                 sizes = found.flops_ratio, before / found.bytes_after
-                student = _student(form, *sizes, ranks, ratio)
+                student = _student(form, *sizes) | {"asked": ratio, "ranks": ranks}
                 if isinstance(found.function, NarrowCertificate):
                     student["bent"] = found.function.bent
                 yield student, small(val)
     if INT8 in forms:
-        eight_bits = [_rounded(part) if isinstance(part, nn.Linear) else part for part in parts]
-        small = nn.Sequential(*eight_bits)
+        small = nn.Sequential(*(_eight_bits(part) for part in parts))
         yield _student(INT8, 1.0, before / module_bytes(small)), small(val)
     if FLOOR in forms:
         first, f, last = split(parts)
@@ -128,22 +127,12 @@ def _students(
                 mean, U = y.mean(0), leading_eigenpairs(Moments.of(y).covariance, rank)[1]
                 best = (mean + (y - mean) @ U @ U.T).to(val.dtype)
                 size = flops(parts) / rank / each
-                yield _student(FLOOR, size, size, [rank], ratio), last(best)
+                yield _student(FLOOR, size, size) | {"asked": ratio, "ranks": [rank]}, last(best)
 
 
-def _student(
-    form: str,
-    weights: float,
-    bytes: float,
-    ranks: list[int | None] | None = None,
-    asked: float | None = None,
-) -> Student:
-    found: Student = {"student": form, "weights_ratio": weights, "bytes_ratio": bytes}
-    if asked is not None and ranks is not None:
-        found |= {"asked": asked, "ranks": ranks}
-    return found
+def _student(form: str, weights: float, bytes: float) -> Student:
+    return {"student": form, "weights_ratio": weights, "bytes_ratio": bytes}
 
 
-def _rounded(layer: nn.Linear) -> QuantLinear:
-    """The layer with weights rounded to eight bits, a scale a row."""
-    return QuantLinear(*rounded(layer.weight.detach()), layer.bias, layer.in_features)
+def _eight_bits(part: nn.Module) -> nn.Module:
+    return QuantLinear.of(part.weight, part.bias) if isinstance(part, nn.Linear) else part

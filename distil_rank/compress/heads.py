@@ -11,30 +11,22 @@ the head becomes one student of its function (`head_function`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from distil_rank.compress.head_certificate import (
     HeadCertificate,
-    LayerCertificate,
+    Student,
+    certify_head,
     certify_layers,
-    flops,
-    fvu_interval,
 )
 from distil_rank.compress.head_function import narrow_student, whole_student
 from distil_rank.compress.head_layers import Request, choices_of_ranks, find_targets, fit_best
-from distil_rank.compress.quantise import module_bytes
 from distil_rank.compress.sites import evaluating
-from distil_rank.core.agreement import function_kept, measure_for
 from distil_rank.core.errors import InputError
-from distil_rank.core.functions import FunctionCertificate
-from distil_rank.core.heads import UnitNorm
 from distil_rank.core.moments import Moments
-from distil_rank.core.narrow import NarrowCertificate
-from distil_rank.core.prior import Blend
-from distil_rank.core.records import Metric
 
 METRICS = ("own", "output", "whole", "narrow")
 WHOLE = METRICS[2:]  # one student of the head's function
@@ -73,91 +65,44 @@ def compress_head(
     request = Request(rank, fvu, speedup, bytes)
     request.check()
     metric = metric or ("output" if fvu is None else "own")
-    check_metric(metric, prior)
-    parts = parts_of(head)
-    first = first_linear(parts)
-    x = checked_rows(x, first, "data")
-    if held_out is not None:
-        held_out = checked_rows(held_out, first, "held-out data")
-    with evaluating(head), torch.no_grad():
-        found = fit_student(parts, x, held_out, request, metric, prior, int8, seed)
-        small = found.parts
-        module: nn.Module = small[0] if isinstance(head, nn.Linear) else nn.Sequential(*small)
-        measured = {"fitted": x} | ({} if held_out is None else {"held_out": held_out})
-        outputs = {name: (head(rows), module(rows)) for name, rows in measured.items()}
-        vector = isinstance(parts[-1], UnitNorm)
-        certificate = HeadCertificate(
-            request=request.given,
-            metric=metric,
-            rows=len(x),
-            held_out_rows=None if held_out is None else len(held_out),
-            flops_ratio=flops(parts) / flops(small),
-            bytes_before=module_bytes(head),
-            bytes_after=module_bytes(module),
-            output_fvu={name: fvu_interval(*pair, seed) for name, pair in outputs.items()},
-            kept=kept_of(*list(outputs.values())[-1], vector, seed),
-            function=found.function,
-            prior=found.blend,
-            layers=found.layers,
-        )
-    for part, new in zip(parts, small):
-        if metric not in WHOLE and new is not part:
-            new.train(part.training)
-    module.training = head.training
-    return module, certificate
-
-
-@dataclass
-class Student:
-    """The parts of a compressed head, and what is known of them."""
-
-    parts: list[nn.Module]
-    layers: list[LayerCertificate]
-    blend: Blend | None = None
-    function: FunctionCertificate | NarrowCertificate | None = None
-
-
-def fit_student(
-    parts: list[nn.Module],
-    x: Tensor,
-    held_out: Tensor | None,
-    request: Request,
-    metric: str,
-    prior: Moments | None,
-    int8: bool,
-    seed: int,
-) -> Student:
-    """One student of the head's function, or one of each layer."""
-    if metric in WHOLE:
-        form = whole_student if metric == "whole" else narrow_student
-        small, layer, function = form(parts, x, held_out, request, int8, seed)
-        return Student(small, [layer], function=function)
-    first, of_output = first_linear(parts), metric == "output"
-    rank = min(request.rank or BLEND_RANK, *first.weight.shape)
-    targets, blend = find_targets(parts, x, prior, of_output, rank, seed)
-    choices = choices_of_ranks(parts, targets, request, int8, of_output)
-    small, fitted = fit_best(parts, targets, choices, x, int8)
-    return Student(small, certify_layers(parts, small, fitted, held_out, seed), blend)
-
-
-def first_linear(parts: list[nn.Module]) -> nn.Linear:
-    return next(part for part in parts if isinstance(part, nn.Linear))
-
-
-def check_metric(metric: str, prior: Moments | None) -> None:
     if metric not in METRICS:
         raise InputError(f"a metric out of {', '.join(METRICS)} required, got {metric!r}")
     if metric in WHOLE and prior is not None:
         raise InputError("no prior required for a whole head, got one; its moments know no output")
+    parts = parts_of(head)
+    first = next(part for part in parts if isinstance(part, nn.Linear))
+    rows = {"fitted": checked_rows(x, first, "data")}
+    if held_out is not None:
+        rows["held_out"] = checked_rows(held_out, first, "held-out data")
+    by_layer = partial(layer_students, of_output=metric == "output", prior=prior)
+    fit = {"whole": whole_student, "narrow": narrow_student}.get(metric, by_layer)
+    with evaluating(head), torch.no_grad():
+        found = fit(parts, rows["fitted"], rows.get("held_out"), request, int8, seed)
+        single = isinstance(head, nn.Linear)
+        small = found.parts[0] if single else nn.Sequential(*found.parts)
+        certificate = certify_head(head, small, found, rows, request.given, metric, seed)
+    for part, new in zip(parts, found.parts):
+        if metric not in WHOLE and new is not part:
+            new.train(part.training)
+    small.training = head.training
+    return small, certificate
 
 
-def kept_of(y: Tensor, found: Tensor, vector: bool, seed: int) -> dict[str, Metric]:
-    """What is kept of the outputs y (n, d), by the measure that fits; none of few or equal rows."""
-    measure = measure_for(y.shape[1], vector)
-    try:
-        return {measure: function_kept(y, found, measure, seed)}
-    except InputError:
-        return {}
+def layer_students(
+    parts: list[nn.Module],
+    x: Tensor,
+    held_out: Tensor | None,
+    request: Request,
+    int8: bool,
+    seed: int,
+    of_output: bool,
+    prior: Moments | None,
+) -> Student:
+    """A head as one student of each linear layer."""
+    targets, blend = find_targets(parts, x, prior, of_output, request.rank or BLEND_RANK, seed)
+    choices = choices_of_ranks(parts, targets, request, int8, of_output)
+    small, fitted = fit_best(parts, targets, choices, x, int8)
+    return Student(small, certify_layers(parts, small, fitted, held_out, seed), blend)
 
 
 def parts_of(head: nn.Module) -> list[nn.Module]:

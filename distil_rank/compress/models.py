@@ -8,12 +8,11 @@ called with: token tensors, mappings (model(**batch)) or tuples (model(*batch)).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor, nn
 
 from distil_rank.compress.calibration import (
@@ -26,14 +25,13 @@ from distil_rank.compress.calibration import (
 )
 from distil_rank.compress.fisher import Loss, probed
 from distil_rank.compress.neurons import Neurons, PrunedMLP, find_mlps, selected
-from distil_rank.compress.quantise import QuantLinear, on_integers
-from distil_rank.compress.ranks import METHODS, Asked, allocated, given, largest_rank
+from distil_rank.compress.ranks import Asked, allocate, given, largest_rank, low_rank, or_neurons
 from distil_rank.compress.sequential import sequential_students
 from distil_rank.compress.sites import Batch, Site, find_sites, replaced, trace
 from distil_rank.compress.storage import savable
 from distil_rank.core.errors import InputError
-from distil_rank.core.linear import LowRankLinear, PrunedLinear
-from distil_rank.core.lowrank import Optimum, require_finite
+from distil_rank.core.lowrank import Optimum
+from distil_rank.core.moments import Moments
 from distil_rank.core.prior import FOLDS, Blend, blended_moments
 
 MOST = 1.5  # times its share of the budget, more neurons are not tried in an MLP
@@ -87,7 +85,6 @@ def compress_model(
     ratio: float | None = None,
     *,
     ranks: Asked | None = None,
-    method: str = "budget",
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     held_out: Iterable[Batch] | None = None,
@@ -95,20 +92,18 @@ def compress_model(
     sequential: bool = False,
     prior: Prior | None = None,
     neurons: bool = True,
-    never_slower: bool = True,
     memory: int = MEMORY,
 ) -> tuple[nn.Module, ModelReport]:
     """Copy of `model` with smaller linear layers, and what was lost. The model is not changed.
 
-    The layers are those whose names match `include` and not `exclude`.
+    The layers are those whose names match `include` and not `exclude`; those whose factors would
+    not be smaller stay dense.
     ratio: their parameters after / before; or `ranks`, one for all or by name.
-    method: budget or uniform (see `ranks`).
     loss: whose change is to be small: the squared error of the model's outputs, or a likelihood
     (see `fisher`); None: the sum of the layers' own FVUs.
     sequential: fit each block to what the compressed blocks before it do.
     prior: moments of other proteins by layer name, blended in where they help.
     neurons: drop neurons of an MLP where that loses less than low rank (a ratio and a loss given).
-    never_slower: layers whose factors would not be smaller stay dense.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
@@ -118,7 +113,7 @@ def compress_model(
     True
     """
     batches = list(batches)
-    _check(batches, ratio, ranks, method)
+    _check(batches, ratio, ranks)
     sites = find_sites(model, include, exclude)
     run = trace(model, batches, sites)
     mlps = find_mlps(model, batches, run) if neurons and loss and ratio is not None else {}
@@ -126,40 +121,27 @@ def compress_model(
         mlps = {name: mlp for name, mlp in mlps.items() if prior.get(name, [""])[0] == "input"}
     run = [replace(s, of_inputs=s.name in mlps) for s in run]
     groups = collect(model, batches, run, FOLDS if prior else 1, memory, loss=loss)
-    metrics: dict[str, Tensor] | None = {} if sequential else None
-    solved, picked, blends = _solved(len(run), groups, prior, ratio, ranks, never_slower, metrics)
-    cut: dict[str, PrunedMLP] = {}
-    if ranks is not None:
-        allocation, chosen = None, given(run, ranks, never_slower)
-        chosen = {name: rank if name in solved else None for name, rank in chosen.items()}
-    else:
-        assert ratio is not None
-        losses = {n: ([s.name for s in mlps[n]], x.losses.numpy()) for n, x in picked.items()}
-        found = allocated(run, solved, losses, ratio, method, None if loss is None else 1.0)
-        allocation, chosen = found.record(), found.ranks
-        cut = {n: PrunedMLP(mlps[n], *picked[n].kept(k)) for n, k in found.neurons.items()}
+    solved = _solve(len(run), groups, prior, ratio, ranks, keep=sequential)
+    chosen = _choose(run, mlps, solved, ratio, ranks, None if loss is None else 1.0)
     if sequential:
-        small = sequential_students(model, batches, run, chosen, cut, solved, metrics or {})
+        optima, metrics = solved.optima, solved.metrics
+        small = sequential_students(model, batches, run, chosen.ranks, chosen.mlps, optima, metrics)
     else:
-        students = {s: solved[s.name].student(r) for s in run if (r := chosen[s.name])}
-        pruned = {name: x for mlp in cut.values() for name, x in mlp.layers().items()}
-        low_rank = {s.name: x.to(s.weight).train(s.module.training) for s, x in students.items()}
-        small = replaced(model, {**low_rank, **pruned})
-    lost = {name: float(solved[name].fvu[rank]) for name, rank in chosen.items() if rank}
-    lost |= {n: float(picked[n].losses[len(x.kept)] / picked[n].losses[0]) for n, x in cut.items()}
+        small = replaced(model, _students(run, chosen, solved.optima))
     held: Mapping[str, Fidelity] = {}
     if held_out is not None:
-        parts = {name: small.get_submodule(name) for name in lost}
-        kept = {name: x.kept for name, x in cut.items()}
+        shrunk = [name for name, rank in chosen.ranks.items() if rank or name in chosen.mlps]
+        parts = {name: small.get_submodule(name) for name in shrunk}
+        kept = {name: x.kept for name, x in chosen.mlps.items()}
         held = measure(model, parts, list(held_out), run, memory, loss, kept)
-    layers = [_layer_report(s, chosen, solved, lost, held, blends, cut) for s in sites]
-    how = method if ranks is None else "given"
+    layers = [_layer_report(s, chosen, solved, held.get(s.name)) for s in sites]
+    method = "budget" if ranks is None else "given"
     small = savable(small)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
-    return small, ModelReport(ratio, how, sequential, layers, before, after, allocation)
+    return small, ModelReport(ratio, method, sequential, layers, before, after, chosen.allocation)
 
 
-def _check(batches: Sequence[Batch], ratio: float | None, ranks: Asked | None, method: str) -> None:
+def _check(batches: Sequence[Batch], ratio: float | None, ranks: Asked | None) -> None:
     if not batches:
         raise InputError("at least one calibration batch required, got none; give proteins")
     if (ratio is None) == (ranks is None):
@@ -170,53 +152,57 @@ def _check(batches: Sequence[Batch], ratio: float | None, ranks: Asked | None, m
         raise InputError(
             f"ratio must be above 0 and at most 1, got {ratio}; 0.5 halves the linear layers"
         )
-    if method not in METHODS:
-        raise InputError(f"a method out of {', '.join(METHODS)} required, got {method!r}")
 
 
-def _solved(
+@dataclass
+class Solved:
+    """Students of every size of every layer that can shrink."""
+
+    optima: dict[str, Optimum] = field(default_factory=dict)
+    neurons: dict[str, Neurons] = field(default_factory=dict)  # by the last layer of an MLP
+    blends: dict[str, Blend] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # where they are used again
+
+
+def _solve(
     count: int,
     groups: Iterable[Statistics],
     prior: Prior | None,
     ratio: float | None,
     ranks: Asked | None,
-    never_slower: bool,
-    metrics: dict[str, Tensor] | None,
-) -> tuple[dict[str, Optimum], dict[str, Neurons], dict[str, Blend]]:
-    """Students of every rank of every layer that can shrink, and what was blended in."""
+    keep: bool,
+) -> Solved:
     from tqdm import tqdm
 
-    solved: dict[str, Optimum] = {}
-    picked: dict[str, Neurons] = {}
-    blends: dict[str, Blend] = {}
-    with tqdm(total=count, unit="layer", desc="layers", disable=None) as bar:
-        for statistics in groups:
-            for site in statistics.sites:
-                bar.update()
-                if metrics is not None:
-                    metrics |= statistics.metrics
-                limit = largest_rank(site.d_in, site.d_out, never_slower)
-                if limit < 1:
-                    continue
-                moments = statistics.moments
-                if prior:
-                    side, known = prior.get(site.name, ("", None))
-                    if side != statistics.side:
-                        raise InputError(
-                            f"prior moments of layer {site.name} required, the prior has none;"
-                            " make it with this model"
-                        )
-                    near = _rank_near(site, ratio, ranks)
-                    moments, blends[site.name] = blended_moments(
-                        site.weight, side, statistics.folds, known, near
-                    )
-                metric = statistics.metrics.get(site.name)
-                if metric is None or float(metric.trace()) > UNREAD:
-                    solved[site.name] = statistics.solve(site, moments, limit)
-                    if site.of_inputs and metric is not None:
-                        most = int(MOST * (ratio or 1) * site.d_in)
-                        picked[site.name] = selected(site, moments, metric, most)
-    return solved, picked, blends
+    found = Solved()
+    pairs = ((statistics, site) for statistics in groups for site in statistics.sites)
+    for statistics, site in tqdm(pairs, "layers", count, unit="layer", disable=None):
+        name, metric = site.name, statistics.metrics.get(site.name)
+        if keep:
+            found.metrics |= statistics.metrics
+        limit = largest_rank(site.d_in, site.d_out)
+        if limit < 1:
+            continue
+        moments = statistics.moments
+        if prior:
+            near = _rank_near(site, ratio, ranks)
+            moments, found.blends[name] = _blended(site, statistics, prior, near)
+        if metric is None or float(metric.trace()) > UNREAD:
+            found.optima[name] = statistics.solve(site, moments, limit)
+            if site.of_inputs and metric is not None:
+                most = int(MOST * (ratio or 1) * site.d_in)
+                found.neurons[name] = selected(site, moments, metric, most)
+    return found
+
+
+def _blended(site: Site, statistics: Statistics, prior: Prior, rank: int) -> tuple[Moments, Blend]:
+    side, known = prior.get(site.name, ("", None))
+    if side != statistics.side:
+        raise InputError(
+            f"prior moments of layer {site.name} required, the prior has none;"
+            " make it with this model"
+        )
+    return blended_moments(site.weight, side, statistics.folds, known, rank)
 
 
 def _rank_near(site: Site, ratio: float | None, ranks: Asked | None) -> int:
@@ -227,73 +213,81 @@ def _rank_near(site: Site, ratio: float | None, ranks: Asked | None) -> int:
     return max(1, min(rank or 1, site.d_in, site.d_out))
 
 
-def rounded(small: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Copy of a model with factors that `dtype` holds exactly: as narrow on disk as its source."""
-    result = copy.deepcopy(small)
-    for part in result.modules():
-        if isinstance(part, LowRankLinear | PrunedLinear):
-            with torch.no_grad():
-                for p in part.parameters():
-                    p.copy_(p.to(dtype))
-            require_finite(part)
-    return result
+@dataclass(frozen=True)
+class Choice:
+    """Rank by layer, MLPs of fewer neurons by their last layer, and how good the choice is."""
+
+    ranks: Mapping[str, int | None]
+    mlps: dict[str, PrunedMLP]
+    allocation: dict[str, float] | None
 
 
-def _layer_report(
-    site: Site,
-    chosen: Mapping[str, int | None],
-    solved: Mapping[str, Optimum],
-    losses: Mapping[str, float],
-    held: Mapping[str, Fidelity],
-    blends: Mapping[str, Blend],
-    cut: Mapping[str, PrunedMLP],
-) -> LayerReport:
-    name, rank, dense = site.name, chosen.get(site.name), site.parameters
-    mlp = next((x for x in cut.values() if site.name in [s.name for s in x.sites]), None)
-    after, note, neurons = dense, "", None
-    if mlp is not None:
-        neurons = len(mlp.kept), mlp.sites[-1].d_in
-        note = f"{neurons[0]} of {neurons[1]} neurons kept"
-        after = dense * neurons[0] // neurons[1]
-    elif rank is not None:
-        after = rank * (site.d_in + site.d_out)
-    elif name not in chosen:
+def _choose(
+    run: Sequence[Site],
+    mlps: Mapping[str, list[Site]],
+    solved: Solved,
+    ratio: float | None,
+    ranks: Asked | None,
+    weight: float | None,
+) -> Choice:
+    """Within the ratio, or the ranks asked for; layers not solved stay dense."""
+    if ranks is not None:
+        asked = given(run, ranks)
+        return Choice({s: r if s in solved.optima else None for s, r in asked.items()}, {}, None)
+    assert ratio is not None
+    options = {}
+    for s in run:
+        tails = (
+            solved.optima[s.name].tails.cpu().numpy() if s.name in solved.optima else np.zeros(1)
+        )
+        options[s.name] = low_rank(s.name, s.d_in, s.d_out, tails, weight)
+    for name, neurons in solved.neurons.items():
+        around = [options.pop(s.name) for s in mlps[name]]
+        options[name] = or_neurons(around, name, mlps[name][-1].d_in, neurons.losses.numpy())
+    found = allocate(list(options.values()), ratio * sum(s.parameters for s in run))
+    cut = {n: PrunedMLP(mlps[n], *solved.neurons[n].kept(k)) for n, k in found.neurons.items()}
+    return Choice(found.ranks, cut, found.record())
+
+
+def _students(
+    run: Sequence[Site], chosen: Choice, optima: Mapping[str, Optimum]
+) -> dict[str, nn.Module]:
+    """Layers to put in place, in the dtype and mode of the dense ones."""
+    made: dict[str, nn.Module] = {}
+    for s in run:
+        if rank := chosen.ranks[s.name]:
+            made[s.name] = optima[s.name].student(rank).to(s.weight).train(s.module.training)
+    for mlp in chosen.mlps.values():
+        made |= mlp.layers()
+    return made
+
+
+def _layer_report(site: Site, chosen: Choice, solved: Solved, held: Fidelity | None) -> LayerReport:
+    name, dense = site.name, site.parameters
+    rank = chosen.ranks.get(name)
+    loss, after, note, neurons = None, dense, "", None
+    if rank is not None:
+        after, loss = rank * (site.d_in + site.d_out), float(solved.optima[name].fvu[rank])
+    elif name not in chosen.ranks:
         note = "not called in the forward pass"
     else:
         note = "factors would not be smaller"
-        if name not in solved and site.parameters > site.d_in + site.d_out:
+        if name not in solved.optima and largest_rank(site.d_in, site.d_out):
             note = "the loss does not depend on it"
+    for last, mlp in chosen.mlps.items():
+        if name in [s.name for s in mlp.sites]:
+            neurons = len(mlp.kept), mlp.sites[-1].d_in
+            note = f"{neurons[0]} of {neurons[1]} neurons kept"
+            after = dense * neurons[0] // neurons[1]
+        if name == last:
+            losses = solved.neurons[name].losses
+            loss = float(losses[len(mlp.kept)] / losses[0])
+    weight = solved.blends[name].weight if name in solved.blends and after < dense else None
+    measured: dict[str, Any] = {} if held is None else vars(held)
     return LayerReport(
         *(name, site.d_in, site.d_out, rank, note, dense, after),
-        loss=losses.get(name),
-        held_out_loss=held[name].loss if name in held else None,
-        held_out_floor=held[name].floor if name in held else None,
-        held_out_fvu=held[name].fvu if name in held else None,
-        prior_weight=blends[name].weight if name in blends and after < dense else None,
+        loss=loss,
+        prior_weight=weight,
         neurons=neurons,
+        **{f"held_out_{key}": value for key, value in measured.items()},
     )
-
-
-def quantise_model(
-    model: nn.Module, batches: Sequence[Batch], bits: int, memory: int = MEMORY
-) -> tuple[nn.Module, dict[str, float]]:
-    """Copy of a model, dense or compressed, with all its linear layers in 8 or 4 bits.
-
-    Layers are fitted to the model's own activations. Returns by layer the squared error of its
-    output over the output's second moment.
-    """
-    if bits not in (4, 8):
-        raise InputError(f"8 or 4 bits required, got {bits}")
-    made: dict[str, QuantLinear] = {}
-    errors = {}
-    sites = trace(model, batches, find_sites(model))
-    for statistics in collect(model, batches, sites, memory=memory, inputs_only=True):
-        moments = statistics.moments
-        second = moments.covariance + moments.mean.outer(moments.mean)
-        for site in statistics.sites:
-            new = QuantLinear.of(site.weight, site.bias, second, bits)
-            W = site.weight.to(second)
-            lost, whole = ((x * (x @ second)).sum() for x in (new.weight.to(second) - W, W))
-            errors[site.name] = float(lost / whole.clamp_min(1e-300))
-            made[site.name] = new.train(site.module.training)
-    return on_integers(replaced(model, made)), errors

@@ -14,7 +14,7 @@ neurons, and W' of the first k is the first k columns of W L times L_KK^-1.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +39,8 @@ from distil_rank.core.moments import Moments
 from distil_rank.core.randomness import generator
 
 RIDGE = 1e-6  # rho, of the neurons' mean variance
+# what a model raises whose layers are not of the width it expects
+UNFIT = (RuntimeError, ValueError, IndexError)
 PANELS = 512  # steps of a selection: of wide MLPs several neurons are taken at a step
 
 
@@ -163,13 +165,7 @@ def find_mlps(
     """
     batch = first_rows(batches[0], 2)
     before, answer = _seen(model, batch, sites)
-    mlps: dict[str, list[Site]] = {}
-    for i, last in enumerate(sites):
-        start = i
-        while start and _may_feed(sites[start - 1], sites[i - 1], last):
-            start -= 1
-        if start < i and all(len(before[s.name]) == 1 for s in sites[start : i + 1]):
-            mlps[last.name] = [*sites[start:i], last]
+    mlps = {m[-1].name: m for m in _candidates(sites) if all(len(before[s.name]) == 1 for s in m)}
     draws = generator(0, "half of the neurons")
     half = {
         d: torch.randperm(d, generator=draws) < (d + 1) // 2
@@ -187,39 +183,47 @@ def find_mlps(
         moved = (x != y).flatten(0, -2).any(0).cpu()
         return bool(moved.any()) and not bool((moved & half[len(moved)]).any())
 
-    def works(chosen: Mapping[str, list[Site]]) -> bool:
+    def works(names: Iterable[str]) -> bool:
         """Whether the model runs with half of the neurons and does what it did before."""
         parts: dict[str, nn.Module] = {}
-        for m in chosen.values():
-            W = m[-1].weight
-            K = half[m[-1].d_in].nonzero()[:, 0].to(W.device)
-            parts |= PrunedMLP(m, K, W[:, K], W.new_zeros(len(W))).layers()
+        for name in names:
+            W = mlps[name][-1].weight
+            K = half[W.shape[1]].nonzero()[:, 0].to(W.device)
+            parts |= PrunedMLP(mlps[name], K, W[:, K], W.new_zeros(len(W))).layers()
         small = replaced(model, parts)
-        lasts = [Site(name, small.get_submodule(name)) for name in chosen]
+        lasts = [Site(name, small.get_submodule(name)) for name in names]
         try:
             seen, other = _seen(small, batch, lasts, lambda s, i: before[s.name][i][1])
-        except (RuntimeError, ValueError, IndexError):  # something between has the old width
+        except UNFIT:
             return False
         pairs = list(zip(outputs_of(answer), outputs_of(other)))
-        pairs += [
-            (before[s][0][0][..., half[m[-1].d_in]], seen[s][0][0]) for s, m in chosen.items()
-        ]
+        for name in names:
+            x, y = before[name][0][0], seen[name][0][0]
+            pairs.append((x[..., half[x.shape[-1]]], y))
         return all(a.shape == b.shape and torch.allclose(a, b, 1e-4, 1e-5, True) for a, b in pairs)
 
     try:
         after, _ = _seen(model, batch, sites, shifted)
-    except (RuntimeError, ValueError, IndexError):  # experts that are called in another way
+    except UNFIT:  # experts that are called in another way
         return {}
-    found: dict[str, list[Site]] = {}
+    found: list[str] = []
+    taken: set[str] = set()
     for name, m in mlps.items():
-        taken = {s.name for other in found.values() for s in other}
         if separate(name) and taken.isdisjoint(s.name for s in m):
-            found[name] = m
-    return found if works(found) else {name: m for name, m in found.items() if works({name: m})}
+            found.append(name)
+            taken |= {s.name for s in m}
+    found = found if works(found) else [name for name in found if works([name])]
+    return {name: mlps[name] for name in found}
 
 
-def _may_feed(site: Site, beside: Site, last: Site) -> bool:
-    return site.d_out == last.d_in and site.input == beside.input != last.input
+def _candidates(sites: Sequence[Site]) -> Iterator[list[Site]]:
+    """A layer and those right before it that read one other tensor and give as many numbers."""
+    for i, last in enumerate(sites):
+        start, read = i, sites[i - 1].input
+        while start and sites[start - 1].d_out == last.d_in and sites[start - 1].input == read:
+            start -= 1
+        if start < i and read != last.input:
+            yield list(sites[start : i + 1])
 
 
 def _seen(

@@ -15,6 +15,7 @@ Weights are small in memory and on disk; products run in the input's dtype, or o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -22,6 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distil_rank.compress.calibration import MEMORY, collect
+from distil_rank.compress.sites import Batch, find_sites, replaced, trace
+from distil_rank.core.errors import InputError
 from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.lowrank import Joint
 from distil_rank.core.randomness import generator
@@ -43,14 +47,12 @@ def rounded(
     of falling variance, errors passed on. group: one scale (m, n / group) for so many columns of a
     row; of several shrunken ones the best, because few bits gain more from finer steps.
     """
-    n, tiny = matrix.shape[1], torch.finfo(torch.float32).tiny
+    n = matrix.shape[1]
     levels = 2 ** (bits - 1) - 1
     weight = torch.ones(n).to(matrix) if moments is None else moments.diagonal()
-    parts = [(matrix, weight)]
-    if group is not None:
-        parts = list(zip(matrix.split(group, 1), weight.split(group)))
+    parts = zip(matrix.split(group or n, 1), weight.split(group or n))
     scale = torch.stack([_scale(x, w, levels, group is not None) for x, w in parts], 1)
-    scale = scale.clamp_min(tiny).float()
+    scale = scale.clamp_min(TINY).float()
     steps = scale.repeat_interleave(group or n, 1)[:, :n].to(matrix)
     scale = scale[:, 0] if group is None else scale
     if moments is None:
@@ -106,9 +108,12 @@ class QuantLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @classmethod
-    def of(cls, W: Tensor, bias: Tensor | None, moments: Tensor, bits: int) -> QuantLinear:
-        """The layer fitted to inputs with these second moments (d_in, d_in)."""
-        integers, scale = rounded(W.to(moments), moments, bits, None if bits == 8 else GROUP)
+    def of(
+        cls, W: Tensor, bias: Tensor | None, moments: Tensor | None = None, bits: int = 8
+    ) -> QuantLinear:
+        """The layer fitted to inputs with these second moments (d_in, d_in), or to none."""
+        W = W.detach() if moments is None else W.detach().to(moments)
+        integers, scale = rounded(W, moments, bits, None if bits == 8 else GROUP)
         if bits == 4:
             integers = nn.functional.pad(integers + 8, (0, W.shape[1] % 2)).to(torch.uint8)
             integers = integers[:, ::2] + 16 * integers[:, 1::2]
@@ -175,35 +180,51 @@ def integers_are_exact() -> bool:
     return torch.equal(torch._int_mm(worst, -worst.T), torch.full((4, 4), -64 * 127**2).int())
 
 
-def imitated(student: LowRankLinear, joint: Joint) -> Joint:
-    """The inputs of `joint` with the student's own output: what eight bits have to match."""
-    A, B = (p.weight.detach().to(joint.inputs) for p in (student.A, student.B))
-    cross = B @ (A @ joint.inputs)
-    mean = B @ (A @ joint.input_mean)
-    if student.B.bias is not None:
-        mean = mean + student.B.bias.detach().to(mean)
-    outputs = cross @ (B @ A).T
-    return Joint(joint.rows, joint.input_mean, mean, joint.inputs, cross, outputs)
+def quantise_model(
+    model: nn.Module, batches: Sequence[Batch], bits: int, memory: int = MEMORY
+) -> tuple[nn.Module, dict[str, float]]:
+    """Copy of a model, dense or compressed, with all its linear layers in 8 or 4 bits.
+
+    Layers are fitted to the model's own activations. Returns by layer the squared error of its
+    output over the output's second moment.
+    """
+    if bits not in (4, 8):
+        raise InputError(f"8 or 4 bits required, got {bits}")
+    made: dict[str, QuantLinear] = {}
+    errors = {}
+    sites = trace(model, batches, find_sites(model))
+    for statistics in collect(model, batches, sites, memory=memory, inputs_only=True):
+        moments = statistics.moments
+        second = moments.covariance + moments.mean.outer(moments.mean)
+        for site in statistics.sites:
+            new = QuantLinear.of(site.weight, site.bias, second, bits)
+            W = site.weight.to(second)
+            lost, whole = ((x * (x @ second)).sum() for x in (new.weight.to(second) - W, W))
+            errors[site.name] = float(lost / whole.clamp_min(1e-300))
+            made[site.name] = new.train(site.module.training)
+    return on_integers(replaced(model, made)), errors
 
 
-def quantise(student: LowRankLinear, joint: Joint) -> LowRankLinear:
-    """Eight-bit version of a student that matches the outputs of `joint` best (see `imitated`)."""
-    S = joint.inputs
+def quantise(student: LowRankLinear, mean: Tensor, S: Tensor) -> LowRankLinear:
+    """Eight-bit version that matches the student best on inputs of this mean and covariance S."""
     A, B = (p.weight.detach().to(S) for p in (student.A, student.B))
     variance = ((A @ S) * A).sum(1).clamp_min(1e-300)
     spread = (variance / variance.mean()) ** BALANCE
     source = generator(0, "int8 rotation")
     turn = torch.randn(len(A), len(A), generator=source, dtype=torch.float64)
     turn = torch.linalg.qr(turn).Q.to(S)
-    rows = QuantLinear.of(turn.T @ (A / spread[:, None]), None, S, 8)
+    rows = QuantLinear.of(turn.T @ (A / spread[:, None]), None, S)
     A_q = rows.numbers().to(S)
     Z = A_q @ S @ A_q.T
     Z = Z + 1e-9 * Z.trace().clamp_min(1e-300) / len(Z) * torch.eye(len(Z)).to(S)
     # the best B for the rounded A, drawn to this one in directions without variance
     target = (B * spread) @ turn
-    fitted = target + torch.linalg.solve(Z, ((joint.cross - target @ (A_q @ S)) @ A_q.T).T).T
-    found = QuantLinear.of(fitted, None, Z, 8)
-    bias = joint.output_mean - found.numbers().to(S) @ (A_q @ joint.input_mean)
+    cross = B @ (A @ S)
+    fitted = target + torch.linalg.solve(Z, ((cross - target @ (A_q @ S)) @ A_q.T).T).T
+    found = QuantLinear.of(fitted, None, Z)
+    bias = B @ (A @ mean)
+    bias = bias if student.B.bias is None else bias + student.B.bias.detach().to(bias)
+    bias = bias - found.numbers().to(S) @ (A_q @ mean)
     dtype = student.A.weight.dtype if student.A.weight.dtype != torch.float64 else torch.float32
     found.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
     return in_place(rows, found)

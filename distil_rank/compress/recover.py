@@ -29,16 +29,16 @@ def recover(
     small: nn.Module,
     batches: Sequence[Batch],
     steps: int,
-    learning_rate: float = LEARNING_RATE,
     seed: int = 0,
     checkpoint: Checkpoint | None = None,
+    learning_rate: float = LEARNING_RATE,
 ) -> tuple[nn.Module, list[float]]:
     """A copy of `small` with trained smaller layers, and the loss of every step.
 
     AdamW, short warm-up, linear decay, on KL(dense || small) per prediction + MSE of the last
     hidden state / its variance, over residues; of masked models a seventh of the residues is
     masked, in a new random phase every step. Unless that lowers the loss of the first batches,
-    nothing changes.
+    `small` itself is returned.
     """
     student = copy.deepcopy(small).requires_grad_(False)
     layers = [m for m in student.modules() if isinstance(m, LowRankLinear | PrunedLinear)]
@@ -78,8 +78,7 @@ def recover(
         start, end = (_first(architecture, dense, m, batches) for m in (small, student))
     if checkpoint is not None:
         checkpoint.clear()
-    student = student if end < start else copy.deepcopy(small)
-    return student.requires_grad_(False), losses
+    return (student.requires_grad_(False) if end < start else small), losses
 
 
 @torch.no_grad()

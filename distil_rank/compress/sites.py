@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -57,12 +58,6 @@ class Site:
         return self.d_in * self.d_out
 
 
-def is_linear(module: nn.Module) -> bool:
-    """An `nn.Linear`, or a `Conv1D` of transformers (recognized without importing it)."""
-    conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-    return isinstance(module, nn.Linear) or conv1d
-
-
 def find_sites(
     model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
 ) -> list[Site]:
@@ -74,7 +69,11 @@ def find_sites(
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             uses[id(parameter)] = uses.get(id(parameter), 0) + 1
-    linear = {name: module for name, module in model.named_modules() if is_linear(module)}
+    linear = {}
+    for name, module in model.named_modules():
+        conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")  # of transformers
+        if isinstance(module, nn.Linear) or conv1d:
+            linear[name] = module
     if not linear:
         raise InputError(
             "a model with at least one linear layer required,"
@@ -89,7 +88,7 @@ def find_sites(
     ]
     if not chosen:
         raise InputError(
-            f"a pattern that matches a linear layer required, got {include};"
+            f"patterns that leave a linear layer required, got {include} without {exclude};"
             f" layers are {', '.join(linear)}"
         )
     return chosen
@@ -199,33 +198,26 @@ def observe(
         call(model, batch)
 
 
-def by_position(x: Tensor, site: Site, mask: Tensor | None) -> bool:
-    """Whether the rows of an activation are the positions of the mask (B, T)."""
-    return mask is not None and site.layout != "all" and x[..., 0].numel() == mask.numel()
-
-
 def rows_of(x: Tensor, site: Site, mask: Tensor | None) -> Tensor:
-    """The rows (n, d) of an activation at positions that count."""
+    """The rows (n, d) of an activation at positions (B, T) that count; all, if not by position."""
     rows = x.detach().reshape(-1, x.shape[-1])
-    if mask is None or not by_position(x, site, mask):
+    if mask is None or site.layout == "all" or len(rows) != mask.numel():
         return rows
-    mask = mask.T if site.layout == "tb" else mask
-    return rows[mask.reshape(-1)]
+    return rows[(mask.T if site.layout == "tb" else mask).reshape(-1)]
 
 
 @contextmanager
 def watching(sites: Iterable[Site], see: Hook) -> Iterator[None]:
     """Call see(site, input, output) whenever a site runs; what it returns replaces the output."""
+
+    def hook(site: Site, _: nn.Module, inputs: Any, named: Any, output: Tensor) -> Tensor | None:
+        return see(site, inputs[0] if inputs else next(iter(named.values())), output)
+
     handles = []
-
-    def hook_for(site: Site) -> Callable[..., Tensor | None]:
-        return lambda _module, inputs, named, output: see(
-            site, inputs[0] if inputs else next(iter(named.values())), output
-        )
-
     try:
         for site in sites:
-            handles.append(site.module.register_forward_hook(hook_for(site), with_kwargs=True))
+            handle = site.module.register_forward_hook(partial(hook, site), with_kwargs=True)
+            handles.append(handle)
         yield
     finally:
         for handle in handles:

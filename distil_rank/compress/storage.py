@@ -26,6 +26,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,19 +52,22 @@ EXPORTS = ("model.onnx", "model.onnx.data", *TOKENIZER)
 WEIGHTS, DESCRIPTION = "model.safetensors", "compressed.json"
 PARTS: dict[str, type[nn.Module]] = {
     **ACTIVATIONS,
-    "dropout": nn.Dropout,
+    "linear": nn.Linear,
     "layernorm": nn.LayerNorm,
+    "dropout": nn.Dropout,
     "softmax": nn.Softmax,
     "unit norm": UnitNorm,
     "part gelu": PartGELU,
 }
 SMALL = {"low-rank": LowRankLinear, "linear": QuantLinear, "pruned": PrunedLinear}
-SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {  # of the parts that have some
-    nn.GELU: ("approximate",),
-    nn.Dropout: ("p",),
-    nn.Softmax: ("dim",),
-    UnitNorm: ("eps",),
-    PartGELU: ("linear",),
+SETTINGS = {  # of the parts that have some, in their order, and what they are called in the file
+    nn.Linear: {"d_in": "in_features", "d_out": "out_features"},
+    nn.LayerNorm: {"shape": "normalized_shape", "eps": "eps"},
+    nn.GELU: {"approximate": "approximate"},
+    nn.Dropout: {"p": "p"},
+    nn.Softmax: {"dim": "dim"},
+    UnitNorm: {"eps": "eps"},
+    PartGELU: {"linear": "linear"},
 }
 
 
@@ -95,8 +99,10 @@ def save(
         texts["README.md"] = readme
     files = {name: text.encode() for name, text in texts.items()}
     if architecture is not None:
+        known = {"model_type": MODEL_TYPE, "architectures": [architecture.class_name]}
         files |= {
-            "config.json": config_json(architecture),
+            # what transformers reads first: a type that only this package registers (`auto`)
+            "config.json": json.dumps(known, indent=1).encode(),
             **tokenizer_files(architecture.source, architecture.is_esm),
         }
     require_writable(folder)
@@ -118,12 +124,6 @@ def require_other_folder(folder: Path, source: Path) -> None:
         )
 
 
-def config_json(architecture: Architecture) -> bytes:
-    """What transformers reads first: a type that only this package registers (`auto`)."""
-    known = {"model_type": MODEL_TYPE, "architectures": [architecture.class_name]}
-    return json.dumps(known, indent=1).encode()
-
-
 def describe_module(module: nn.Module, architecture: Architecture | None) -> dict[str, Any]:
     if architecture is not None:
         kind, name = architecture.kind, architecture.class_name
@@ -138,32 +138,22 @@ def describe_module(module: nn.Module, architecture: Architecture | None) -> dic
 def _head_part(part: nn.Module) -> dict[str, Any]:
     if isinstance(part, LowRankLinear | PrunedLinear):
         return {"type": "factors"}
-    if type(part) is nn.Linear:
-        shape = {"d_in": part.in_features, "d_out": part.out_features}
-        return {"type": "linear", **shape, "bias": part.bias is not None}
-    if type(part) is nn.LayerNorm:
-        settings = {"shape": list(part.normalized_shape), "eps": part.eps}
-        return {"type": "layernorm", **settings, "bias": part.bias is not None}
-    for name, cls in PARTS.items():
-        if type(part) is cls:
-            return {"type": name} | {key: getattr(part, key) for key in SETTINGS.get(cls, ())}
-    raise InputError(
-        f"a head of nn.Linear and {', '.join(PARTS)} required, got {type(part).__name__}"
-    )
+    kind = next((kind for kind, cls in PARTS.items() if type(part) is cls), None)
+    if kind is None:
+        raise InputError(f"a head of {', '.join(PARTS)} required, got {type(part).__name__}")
+    settings = {key: getattr(part, name) for key, name in SETTINGS.get(PARTS[kind], {}).items()}
+    bias = {"bias": part.bias is not None} if hasattr(part, "bias") else {}
+    return {"type": kind} | settings | bias
 
 
 def _build_head(description: Mapping[str, Any]) -> nn.Module:
     parts: list[nn.Module] = []
     for part in description["modules"]:
-        settings = dict(part)
-        kind = settings.pop("type")
-        if kind == "linear":
-            bias = settings["bias"]
-            parts.append(nn.Linear(settings["d_in"], settings["d_out"], bias, device="meta"))
-        elif kind == "layernorm":
-            parts.append(nn.LayerNorm(settings["shape"], settings["eps"], bias=settings["bias"]))
-        else:  # factors are put in place later, with those of models
-            parts.append(PARTS["identity" if kind == "factors" else kind](**settings))
+        # factors are put in place later, with those of models
+        cls = PARTS["identity" if part["type"] == "factors" else part["type"]]
+        bias = {"bias": part["bias"]} if "bias" in part else {}
+        with torch.device("meta"):
+            parts.append(cls(*(part[key] for key in SETTINGS.get(cls, {})), **bias))
     return parts[0] if description["single"] else nn.Sequential(*parts)
 
 
@@ -266,20 +256,13 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         ) from None
     if hasattr(module, "tie_weights"):
         cast(Any, module).tie_weights()
-    for alias, name in description["tied"].items():
-        _tie(module, alias, name)
+    for alias, name in description["tied"].items():  # one parameter again
+        owner, _, attribute = alias.rpartition(".")
+        setattr(module.get_submodule(owner), attribute, attrgetter(name)(module))
     if kind == "transformers":
         cast(Any, module).config._name_or_path = str(folder)  # whose tokenizer it is
     on_integers(module, kind != "head")  # a head stays what its certificate measured
     return savable(module).eval().requires_grad_(False)
-
-
-def _tie(module: nn.Module, alias: str, name: str) -> None:
-    """Make two names one parameter again."""
-    owner, _, attribute = name.rpartition(".")
-    shared = getattr(module.get_submodule(owner), attribute)
-    owner, _, attribute = alias.rpartition(".")
-    setattr(module.get_submodule(owner), attribute, shared)
 
 
 def savable(model: nn.Module) -> nn.Module:

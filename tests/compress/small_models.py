@@ -1,9 +1,14 @@
 """Small random models of every architecture, token batches with padding and special tokens."""
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
 from distil_rank.compress.architectures import describe
+from distil_rank.compress.models import compress_model
+from distil_rank.compress.sites import find_sites
+from distil_rank.core.lowrank import truncated_svd
 from distil_rank.proteins.esm2 import ESM2
 
 KINDS = ("esm2", "EsmModel", "EsmForMaskedLM", "GPT2LMHeadModel")
@@ -55,6 +60,15 @@ def _build(kind: str, width: int, layers: int) -> nn.Module:
     return getattr(transformers, kind)(config)
 
 
+def thin(model: nn.Module, rank: int = 4) -> nn.Module:
+    """The model, all of whose linear layers now have this rank: its own students can be exact."""
+    with torch.no_grad():
+        for site in find_sites(model):
+            A, B = truncated_svd(site.weight, min(rank, *site.weight.shape))
+            site.weight.copy_(B @ A)
+    return model
+
+
 def token_batches(
     model: nn.Module, count: int = 3, rows: int = 4, length: int = 14, seed: int = 0
 ) -> list:
@@ -84,3 +98,11 @@ def output(model: nn.Module, batch) -> Tensor:
         hidden, logits = architecture.read(model, batch)
         found = hidden if logits is None else logits
         return found[architecture.residues(batch)] if found.ndim == 3 else found
+
+
+@cache
+def compressed(kind: str) -> tuple[nn.Module, list, nn.Module]:
+    """A model, batches for it and its half as large version; not to be changed."""
+    model = small_model(kind)
+    batches = token_batches(model)
+    return model, batches, compress_model(model, batches, ratio=0.5)[0]

@@ -10,6 +10,7 @@ from distil_rank.compress.fisher import outputs_of
 from distil_rank.compress.models import compress_model
 from distil_rank.compress.sites import call
 from distil_rank.core.linear import LowRankLinear, PrunedLinear
+from tests.compress.small_models import thin
 
 SMALL = {"vocab_size": 30, "pad_token_id": 1}
 BERT = {
@@ -119,6 +120,6 @@ def test_compressed_run_saved_and_loaded(kind, tmp_path):
     known = kind in TRANSFORMERS  # which are rebuilt from their configuration
     loaded = distil_rank.load(tmp_path) if known else distil_rank.load(tmp_path, model=dense)
     assert all(map(torch.equal, found, answers(loaded, batches[0])))
-    full, _ = compress_model(model, batches, ranks=1000, never_slower=False)
-    for a, b in zip(expected, answers(full, batches[0])):
+    full, _ = compress_model(thin(model), batches, ranks=4)
+    for a, b in zip(answers(model, batches[0]), answers(full, batches[0])):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-3)

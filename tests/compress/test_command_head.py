@@ -40,6 +40,10 @@ def compress(folder, *flags, head="head.safetensors", key=("head.0",), train="x.
     return folder / out
 
 
+def read(out):
+    return json.loads((out / "certificate.json").read_text())
+
+
 def test_a_head_with_labels_twice(files, capsys):
     folder, head, x = files
     options = ["--labels", folder / "y.npy", "--held-out", 0.2, "--speedup", 2]
@@ -48,7 +52,7 @@ def test_a_head_with_labels_twice(files, capsys):
     text = capsys.readouterr().out
     assert text.startswith("kept of the function: Spearman") and "held-out FVU" in text
     small = distil_rank.load(out)
-    certificate = json.loads((out / "certificate.json").read_text())
+    certificate = read(out)
     assert certificate["task"]["metric"] == "Spearman" and certificate["task"]["rows"] == 24
     assert certificate["flops_ratio"] >= 2 and certificate["data"]["n_train"] == 96
     y = head(x).detach()
@@ -60,21 +64,21 @@ def test_a_head_with_labels_twice(files, capsys):
     again = (out / "model.safetensors").read_bytes()
     compress(folder, *options, key=("head",))
     assert (out / "model.safetensors").read_bytes() == again
-    repeated = json.loads((out / "certificate.json").read_text())
+    repeated = read(out)
     for name in certificate["machine_dependent"]:
         certificate.pop(name), repeated.pop(name)
     assert certificate == repeated
     # with --val the labels are its own
     own = ["--val", folder / "x.pt", "--labels", folder / "y.npy", "--rank", 4]
     out = compress(folder, *own, "--activation", "gelu", key=("head",))
-    assert json.loads((out / "certificate.json").read_text())["task"]["rows"] == 120
+    assert read(out)["task"]["rows"] == 120
 
 
 def test_a_head_as_one_student(files):
     folder, _, x = files
     flags = ["--activation", "gelu", "--held-out", 0.3, "--metric"]
     out = compress(folder, "--rank", 1, *flags, "whole", key=("head",))
-    small, found = distil_rank.load(out), json.loads((out / "certificate.json").read_text())
+    small, found = distil_rank.load(out), read(out)
     kept = found["kept"]["spearman"]["value"]
     assert small[0].rank == 1 and small(x).shape == (120, 1) and kept > 0.7
     assert found["function"]["held_out_achieved_fvu"] == pytest.approx(
@@ -83,10 +87,10 @@ def test_a_head_as_one_student(files):
     assert found["flops_ratio"] > 90
     for size in (["--bytes", "1k"], ["--bytes", "1k", "--int8"], ["--fvu", 0.9]):
         out = compress(folder, *size, *flags, "whole", key=("head",))
-        found = json.loads((out / "certificate.json").read_text())
+        found = read(out)
         assert found["bytes_after"] <= 1000 and distil_rank.load(out)(x).shape == (120, 1)
     out = compress(folder, "--bytes", "2k", *flags, "narrow", key=("head",))
-    found = json.loads((out / "certificate.json").read_text())
+    found = read(out)
     assert found["bytes_after"] <= 2000 and distil_rank.load(out)(x).shape == (120, 1)
     assert found["layers"][0]["held_out_achieved_fvu"] == pytest.approx(
         found["output_fvu"]["held_out"]["value"], rel=1e-3
@@ -100,7 +104,7 @@ def test_a_layer_by_key(files, request_):
     folder, _, x = files
     out = compress(folder, *request_)
     assert distil_rank.load(out)(x).shape == (120, 48)
-    layer = json.loads((out / "certificate.json").read_text())["layers"][0]
+    layer = read(out)["layers"][0]
     assert layer["held_out_floor_fvu"] <= layer["held_out_achieved_fvu"]
     assert layer["rank_curve"]["rank"][0] == 1
 
@@ -110,7 +114,7 @@ def test_a_layer_with_a_prior(files):
     main(["moments", str(folder / "x.pt"), "--out", str(folder / "prior.safetensors")])
     torch.save(x[:20], folder / "few.pt")
     out = compress(folder, "--rank", 6, "--prior", folder / "prior.safetensors", train="few.pt")
-    assert json.loads((out / "certificate.json").read_text())["prior"]["weight"] > 0
+    assert read(out)["prior"]["weight"] > 0
 
 
 @pytest.mark.parametrize(
@@ -124,13 +128,11 @@ def test_a_layer_with_a_prior(files):
         (["--rank", 2], {"head": "inf.safetensors", "key": ()}, "finite weight"),
         (["--rank", 4], {"head": "absent.pt"}, "absent.pt"),
         ([], {}, "exactly one"),
-        (["--rank", 4, "--fvu", 0.1], {}, "exactly one"),
-        (["--rank", 0], {}, "rank"),
-        (["--fvu", 2], {}, "fvu"),
         (["--bytes", "some"], {}, "400k"),
         (["--bytes", "10"], {}, "bytes"),
         (["--rank", 4, "--held-out", 0], {}, "--held-out"),
         (["--rank", 4, "--device", "tpu"], {}, "--device"),
+        (["--rank", 4], {"out": "x.pt/small"}, "writable"),
         (["--rank", 4], {"train": "nan.pt"}, "3 of 120"),
         (["--rank", 4], {"train": "narrow.pt"}, "(n, 40)"),
         (["--rank", 4], {"train": "three.pt"}, "2 rows"),
@@ -154,12 +156,6 @@ def test_bad_input_is_one_line_and_nothing_is_written(files, capsys, flags, opti
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and len(error.splitlines()) == 1 and message in error
     assert sorted(f.name for f in folder.iterdir()) == before
-
-
-def test_a_folder_that_cannot_be_written_is_found_before_the_work(files, capsys):
-    with pytest.raises(SystemExit):
-        compress(files[0], "--rank", 4, out="x.pt/small")
-    assert "writable" in capsys.readouterr().err
 
 
 def test_sizes_in_bytes():

@@ -8,15 +8,20 @@ import torch
 
 import distil_rank
 from distil_rank.__main__ import main
+from distil_rank.compress import command_model
 from distil_rank.compress.quantise import on_integers
+from distil_rank.compress.report import draw
+from distil_rank.core import latency
 from distil_rank.core.resume import Checkpoint
 from distil_rank.proteins.checkpoints import save_model
 from tests.compress.small_models import small_model
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """A small checkpoint and twelve proteins."""
+def folder(tmp_path, monkeypatch):
+    """A small checkpoint and twelve proteins; timed in little time, without a figure."""
+    monkeypatch.setattr(latency, "SAMPLE_MS", 0.1)
+    monkeypatch.setattr(command_model, "draw", lambda folder: None)
     save_model(small_model("esm2"), tmp_path / "nano.pt")
     letters = np.array(list("ACDEFGHIKLMNPQRSTVWY"))
     random = np.random.default_rng(0)
@@ -48,7 +53,8 @@ def refused(folder, capsys, message, *arguments, **options):
     assert sorted(f.name for f in folder.iterdir()) == before
 
 
-def test_a_model_with_everything(folder, capsys):
+def test_a_model_with_everything(folder, capsys, monkeypatch):
+    monkeypatch.setattr(command_model, "draw", draw)
     dms, moments = folder / "dms", str(folder / "moments.safetensors")
     dms.mkdir()
     (dms / "a.fasta").write_text(">w\nMKTAYIAKQR\n")
@@ -79,7 +85,7 @@ def test_a_folder_is_never_larger_than_its_float16_source(folder):
 
 def test_a_foreign_recovery_is_refused_before_the_work(folder, capsys, monkeypatch):
     Checkpoint(folder / ".small.recovery.pt", "another request").save({})
-    monkeypatch.setattr("distil_rank.compress.command_model.compress_model", None)
+    monkeypatch.setattr(command_model, "compress_model", None)
     refused(folder, capsys, "very request", "--recover", "3")
 
 
@@ -87,11 +93,11 @@ def test_a_recovery_with_another_prior_is_refused(folder, capsys, monkeypatch):
     moments = folder / "moments.safetensors"
     compress(folder, "--moments-out", str(moments), out="first")
 
-    def killed(*_, checkpoint, **__):
-        checkpoint.save({})
+    def killed(*arguments):
+        arguments[-1].save({})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("distil_rank.compress.command_model.recover", killed)
+    monkeypatch.setattr(command_model, "recover", killed)
     flags = ("--recover", "3", "--prior", str(moments))
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         compress(folder, *flags)
@@ -151,7 +157,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(folder, capsys):
         (("--max-length", "0"), "--max-length"),
         (("--recover", "-1"), "--recover"),
         (("--device", "tpu"), "--device"),
-        (("--include", "x"), "pattern"),
+        (("--exclude", "*"), "pattern"),
         (("--int8", "--int4"), "leave one out"),
         (("--dms", str(folder / "none")), "assay"),
         (("--prior", str(folder / "proteins.fasta")), "moments"),

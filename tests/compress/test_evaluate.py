@@ -13,18 +13,20 @@ from distil_rank.compress.models import compress_model
 from distil_rank.core.resume import Checkpoint
 from distil_rank.proteins.esm2 import MASK, tokenise
 from distil_rank.proteins.variants import read_assays
-from tests.compress.small_models import CLASSIFIERS, KINDS, small_model, token_batches
-
-
-def pair(kind: str):
-    model = small_model(kind)
-    batches = token_batches(model)
-    return describe(model), model, compress_model(model, batches, ratio=0.5)[0], batches
+from tests.compress.small_models import (
+    CLASSIFIERS,
+    KINDS,
+    compressed,
+    small_model,
+    thin,
+    token_batches,
+)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *CLASSIFIERS])
 def test_a_model_compared_with_itself_has_no_loss(kind):
-    architecture, model, _, batches = pair(kind)
+    model, batches, _ = compressed(kind)
+    architecture = describe(model)
     record = compare(architecture, model, model, batches)
     assert record["hidden_fvu"]["value"] == 0
     if architecture.task != "hidden":
@@ -33,7 +35,8 @@ def test_a_model_compared_with_itself_has_no_loss(kind):
 
 
 def test_pseudo_perplexity_masks_every_residue_once():
-    architecture, model, small, batches = pair("esm2")
+    model, batches, small = compressed("esm2")
+    architecture = describe(model)
     passes = 3
     total, divergence, count = 0.0, 0.0, 0
     for tokens in batches:
@@ -63,7 +66,8 @@ def test_pseudo_perplexity_masks_every_residue_once():
 
 
 def test_causal_perplexity_counts_real_next_tokens():
-    architecture, model, small, batches = pair("GPT2LMHeadModel")
+    model, batches, small = compressed("GPT2LMHeadModel")
+    architecture = describe(model)
     total, count = 0.0, 0
     for batch in batches:
         for tokens, mask in zip(batch["input_ids"], batch["attention_mask"]):
@@ -112,7 +116,8 @@ def test_a_classifier_is_judged_by_its_own_likelihood(kind, problem):
 
 @pytest.mark.parametrize("kind", ["EsmModel", "esm2"])
 def test_hidden_fvu_is_over_residues(kind):
-    architecture, model, small, batches = pair(kind)
+    model, batches, small = compressed(kind)
+    architecture = describe(model)
     with torch.no_grad():
         before, after = (
             torch.cat(
@@ -128,7 +133,8 @@ def test_hidden_fvu_is_over_residues(kind):
 
 @pytest.mark.parametrize("kind", ["esm2", "EsmModel", "GPT2LMHeadModel", *CLASSIFIERS])
 def test_recovery_lowers_the_loss_and_touches_factors_only(kind):
-    architecture, model, _, batches = pair(kind)
+    model, batches, _ = compressed(kind)
+    architecture = describe(model)
     small, _ = compress_model(model, batches, ratio=0.5, loss=None)
     key = "logits_kl" if architecture.task != "hidden" else "hidden_fvu"
     before = compare(architecture, model, small, batches)[key]["value"]
@@ -144,8 +150,9 @@ def test_recovery_lowers_the_loss_and_touches_factors_only(kind):
 
 
 def test_recovery_never_ends_worse_than_it_began():
-    architecture, model, _, batches = pair("esm2")
-    exact, _ = compress_model(model, batches, ranks=1000, never_slower=False)
+    model = thin(small_model("esm2"))
+    architecture, batches = describe(model), token_batches(model)
+    exact, _ = compress_model(model, batches, ranks=4)
     kept, losses = recovery.recover(architecture, model, exact, batches, steps=3, learning_rate=0.1)
     assert max(losses) > losses[0]
     assert all(
@@ -154,7 +161,8 @@ def test_recovery_never_ends_worse_than_it_began():
 
 
 def test_recovery_resumes_exactly(tmp_path, monkeypatch):
-    architecture, model, small, batches = pair("esm2")
+    model, batches, small = compressed("esm2")
+    architecture = describe(model)
     whole, losses = recovery.recover(architecture, model, small, batches, steps=12)
     monkeypatch.setattr(recovery, "SAVE_EVERY", 5)
     saved = Checkpoint(tmp_path / "state.pt", "this request")
@@ -184,14 +192,14 @@ def test_recovery_resumes_exactly(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["esm2", "EsmForMaskedLM"])
 def test_mutation_effects_mask_one_position_at_a_time(kind, tmp_path):
-    architecture, model, small, _ = pair(kind)
+    model, _, small = compressed(kind)
+    architecture = describe(model)
     sequence, letters = "MKTAYIAKQR", {"W": 22, "C": 23}  # ids of ESM-2's alphabet
     (tmp_path / "assay.fasta").write_text(f">wild\n{sequence}\n")
     mutants = [f"{old}{i + 1}{new}" for i, old in enumerate(sequence) for new in letters]
     rows = [f"{m},{i * i % 7}\n" for i, m in enumerate(mutants)]
     (tmp_path / "assay.csv").write_text("mutant,score\n" + "".join(rows))
-    models = {"before": model, "after": small}
-    found = mutation_effects(architecture, models, read_assays(tmp_path))["assays"]["assay"]
+    found = mutation_effects(architecture, model, small, read_assays(tmp_path))["assays"]["assay"]
     predicted = []
     for mutant in mutants:
         tokens = tokenise([sequence])

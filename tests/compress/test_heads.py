@@ -85,11 +85,8 @@ def test_each_layer_corrects_the_one_before():
         compress_head(head[0], x, rank=8)[0],
         compress_head(head[2], head[:2](x).detach(), rank=8)[0],
     ]
-    with torch.no_grad():
-        y = head(held)
-        unaware = head[4](apart[1](nn.functional.gelu(apart[0](held))).relu())
-        losses = [float((out - y).square().sum()) for out in (small(held), unaware)]
-    assert losses[0] < losses[1]
+    unaware = head[4](apart[1](nn.functional.gelu(apart[0](held))).relu())
+    assert lost(small(held), head(held)) < lost(unaware, head(held))
 
 
 def test_the_metric_of_the_output_lowers_the_loss_of_the_output():
@@ -137,19 +134,13 @@ def test_a_dense_layer_is_refitted_to_its_changed_inputs():
     assert [type(part) is nn.Linear for part in small][::2] == [False, False, True]
     assert "refitted" in certificate.layers[2].note
     with torch.no_grad():
-        y, reached = head(held), small[:4](held)
-        unaware = float((head[4](reached) - y).square().sum())
-        fvu = float((small[4](reached) - y).square().sum() / (y - y.mean(0)).square().sum())
-        best = torch.linalg.lstsq(
-            torch.cat([small[:4](x), torch.ones(2000, 1)], 1), head(x)
-        ).solution
-        fitted = float(
-            (torch.cat([small[:4](x), torch.ones(2000, 1)], 1) @ best - head(x)).square().sum()
-        )
-        ours = float((small(x) - head(x)).square().sum())
+        reached, y = small[:4](held), head(held)
+        fvu = lost(small[4](reached), y)
+        design = torch.cat([small[:4](x), torch.ones(2000, 1)], 1)
+        least = lost(design @ torch.linalg.lstsq(design, head(x)).solution, head(x))
     assert fvu == pytest.approx(certificate.layers[2].held_out_fvu_interval["value"], rel=1e-3)
-    assert fvu * float((y - y.mean(0)).square().sum()) < unaware
-    assert fitted <= ours < 1.05 * fitted  # next to least squares on the rows
+    assert fvu < lost(head[4](reached), y)
+    assert least <= lost(small(x), head(x)) < 1.05 * least
 
 
 def test_few_rows_are_drawn_to_the_weight():
@@ -160,10 +151,7 @@ def test_few_rows_are_drawn_to_the_weight():
     few, certificate = compress_head(layer, x, held, rank=8)
     assert certificate.prior.weight > 0
     plain = optimum(layer.weight, layer.bias, Moments.of(x)).student(8, torch.float32)
-    losses = [
-        float((student(held) - layer(held)).detach().square().sum()) for student in (few, plain)
-    ]
-    assert losses[0] < losses[1]
+    assert lost(few(held), layer(held)) < lost(plain(held), layer(held))
     assert compress_head(layer, held, rank=8)[1].prior is None
 
 
@@ -195,6 +183,15 @@ def test_bytes_are_kept_by_one_map_of_a_double_head():
     x = rows(100).double()
     certificate = compress_head(mlp().double(), x, bytes=2000, metric="whole")[1]
     assert 1500 < certificate.bytes_after <= 2000
+
+
+def test_without_held_out_rows_nothing_is_said_of_them():
+    for options in ({}, {"int8": True}, {"metric": "whole"}, {"metric": "whole", "int8": True}):
+        certificate = compress_head(mlp(), rows(300), rank=3, **options)[1]
+        assert certificate.output_fvu.keys() == {"fitted"} and certificate.held_out_rows is None
+        layer = certificate.layers[0]
+        assert layer.achieved_fvu > 0
+        assert layer.held_out_achieved_fvu is layer.held_out_floor_fvu is None
 
 
 def test_layers_that_would_not_shrink_stay_dense():

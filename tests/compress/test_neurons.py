@@ -2,6 +2,7 @@
 MLPs are found whatever their modules are, and the folder of a pruned model is read everywhere."""
 
 import itertools
+from functools import cache
 
 import numpy as np
 import pytest
@@ -13,10 +14,10 @@ from distil_rank.compress import neurons as neurons_module
 from distil_rank.compress import storage
 from distil_rank.compress.architectures import describe
 from distil_rank.compress.evaluate import compare
-from distil_rank.compress.models import compress_model, quantise_model
+from distil_rank.compress.models import compress_model
 from distil_rank.compress.neurons import find_mlps, refitted, selected
-from distil_rank.compress.quantise import on_integers
-from distil_rank.compress.ranks import MLP, allocate
+from distil_rank.compress.quantise import on_integers, quantise_model
+from distil_rank.compress.ranks import allocate, or_neurons
 from distil_rank.compress.sites import find_sites, trace
 from distil_rank.core.linear import PrunedLinear, linear
 from distil_rank.core.lowrank import Joint
@@ -24,7 +25,7 @@ from distil_rank.core.moments import Moments
 from distil_rank.proteins.checkpoints import load_model
 from tests.compress.small_models import KINDS, output, small_model, token_batches
 from tests.compress.test_any_module import made
-from tests.compress.test_ranks import brute_force, layer
+from tests.compress.test_ranks import brute_force, dense_cost, layer
 
 
 def case(width: int = 8, d_out: int = 5, rows: int = 200, seed: int = 0):
@@ -94,16 +95,15 @@ def test_neurons_that_follow_from_others_cost_nothing():
 
 def test_a_choice_between_ranks_and_neurons_is_the_best_one():
     for seed in range(30):
-        layers = tuple(layer(f"l{i}", *s, seed + i) for i, s in enumerate(((4, 9), (9, 4), (6, 6))))
+        shapes = enumerate(((4, 9), (9, 4), (6, 6)))
+        first, last, other = (layer(f"l{i}", *shape, seed + i) for i, shape in shapes)
         losses = np.sort(np.random.default_rng(seed).exponential(size=9) ** 3)[::-1]
-        mlp, other = MLP("l1", layers[:2], losses), layers[2]
         for ratio in (0.4, 0.6, 0.8):
-            budget = ratio * (mlp.dense_cost + other.dense_cost)
-            found = allocate([mlp, other], budget)
-            best = brute_force(list(layers), budget)
+            budget = ratio * dense_cost([first, last, other])
+            found = allocate([or_neurons([first, last], "l1", 9, losses), other], budget)
+            best = brute_force([first, last, other], budget)
             for k, loss in enumerate(losses[1:], 1):
-                rest = budget - 8 * k
-                if rest >= other.cost(1):
+                if (rest := budget - 8 * k) >= other.costs[0]:
                     best = min(best, loss + brute_force([other], rest))
             assert found.bound <= best + 1e-12 and found.loss == pytest.approx(best, abs=1e-12)
             if found.neurons:
@@ -150,11 +150,15 @@ def test_only_mlps_are_found():
         assert len(found) == 2 and all(len(names) == 2 for names in found.values()), kind
 
 
+INCLUDE = ("*fc?", "*dense", "*mlp*")
+
+
+@cache
 def pruned_model(kind: str, sequential: bool = False):
     model = small_model(kind)
     batches = token_batches(model, rows=8, length=40)
     small, report = compress_model(
-        model, batches, ratio=0.3, include=("*fc?", "*dense", "*mlp*"), sequential=sequential
+        model, batches, ratio=0.3, include=INCLUDE, sequential=sequential
     )
     return model, batches, small, report
 
@@ -167,9 +171,8 @@ def test_neurons_beat_low_rank_within_the_same_budget(kind, sequential):
     called = [x for x in report.layers if x.note != "not called in the forward pass"]
     assert sum(x.parameters_after for x in called) <= 0.3 * sum(x.parameters for x in called)
     assert report.parameters_after == sum(p.numel() for p in small.parameters())
-    include = ("*fc?", "*dense", "*mlp*")
     low_rank, _ = compress_model(
-        model, batches, ratio=0.3, include=include, sequential=sequential, neurons=False
+        model, batches, ratio=0.3, include=INCLUDE, sequential=sequential, neurons=False
     )
     losses = [
         compare(describe(model), model, m, batches)["hidden_fvu"]["value"]

@@ -10,13 +10,13 @@ from distil_rank.compress.quantise import (
     QuantLinear,
     certify_int8,
     dequantised,
-    imitated,
     in_place,
     module_bytes,
     on_integers,
     quantise,
     rounded,
 )
+from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.lowrank import Joint, optimum
 from distil_rank.core.moments import Moments
 from distil_rank.core.randomness import generator
@@ -34,6 +34,13 @@ def case(d_in: int = 40, d_out: int = 50) -> tuple[Tensor, Tensor, Tensor]:
     return W, c, torch.randn(400, d_in, generator=source, dtype=torch.float64) @ mix.T + 2
 
 
+def student_of(x: Tensor, W: Tensor, c: Tensor, rank: int) -> tuple[LowRankLinear, LowRankLinear]:
+    """The student of a layer, and its version in eight bits."""
+    moments = Moments.of(x)
+    student = optimum(W, c, moments).student(rank)
+    return student, quantise(student, moments.mean, moments.covariance)
+
+
 def test_rounding_is_within_half_a_step():
     matrix = torch.randn(7, 30, dtype=torch.float64) * torch.logspace(-3, 3, 7)[:, None]
     matrix[3] = 0
@@ -46,13 +53,12 @@ def test_rounding_is_within_half_a_step():
 @pytest.mark.parametrize("rank", [1, 8, 20, 40])
 def test_error_is_what_the_integers_do_and_splits_in_two(rank):
     W, c, x = case()
-    joint = Joint.of_layer(W, c, Moments.of(x))
-    student = optimum(W, c, Moments.of(x)).student(rank)
-    small = quantise(student, imitated(student, joint))
-    found = certify_int8(student, small, joint)
+    student, small = student_of(x, W, c, rank)
+    found = certify_int8(student, small, Joint.of_layer(W, c, Moments.of(x)))
     y = x @ W.T + c
     variance = (y - y.mean(0)).square().sum()
-    direct = (dequantised(small)(x) - y).square().sum() / variance
+    torch.testing.assert_close(small(x), dequantised(small)(x), rtol=1e-12, atol=1e-9)
+    direct = (small(x) - y).square().sum() / variance
     assert found.fvu == pytest.approx(float(direct.detach()), rel=1e-6)
     assert found.fvu == pytest.approx(found.low_rank + found.quantisation, rel=0.02, abs=1e-9)
     assert found.bytes == rank * (40 + 50 + 4) + 50 * 8 == module_bytes(small)
@@ -62,14 +68,8 @@ def test_error_is_what_the_integers_do_and_splits_in_two(rank):
 def test_passing_errors_on_beats_rounding_to_the_nearest():
     W, c, x = case()
     joint = Joint.of_layer(W, c, Moments.of(x))
-    student = optimum(W, c, Moments.of(x)).student(20)
-    naive = in_place(
-        *(
-            QuantLinear(*rounded(p.weight.detach()), p.bias, p.in_features)
-            for p in (student.A, student.B)
-        )
-    )
-    refitted = quantise(student, imitated(student, joint))
+    student, refitted = student_of(x, W, c, 20)
+    naive = in_place(*(QuantLinear.of(p.weight, p.bias) for p in (student.A, student.B)))
     assert (
         certify_int8(student, refitted, joint).quantisation
         < 0.5 * certify_int8(student, naive, joint).quantisation
@@ -80,23 +80,11 @@ def test_a_steep_spectrum_is_balanced(monkeypatch):
     W, c, x = case()
     x = x @ torch.diag(torch.logspace(0, -2.5, 40, dtype=torch.float64))
     joint = Joint.of_layer(W, c, Moments.of(x))
-    student = optimum(W, c, Moments.of(x)).student(30)
     errors = []
     for power in (quantise_module.BALANCE, 0.0):
         monkeypatch.setattr(quantise_module, "BALANCE", power)
-        errors.append(
-            certify_int8(student, quantise(student, imitated(student, joint)), joint).quantisation
-        )
+        errors.append(certify_int8(*student_of(x, W, c, 30), joint).quantisation)
     assert errors[0] < 0.9 * errors[1]
-
-
-def test_forward_is_the_dequantised_layer():
-    W, c, x = case()
-    joint = Joint.of_layer(W, c, Moments.of(x))
-    student = optimum(W, c, Moments.of(x)).student(8)
-    small = quantise(student, imitated(student, joint))
-    torch.testing.assert_close(small(x), dequantised(small)(x), rtol=1e-12, atol=1e-9)
-    assert small(x.float()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 import distil_rank
 from distil_rank.compress import quantise, storage
 from distil_rank.compress.architectures import describe
-from distil_rank.compress.models import compress_model, quantise_model
-from distil_rank.compress.quantise import on_integers
+from distil_rank.compress.models import compress_model
+from distil_rank.compress.quantise import on_integers, quantise_model
 from distil_rank.core.errors import InputError
 from distil_rank.proteins import command_embed, compressed
 from distil_rank.proteins.checkpoints import load_model
