@@ -5,36 +5,20 @@ from typing import TYPE_CHECKING
 
 from distil_rank.core.imports import AfterImport
 
-if TYPE_CHECKING:
-    from distil_rank.compress.heads import compress_head
-    from distil_rank.compress.models import compress_model
-    from distil_rank.compress.storage import load
-    from distil_rank.core.certificates import compress_linear
-    from distil_rank.core.functions import distill_function
-    from distil_rank.core.heads import load_head
-    from distil_rank.core.linear import LowRankLinear
-    from distil_rank.core.lowrank import truncated_svd
-    from distil_rank.core.moments import Moments
-    from distil_rank.nested.chain import NestedChain
-    from distil_rank.proteins.api import embed
-    from distil_rank.proteins.checkpoints import load_model
-    from distil_rank.proteins.store import EmbeddingStore
-
-__all__ = [
-    "EmbeddingStore",
-    "LowRankLinear",
-    "Moments",
-    "NestedChain",
-    "compress_head",
-    "compress_linear",
-    "compress_model",
-    "distill_function",
-    "embed",
-    "load",
-    "load_head",
-    "load_model",
-    "truncated_svd",
-]
+if TYPE_CHECKING:  # what `__getattr__` finds
+    from distil_rank.compress.heads import compress_head as compress_head
+    from distil_rank.compress.models import compress_model as compress_model
+    from distil_rank.compress.storage import load as load
+    from distil_rank.core.certificates import compress_linear as compress_linear
+    from distil_rank.core.functions import distill_function as distill_function
+    from distil_rank.core.heads import load_head as load_head
+    from distil_rank.core.linear import LowRankLinear as LowRankLinear
+    from distil_rank.core.lowrank import truncated_svd as truncated_svd
+    from distil_rank.core.moments import Moments as Moments
+    from distil_rank.nested.chain import NestedChain as NestedChain
+    from distil_rank.proteins.api import embed as embed
+    from distil_rank.proteins.checkpoints import load_model as load_model
+    from distil_rank.proteins.store import EmbeddingStore as EmbeddingStore
 
 _HOMES = {
     "EmbeddingStore": "proteins.store",
@@ -51,6 +35,7 @@ _HOMES = {
     "load_model": "proteins.checkpoints",
     "truncated_svd": "core.lowrank",
 }
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> object:
