@@ -54,15 +54,12 @@ def _named(key: str, kind: str) -> str:
     return key if kind == "esm2" else hugging_face.fair_esm_key(key)
 
 
-def _taken(tensors: dict[str, Tensor], name: str) -> Tensor:
-    if name not in tensors:
-        raise InputError(f"the tensor {name} required in {WEIGHTS}, got none; compress it again")
-    return tensors.pop(name)
-
-
 def _unpack(tensors: dict[str, Tensor], name: str, shape: Record) -> None:
     """Weight (d_out, d_in): bytes times a scale a row, or half bytes a row and GROUP columns."""
-    integers, scale = _taken(tensors, f"{name}.packed"), _taken(tensors, f"{name}.scale").float()
+    try:
+        integers, scale = tensors.pop(f"{name}.packed"), tensors.pop(f"{name}.scale").float()
+    except KeyError as key:
+        raise InputError(f"the tensor {key} required in {WEIGHTS}, got none") from None
     if shape["bits"] == 8:
         tensors[f"{name}.weight"] = integers.float() * scale[:, None]
         return

@@ -3,14 +3,13 @@
 Formats: .pt, .npy, .npz (key X) and .safetensors.
 """
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from distil_rank.core.errors import InputError
-from distil_rank.core.records import Record, atomic, write_json, write_text
+from distil_rank.core.records import Record, atomic, read_json, write_json, write_text
 from distil_rank.core.weights import read_tensors
 from distil_rank.proteins.splits import Split
 from distil_rank.proteins.store import EmbeddingStore
@@ -56,15 +55,7 @@ def rows_in(x: Tensor, others: Tensor) -> Tensor:
 def provenance(path: str | Path) -> Record:
     """What `embeddings.json` beside a matrix says of it (model, source, ...); empty without one."""
     card = Path(path).parent / "embeddings.json"
-    try:
-        known = json.loads(card.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"a JSON object required in {card}, got {error}; mend it or remove it"
-        ) from None
-    return known if isinstance(known, dict) else {}
+    return read_json(card) if card.exists() else {}
 
 
 def write_split(

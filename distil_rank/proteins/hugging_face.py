@@ -4,7 +4,6 @@ A setting that this reader neither reads nor knows to be harmless is an error: i
 the model computes.
 """
 
-import json
 import pickle
 import re
 import zipfile
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distil_rank.core.errors import InputError
-from distil_rank.core.records import Record
+from distil_rank.core.records import Record, read_json
 from distil_rank.proteins.esm2 import MASK, PAD, TOKENS
 
 # of torch.load: plain containers and tensors only, and what it raises on damaged files
@@ -103,7 +102,7 @@ def weight_files(folder: Path) -> list[Path]:
         whole = "pytorch_model.bin"
     index, names = folder / f"{whole}.index.json", [whole]
     if index.is_file():
-        names = sorted(set(read_json_file(index).get("weight_map", {}).values()))
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
         if not names or any(Path(name).name != name for name in names):
             raise InputError(
                 f"plain shard names required in {index}, got {names}; download the model again"
@@ -140,16 +139,3 @@ def fair_esm_key(key: str) -> str:
     for theirs, ours in _NAMES.items():
         key = re.sub(rf"(^|\.){re.escape(theirs)}\.", rf"\g<1>{ours}.", key)
     return key
-
-
-def read_json_file(path: Path) -> Record:
-    """A JSON object; InputError where there is none."""
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"readable JSON required, got {path} ({error}); download the model again"
-        ) from error
-    if not isinstance(record, dict):
-        raise InputError(f"a JSON object required in {path}, got a {type(record).__name__}")
-    return record

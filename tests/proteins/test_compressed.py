@@ -72,12 +72,6 @@ def test_it_embeds_by_function_and_by_command(small, tmp_path):
     assert torch.equal(store[:], found) and store.provenance["model"] == "small"
 
 
-def test_the_linear_layers_may_be_of_another_dtype(small):
-    model = load_model(str(small[0]), dtype="bfloat16").model
-    kinds = {p.dtype for p in model.layers[0].fc1.parameters()}
-    assert kinds == {torch.bfloat16} and model.embed_tokens.weight.dtype == torch.float32
-
-
 def first_factor(description):
     return next(iter(description["factors"]))
 
@@ -90,9 +84,9 @@ def first_factor(description):
         (lambda d, t: d["config"].update(layers=3), r"layers\.3\.|of 3 layers"),
         (lambda d, t: d["config"].update(rope_theta=1.0), "wrong are: rope_theta"),
         (lambda d, t: d["config"].pop("eps"), "wrong are: eps"),
-        (lambda d, t: d["factors"][first_factor(d)].update(d_in=9), "of 9 to 64 required"),
-        (lambda d, t: d["factors"][first_factor(d)].update(rank=1), "of shape"),
-        (lambda d, t: d["factors"][first_factor(d)].update(type="linear"), r"\.packed required"),
+        (lambda d, t: d["factors"][first_factor(d)].update(d_in=9), "size mismatch"),
+        (lambda d, t: d["factors"][first_factor(d)].update(rank=1), "size mismatch"),
+        (lambda d, t: d["factors"][first_factor(d)].update(type="linear"), r"\.packed' required"),
         (lambda d, t: d.update(kind="head"), r"compressed ESM-2 required.*distil_rank\.load"),
     ],
 )
