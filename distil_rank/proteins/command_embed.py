@@ -47,11 +47,11 @@ from distil_rank.proteins.store import (
     PROVENANCE,
     SCHEMA,
     EmbeddingStore,
-    ShardWriter,
     is_whole,
+    new_shard,
     shard_path,
 )
-from distil_rank.proteins.store_index import IndexWriter, checksums, counts
+from distil_rank.proteins.store_index import checksums, counts, insert, new_index
 
 # settings that stand in the provenance under their own names
 DECIDING = ("pool", "long", "max_length", "batch_tokens", "shard_residues")
@@ -101,9 +101,9 @@ def run(config: Config) -> None:
         if first and config.split is not None:  # before the work, because it may be impossible
             sequences = [protein.sequence for shard in source.read() for protein in shard]
             plan = split(sequences, [config.split], config.seed)
-        _check_folder(config.out, provenance)
         require_writable(config.out)
         with only_writer(config.out) if first else nullcontext():
+            _check_folder(config.out, provenance)
             if first:
                 _open_store(config.out, provenance)
             group.barrier()
@@ -165,22 +165,22 @@ def _check_folder(folder: Path, provenance: Record) -> None:
             got = ", ".join(f"{k} {provenance[k]} (not {found.get(k)})" for k in differing)
             required = f"the same settings as in {folder} required"
             raise InputError(f"{required}, got {got}; choose another --out")
-    elif folder.is_dir() and not all(map(_left_over, folder.iterdir())):
+    elif folder.is_dir() and not all(
+        path.name == LOCK or _left_over(path) for path in folder.iterdir()
+    ):
         got = f"{folder} with other files; choose another --out"
         raise InputError(f"a new or empty folder or a store required, got {got}")
 
 
 def _left_over(path: Path) -> bool:
     """Whether this is a file that a killed run left behind, of no use to anybody."""
-    return path.name == LOCK or path.name.startswith(".write-test-") or ".tmp" in path.name
+    return path.name.startswith(".write-test-") or ".tmp" in path.name
 
 
 def _open_store(folder: Path, provenance: Record) -> None:
     """Start a store, or go on with the one that is there."""
-    _check_folder(folder, provenance)  # again: now nobody else writes
     for path in filter(_left_over, folder.iterdir()):
-        if path.name != LOCK:
-            path.unlink()
+        path.unlink()
     if not (folder / PROVENANCE).exists():
         write_json(folder / PROVENANCE, provenance)
 
@@ -219,38 +219,36 @@ def _fill(
     from tqdm import tqdm
 
     shards = set(computed[group.rank :: group.world])
-    source = config.shards
-    index = IndexWriter(config.out) if group.rank == 0 else None
-    position = count()
+    source, position = config.shards, count()
     quiet = None if group.rank == 0 else True  # None: a bar on a terminal only
     options = (config.pool, config.layers, config.max_length, config.batch_tokens)
     kind = (model.width, getattr(torch, config.store_dtype))
-    with tqdm(total=provenance["residues"], unit="residue", unit_scale=True, disable=quiet) as bar:
+    with (
+        tqdm(total=provenance["residues"], unit="residue", unit_scale=True, disable=quiet) as bar,
+        new_index(config.out) if group.rank == 0 else nullcontext() as index,
+    ):
         for number, shard in enumerate(source.read()):
             sizes = list(map(source.rows, shard))
             first_rows = [0, *accumulate(sizes)]
             if index is not None:
                 for protein, rows, first in zip(shard, sizes, first_rows):
                     digest = hashlib.sha256(protein.sequence.encode()).hexdigest()
-                    length = len(protein.sequence)
-                    place = (number, first, protein.header)
-                    index.add(next(position), protein.id, length, rows, digest, *place)
+                    named = (protein.id, len(protein.sequence), rows, digest)
+                    insert(index, "protein", next(position), *named, number, first, protein.header)
             if number in shards:
                 sequences = [protein.sequence[: source.seen(protein)] for protein in shard]
                 path = shard_path(config.out, number)
-                writer = ShardWriter(path, provenance["layers"], sum(sizes), *kind)
-                for i, vectors in embed(model, sequences, *options):
-                    writer.write(first_rows[i], vectors)
-                    bar.update(len(sequences[i]) * group.world)
-                writer.close()
-    group.barrier()
-    if index is not None:
-        known = checksums(config.out)  # what stays as it was keeps its checksum
-        for number in range(provenance["shards"]):
-            fresh = number in computed or number not in known
-            path = shard_path(config.out, number)
-            index.add_shard(number, sha256(path) if fresh else known[number])
-        index.close()
+                with new_shard(path, provenance["layers"], sum(sizes), *kind) as write:
+                    for i, vectors in embed(model, sequences, *options):
+                        write(first_rows[i], vectors)
+                        bar.update(len(sequences[i]) * group.world)
+        group.barrier()
+        if index is not None:
+            known = checksums(config.out)  # what stays as it was keeps its checksum
+            for number in range(provenance["shards"]):
+                fresh = number in computed or number not in known
+                digest = sha256(shard_path(config.out, number)) if fresh else known[number]
+                insert(index, "shard", number, digest)
     group.barrier()
 
 
