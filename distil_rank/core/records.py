@@ -141,7 +141,7 @@ def require_writable(folder: str | Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # who holds the folder may have cleaned it
     except OSError as error:
         reason = error.strerror or error
         raise InputError(

@@ -180,7 +180,7 @@ def _left_over(path: Path) -> bool:
 def _open_store(folder: Path, provenance: Record) -> None:
     """Start a store, or go on with the one that is there."""
     for path in filter(_left_over, folder.iterdir()):
-        path.unlink()
+        path.unlink(missing_ok=True)  # another process tests whether it may write here
     if not (folder / PROVENANCE).exists():
         write_json(folder / PROVENANCE, provenance)
 

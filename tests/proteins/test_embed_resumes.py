@@ -18,6 +18,7 @@ from distil_rank.core.devices import process_group
 from distil_rank.core.errors import InputError
 from distil_rank.core.locks import only_writer
 from distil_rank.core.moments import Moments
+from distil_rank.core.records import require_writable
 from distil_rank.proteins import command_embed, command_moments
 from distil_rank.proteins.command_embed import Config, run
 from distil_rank.proteins.store import EmbeddingStore, shard_path
@@ -65,6 +66,18 @@ def test_a_damaged_store_is_made_whole_again(config, whole, tmp_path, capsys, wh
     assert contents(tmp_path / "store") == contents(whole)
     assert shard_path(tmp_path / "store", 1).stat().st_mtime_ns == kept
     assert ("1 missing or damaged shards" in capsys.readouterr().err) == ("index" not in what)
+
+
+def test_whether_one_may_write_does_not_depend_on_who_cleans_the_folder(tmp_path, monkeypatch):
+    """The holder of a folder removes what killed runs left, and the probes of others with it."""
+    write = Path.write_text
+
+    def written_and_cleaned(path, text):
+        write(path, text)
+        path.unlink()
+
+    monkeypatch.setattr(Path, "write_text", written_and_cleaned)
+    assert require_writable(tmp_path) == tmp_path
 
 
 def test_one_run_at_a_time_writes_in_a_store(config, whole, tmp_path):
