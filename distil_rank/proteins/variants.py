@@ -89,13 +89,13 @@ def read_assay(
         required = "columns mutant and score, or DMS_score," if measured else "a column mutant"
         raise InputError(f"{required} required, got {got} in {path.name}")
     wild_type = _wild_type(path, fasta, rows[0], reference)
-    mutants = [row["mutant"] or "" for row in rows]
+    mutants = [row["mutant"] for row in rows]
     fold_columns = {match[1]: match[0] for match in map(FOLD.fullmatch, rows[0]) if match}
     numbers: dict[str, list[int]] = {scheme: [] for scheme in fold_columns}
     changed, scores = [], []
     for number, row in enumerate(rows, start=2):
         where = f"{path.name}, line {number}"
-        changed.append(mutate(wild_type, row["mutant"] or "", where))
+        changed.append(mutate(wild_type, row["mutant"], where))
         scores.append(_number(row[measure], "score", where) if measured else float("nan"))
         if row.get("mutated_sequence", changed[-1][0]) != changed[-1][0]:
             required = f"the wild type with {row['mutant']} required as mutated_sequence"
@@ -131,7 +131,7 @@ def read_assay(
 def _rows(path: Path) -> list[dict[str, str]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            rows = list(csv.DictReader(file, restval=""))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"a readable CSV required, got {path}: {error}") from None
     if any(None in row for row in rows):
@@ -149,7 +149,7 @@ def _wild_type(
             return clean_sequence(reference["target_seq"])
         if first.get("mutated_sequence"):
             undone = list(first["mutated_sequence"])
-            for match in MUTATION.finditer(first["mutant"] or ""):
+            for match in MUTATION.finditer(first["mutant"]):
                 undone[int(match[2]) - 1 : int(match[2])] = match[1]
             return clean_sequence("".join(undone))
         raise InputError(
@@ -162,9 +162,9 @@ def _wild_type(
     return clean_sequence(records[0].sequence)
 
 
-def _number(text: str | None, what: str, where: str) -> float:
+def _number(text: str, what: str, where: str) -> float:
     try:
-        number = float(text or "")
+        number = float(text)
     except ValueError:
         number = float("nan")
     if not np.isfinite(number):
