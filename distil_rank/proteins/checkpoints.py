@@ -19,7 +19,7 @@ import re
 import sysconfig
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from distil_rank.core.errors import InputError, few, hub_errors
 from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.records import ROOT, Record, atomic, read_json, sha256
+from distil_rank.core.weights import read_tensors
 from distil_rank.proteins import compressed, hugging_face
 from distil_rank.proteins.esm2 import ESM2, frequencies
 
@@ -180,9 +181,9 @@ def _download_hugging_face(name: str) -> Path:
 
 def _read_fair_esm(path: Path) -> tuple[Record, list[tuple[str, Tensor]]]:
     """Architecture and weights of a fair-esm checkpoint."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        data: Any = read_tensors(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            data = torch.load(path, **hugging_face.SAFE)
         found, state = data["cfg"]["model"], data["model"]
         settings = {
             "layers": int(found.encoder_layers),
@@ -192,15 +193,10 @@ def _read_fair_esm(path: Path) -> tuple[Record, list[tuple[str, Tensor]]]:
         }
         prefix = re.compile(r"^(encoder\.sentence_encoder\.|encoder\.)")
         return settings, [(prefix.sub("", key), x.detach()) for key, x in state.items()]
-    except (
-        *(LookupError, AttributeError, TypeError, ValueError),
-        *hugging_face.UNREADABLE,
-    ) as error:
-        reason = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error)
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
         raise InputError(
-            f"a fair-esm ESM-2 checkpoint of plain tensors required, got {path} ({reason[:160]});"
-            " download it again; nothing was unpickled"
-        ) from error
+            f"a fair-esm ESM-2 checkpoint required, got {path} ({error!r:.160}); download it again"
+        ) from None
 
 
 def _fill(

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, stack
 
 from distil_rank.core.errors import InputError
 from distil_rank.core.records import Record, read_json
-from distil_rank.proteins import hugging_face
+from distil_rank.core.weights import read_state_dict
+from distil_rank.proteins.hugging_face import fair_esm_key, settings
 
 # of `compress.storage`
 DESCRIPTION, WEIGHTS, SCHEMA = "compressed.json", "model.safetensors", "distil-rank/compressed/1"
@@ -31,27 +30,19 @@ def read(folder: Path) -> tuple[Record, list[tuple[str, Tensor]], dict[str, Reco
         del config["head"]
     elif kind == "transformers":
         config.pop("distil_rank_pooler", None)
-        config = hugging_face.settings(config, path)
+        config = settings(config, path)
     else:
         raise InputError(
             f"a compressed ESM-2 required, got a {kind} in {folder}; use distil_rank.load"
         )
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"a readable {WEIGHTS} required in {folder}, got: {error}") from None
+    tensors, factors = read_state_dict(folder / WEIGHTS), description["factors"]
     tensors |= {alias: tensors[name] for alias, name in description["tied"].items()}
-    for name, shape in description["factors"].items():
+    for name, shape in factors.items():
         tensors.pop(f"{name}.inner_mean", None)  # of use to whoever truncates
         if shape["type"] == "linear":
             _unpack(tensors, name, shape)
-    named = [(_named(key, kind), tensor) for key, tensor in tensors.items()]
-    found = description["factors"]
-    return config, named, {_named(f"{name}.", kind)[:-1]: x for name, x in found.items()}
-
-
-def _named(key: str, kind: str) -> str:
-    return key if kind == "esm2" else hugging_face.fair_esm_key(key)
+    named = [(fair_esm_key(key), tensor) for key, tensor in tensors.items()]
+    return config, named, {fair_esm_key(f"{name}.")[:-1]: x for name, x in factors.items()}
 
 
 def _unpack(tensors: dict[str, Tensor], name: str, shape: Record) -> None:

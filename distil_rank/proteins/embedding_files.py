@@ -33,12 +33,9 @@ def load_matrix(path: str | Path) -> Tensor:
         raise InputError(
             f"floating-point embeddings required in {path}, got {x.dtype}; convert them"
         )
-    shape = tuple(x.shape)
-    if x.ndim != 2:
-        got = f"got shape {shape}; pool residues"
-        raise InputError(f"2 axes (proteins, features) required in {path}, {got}")
-    if len(x) < 2 or x.shape[1] < 1:
-        raise InputError(f"at least 2 rows of 1 feature required in {path}, got shape {shape}")
+    if x.ndim != 2 or len(x) < 2 or x.shape[1] < 1:
+        got = f"got shape {tuple(x.shape)}; pool residues"
+        raise InputError(f"at least 2 rows (proteins, features) required in {path}, {got}")
     if bad := int((~x.isfinite()).any(1).sum()):
         got = f"NaN or infinity in {bad} of {len(x)} rows; remove them"
         raise InputError(f"finite values required in {path}, got {got}")

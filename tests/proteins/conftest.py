@@ -64,8 +64,8 @@ def residues(config, tmp_path_factory) -> Path:
 def processes():
     """Starts processes that have imported everything and computed nothing."""
     context = multiprocessing.get_context("forkserver")
-    modules = ["torch._dynamo", *(f"tests.proteins.test_{x}" for x in ("embed_resumes", "pretrain"))]
-    context.set_forkserver_preload(modules)
+    modules = [f"tests.proteins.{name}" for name in ("test_embed_resumes", "test_pretrain")]
+    context.set_forkserver_preload(["torch._dynamo", *modules])  # which optimizers import
     first = context.Process(target=time.sleep, args=(0,))
     first.start()
     first.join()

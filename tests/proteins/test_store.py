@@ -116,11 +116,6 @@ def test_batches_and_residues_run_in_order_whatever_the_batch(store):
     assert store.rows == len(rows) and same(list(store), [store[i] for i in range(len(store))])
 
 
-def test_ranks_share_the_shards(store):
-    parts = [list(store.batches(rank=rank, world=3)) for rank in range(3)]
-    assert sum(len(batch) for part in parts for batch in part) == store.rows
-
-
 def test_layers_are_kept_apart(store, proteins, fair_esm):
     first = EmbeddingStore(store.path, layer=1)
     exact = expected(fair_esm, proteins[1][4].sequence, store.pool, layer=1)

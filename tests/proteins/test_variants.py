@@ -10,9 +10,7 @@ from distil_rank.core.randomness import generator
 from distil_rank.proteins import variants
 from distil_rank.proteins.fasta import AMINO_ACIDS
 from distil_rank.proteins.variants import (
-    additive_scores,
     masked_marginals,
-    mutate,
     read_assay,
     read_assays,
     wild_type_marginals,
@@ -97,11 +95,6 @@ def test_bad_official_files(tmp_path, good, bad, message):
         read_assays(tmp_path, least=3)
 
 
-def test_mutate():
-    assert mutate("ACDE", "C2G", "") == ("AGDE", [1])
-    assert mutate("ACDE", "A1W:E4K", "") == ("WCDK", [0, 3])
-
-
 def test_real_assays(shared_data):
     assays = read_assays(shared_data / "dms", limit=40)
     assert len(assays) == 12 and sum(a.measured for a in assays) == 22949
@@ -166,12 +159,3 @@ def test_a_long_protein_is_read_around_each_position(ours, monkeypatch):
             window = slice(start, start + 8)
             expected = reference.log_odds(ours, sequence, place, hidden, window)
             torch.testing.assert_close(found[place], expected, rtol=1e-5, atol=1e-5)
-
-
-def test_scores_add_up_over_substitutions(tmp_path):
-    lines = ["M1G,1", "K2W,2", "M1G:K2W,3"]
-    assay = read_assay(write_assay(tmp_path / "dms", lines=lines), least=3)
-    marginals = torch.randn(len(WILD_TYPE), 20, generator=generator(0, "x"), dtype=torch.float64)
-    a, b, both = additive_scores(marginals, assay)
-    assert a == marginals[0, AMINO_ACIDS.index("G")] and b == marginals[1, AMINO_ACIDS.index("W")]
-    assert both == a + b
