@@ -71,6 +71,9 @@ class EmbeddingStore:
                 f"a finished store required, got {path} without {INDEX};"
                 " run the same embed command again"
             )
+        self.pool: str = self.provenance["pool"]  # a row is a protein (mean, bos) or a residue
+        self.rows: int = self.provenance["rows"]  # how many
+        self.dim: int = self.provenance["dim"]  # features d of each
         layers = self.provenance["layers"]
         if layer is not None and layer not in layers:
             raise InputError(f"a layer of {layers} required, got {layer}; embed again with it")
@@ -100,21 +103,6 @@ class EmbeddingStore:
 
     def __len__(self) -> int:
         return self.provenance["proteins"]
-
-    @property
-    def pool(self) -> str:
-        """What a row is: `mean` or `bos` (one per protein) or `residues` (one per residue)."""
-        return self.provenance["pool"]
-
-    @property
-    def rows(self) -> int:
-        """Number of vectors: proteins, or residues in a store of residues."""
-        return self.provenance["rows"]
-
-    @property
-    def dim(self) -> int:
-        """Features d of each vector."""
-        return self.provenance["dim"]
 
     @property
     def ids(self) -> list[str]:

@@ -1,14 +1,12 @@
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from distil_rank.__main__ import main
 from distil_rank.core.errors import InputError
-from distil_rank.core.records import ROOT
 from distil_rank.proteins.batching import windows
 from distil_rank.proteins.command_embed import run
 from distil_rank.proteins.embedding_files import load_matrix, provenance
@@ -158,16 +156,13 @@ def test_another_configuration_in_the_same_store_is_refused(config, whole, tmp_p
 # the command
 
 
-def test_bad_input_is_one_line_and_status_2(config, tmp_path):
-    arguments = [tmp_path / "none.fasta", "--model", config.model, "--out", tmp_path / "out"]
-    command = [sys.executable, "-m", "distil_rank", "embed", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert (
-        done.stderr.startswith("distil-rank embed: error: required a FASTA file")
-        and done.stderr.count("\n") == 1
-    )
-    assert list(tmp_path.iterdir()) == []
+def test_bad_input_is_one_line_and_status_2(config, tmp_path, capsys):
+    fasta, out = str(tmp_path / "none.fasta"), str(tmp_path / "out")
+    with pytest.raises(SystemExit, match="2"):
+        main(["embed", fasta, "--model", config.model, "--out", out])
+    printed, said = capsys.readouterr()
+    assert printed == "" and said.startswith("distil-rank embed: error: required a FASTA file")
+    assert said.count("\n") == 1 and list(tmp_path.iterdir()) == []
 
 
 def test_bad_settings_are_refused_before_anything_is_written(config, tmp_path):
