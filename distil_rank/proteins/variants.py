@@ -101,7 +101,7 @@ def read_assay(
         score = _number(row[measure], "score", where) if measured else float("nan")
         folds = [int(_number(row[column], "fold", where)) for column in schemes.values()]
         read.append((row["mutant"], sequence, positions, score, folds))
-    (twice, count), *_ = Counter(row["mutant"] for row in rows).most_common()
+    ((twice, count),) = Counter(row["mutant"] for row in rows).most_common(1)
     if count > 1 and measured:
         got = f"{twice} {count} times in {path.name}; average them"
         raise InputError(f"each mutant once required, got {got}")
