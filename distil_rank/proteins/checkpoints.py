@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from distil_rank.core.errors import InputError, few, hub_errors
 from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.records import ROOT, Record, atomic, read_json, sha256
-from distil_rank.core.weights import read_tensors
+from distil_rank.core.weights import read_state_dict, read_tensors
 from distil_rank.proteins import compressed, hugging_face
 from distil_rank.proteins.esm2 import ESM2, frequencies
 
@@ -82,7 +82,8 @@ def load_model(
     elif path.is_dir():
         files, config = hugging_face.weight_files(path), path / "config.json"
         settings = hugging_face.settings(read_json(config), config)
-        named = hugging_face.read_weights(files)
+        tensors = [item for file in files for item in read_state_dict(file).items()]
+        named = [(hugging_face.fair_esm_key(key), tensor) for key, tensor in tensors]
     else:
         files = [path]
         settings, named = _read_fair_esm(path)

@@ -8,11 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from distil_rank.core.errors import InputError
 from distil_rank.core.records import Record, read_json
-from distil_rank.core.weights import read_state_dict
 from distil_rank.proteins.esm2 import MASK, PAD, TOKENS
 
 # what ESM-2 is, and of that what transformers takes for granted where it is not said
@@ -107,11 +104,6 @@ def weight_files(folder: Path) -> list[Path]:
                 " and model.safetensors (save_pretrained writes both)"
             )
     return [folder / name for name in names]
-
-
-def read_weights(files: list[Path]) -> list[tuple[str, Tensor]]:
-    """Tensors of all files by fair-esm's names."""
-    return [(fair_esm_key(key), x) for file in files for key, x in read_state_dict(file).items()]
 
 
 def fair_esm_key(key: str) -> str:
