@@ -17,7 +17,7 @@ own still finds stands in benchmarks/results/split_recall.json.
 
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import distribution, version
 from pathlib import Path
@@ -190,22 +190,16 @@ def by_swrd(sequences: Sequence[str], asked: list[int], searched: list[int]) -> 
     # pyswrd fails at less than a word of 3 letters, which could be a chance match anyway
     searched, asked = ([i for i in some if len(sequences[i]) > 3] for some in (searched, asked))
 
-    def rows() -> Iterator[tuple[float, ...]]:
-        found = pyswrd.search(
-            [sequences[i] for i in asked],
-            [sequences[i] for i in searched],
-            gap_open=11,
-            max_evalue=EVALUE,
-            max_alignments=len(searched),
-            threads=1,
-        )
-        for hit in found:
+    hits = []
+    if asked:
+        queries, targets = ([sequences[i] for i in some] for some in (asked, searched))
+        options = {"gap_open": 11, "max_evalue": EVALUE, "max_alignments": len(searched)}
+        for hit in pyswrd.search(queries, targets, threads=1, **options):
             i, j, best = asked[hit.query_index], searched[hit.target_index], hit.result
-            spans = (best.query_start + 1, best.query_end + 1, len(sequences[i]))
-            spans_2 = (best.target_start + 1, best.target_end + 1, len(sequences[j]))
-            yield (i, j, best.identity(), *spans, *spans_2)
-
-    return np.array(list(rows()) if asked else [], dtype=float).reshape(-1, 9)
+            span = (best.query_start + 1, best.query_end + 1, len(sequences[i]))
+            span_2 = (best.target_start + 1, best.target_end + 1, len(sequences[j]))
+            hits.append((i, j, best.identity(), *span, *span_2))
+    return np.array(hits, dtype=float).reshape(-1, 9)
 
 
 def by_mmseqs(

@@ -50,6 +50,12 @@ def save_fair_esm(model, path: Path) -> None:
     torch.save({**described, "model": state, "extra_state": {"epoch": 1}}, path)
 
 
+def read_fair_esm(path: Path) -> dict:
+    """What is in such a file."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, weights_only=True)
+
+
 @torch.no_grad()
 def hidden(model, sequence: str, layer: int) -> Tensor:
     """fair-esm's hidden state (l + 2, d) of one sequence alone, with <cls> and <eos>."""

@@ -1,4 +1,3 @@
-import argparse
 import json
 import os
 import pickle
@@ -18,6 +17,7 @@ from distil_rank.proteins import checkpoints
 from distil_rank.proteins.checkpoints import FAMILIES, load_model
 from distil_rank.proteins.esm2 import PAD, tokenise
 from tests.compress.small_models import small_model
+from tests.proteins import reference
 from tests.proteins.test_esm2 import distance
 
 PROTEINS = ["MKTAYIAKQRQISFVKSHFSRQ", "GAVLKK", "XBUZO"]
@@ -38,11 +38,8 @@ def test_the_table_names_the_esm2_models_of_fair_esm():
 def test_fair_esm_checkpoint_gives_what_fair_esm_reads_from_it(checkpoint):
     import esm
 
-    with (
-        torch.serialization.safe_globals([argparse.Namespace]),
-        warnings.catch_warnings(action="ignore"),
-    ):
-        data = torch.load(checkpoint, weights_only=True)
+    data = reference.read_fair_esm(checkpoint)
+    with warnings.catch_warnings(action="ignore"):
         theirs, _ = esm.pretrained.load_model_and_alphabet_core("esm2_tiny", data)
     loaded = load_model(str(checkpoint), head=True)
     assert (loaded.name, loaded.sha256) == ("tiny", sha256(checkpoint))
@@ -224,8 +221,7 @@ def test_settings_of_other_models_are_refused(hugging_face, tmp_path, change, me
     ids=["missing", "surplus", "ESM-1b", "shape", "twice"],
 )
 def test_every_parameter_is_read_once(checkpoint, tmp_path, change, message, head):
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        data = torch.load(checkpoint, weights_only=True)
+    data = reference.read_fair_esm(checkpoint)
     for key, tensor in change.items():
         key = key if key.startswith("encoder") else f"encoder.sentence_encoder.{key}"
         data["model"].pop(key, None)
@@ -242,8 +238,7 @@ def test_a_head_is_required_where_it_is_asked_for(hugging_face, checkpoint, tmp_
     transformers.EsmModel.from_pretrained(hugging_face).save_pretrained(tmp_path / "base")
     with pytest.raises(InputError, match=r"3 layers and a head required.*no lm_head\.bias"):
         load_model(str(tmp_path / "base"), head=True)
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        data = torch.load(checkpoint, weights_only=True)
+    data = reference.read_fair_esm(checkpoint)
     data["model"]["encoder.lm_head.weight"] = torch.zeros(33, 48)
     torch.save(data, tmp_path / "untied.pt")
     with pytest.raises(InputError, match="a head with the embedding's weights required"):
