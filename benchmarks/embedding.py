@@ -27,6 +27,7 @@ import torch
 import tyro
 
 from distil_rank.core.records import Record, environment, interval, read_json, write_json
+from distil_rank.core.tables import markdown, with_interval
 from distil_rank.proteins.batching import Window, batches
 from distil_rank.proteins.checkpoints import load_model, save_model
 from distil_rank.proteins.command_embed import Config as EmbedConfig
@@ -273,6 +274,22 @@ def main(config: Config) -> None:
             record[part] = measured(config, Path(name)) | {"environment": environment()}
         write_json(config.out, record)
         print(part, {key: x for key, x in record[part].items() if key != "environment"})
+
+
+def table(record: Record) -> str:
+    """Speed against fair-esm's loop, peak memory, random reads."""
+    speed, memory, reading = (record[part] for part in ("speed", "memory", "reading"))
+    rows = [["what", "measured"]]
+    for name, ratio in speed["speedup"].items():
+        what = f"speed of fair-esm's loop in float32 / ours in {name}, {speed['threads']} threads"
+        rows.append([what, f"{with_interval(ratio, '.2f')} x"])
+    rows.append(
+        ["peak memory of ten times the proteins", f"{memory['ten_times_the_proteins']:.2f} x"]
+    )
+    for how in ("position", "id"):
+        read = reading[f"microseconds_by_{how}"]
+        rows.append([f"random read of {reading['features']:,} features by {how}", f"{read:.1f} µs"])
+    return markdown(rows)
 
 
 if __name__ == "__main__":

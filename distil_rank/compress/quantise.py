@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.lowrank import Joint
 from distil_rank.core.randomness import generator
+from distil_rank.proteins.compressed import GROUP
 
-GROUP = 64  # columns with one scale, in four bits
 BALANCE = 0.1  # power of an inner feature's variance moved from A to B (measured: 0 to 0.25)
 TINY = torch.finfo(torch.float32).tiny
 SMALLEST = 1e-30  # step in four bits: that of a group of zeros

@@ -1,4 +1,4 @@
-"""Models that `distil-rank compress model` wrote, read without the code that compresses."""
+"""What `distil-rank compress model` writes, and its ESM-2 read without the code that compresses."""
 
 from pathlib import Path
 
@@ -9,7 +9,6 @@ from distil_rank.core.records import Record, read_json
 from distil_rank.core.weights import read_state_dict
 from distil_rank.proteins.hugging_face import fair_esm_key, settings
 
-# of `compress.storage`
 DESCRIPTION, WEIGHTS, SCHEMA = "compressed.json", "model.safetensors", "distil-rank/compressed/1"
 GROUP = 64  # columns with one scale, in four bits
 _SETTINGS = {"layers", "width", "heads", "token_dropout", "eps", "head"}

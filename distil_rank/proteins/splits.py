@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import distribution, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -193,7 +194,7 @@ def by_swrd(sequences: Sequence[str], asked: list[int], searched: list[int]) -> 
     hits = []
     if asked:
         queries, targets = ([sequences[i] for i in some] for some in (asked, searched))
-        options = {"gap_open": 11, "max_evalue": EVALUE, "max_alignments": len(searched)}
+        options: Any = {"gap_open": 11, "max_evalue": EVALUE, "max_alignments": len(searched)}
         for hit in pyswrd.search(queries, targets, threads=1, **options):
             i, j, best = asked[hit.query_index], searched[hit.target_index], hit.result
             span = (best.query_start + 1, best.query_end + 1, len(sequences[i]))
