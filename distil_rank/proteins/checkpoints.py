@@ -82,8 +82,8 @@ def load_model(
     elif path.is_dir():
         files, config = hugging_face.weight_files(path), path / "config.json"
         settings = hugging_face.settings(read_json(config), config)
-        tensors = [item for file in files for item in read_state_dict(file).items()]
-        named = [(hugging_face.fair_esm_key(key), tensor) for key, tensor in tensors]
+        key = hugging_face.fair_esm_key
+        named = [(key(k), x) for file in files for k, x in read_state_dict(file).items()]
     else:
         files = [path]
         settings, named = _read_fair_esm(path)
@@ -233,12 +233,12 @@ def _fill(
             f" got {' and '.join(found)} in {path}"
         )
     state.clear()
+    if model.lm_head is not None:
+        model.lm_head.weight = model.embed_tokens.weight
     linear = {id(p) for x in model.modules() if isinstance(x, nn.Linear) for p in x.parameters()}
     for parameter in model.requires_grad_(False).parameters():
         kind = dtype if id(parameter) in linear else torch.float32
         parameter.data = parameter.data.to(device=device, dtype=kind)
-    if model.lm_head is not None:
-        model.lm_head.weight = model.embed_tokens.weight
 
 
 def _sha256_of(files: Iterable[Path]) -> str:
