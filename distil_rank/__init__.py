@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from distil_rank.core.imports import AfterImport
 
-if TYPE_CHECKING:  # what `__getattr__` finds
+if TYPE_CHECKING:
     from distil_rank.compress.heads import compress_head as compress_head
     from distil_rank.compress.models import compress_model as compress_model
     from distil_rank.compress.storage import load as load

@@ -101,9 +101,10 @@ def run(config: Config) -> None:
         if first and config.split is not None:  # before the work, because it may be impossible
             sequences = [protein.sequence for shard in source.read() for protein in shard]
             plan = split(sequences, [config.split], config.seed)
+        _check_folder(config.out, provenance)
+        group.barrier()  # all have looked before anybody writes
         require_writable(config.out)
         with only_writer(config.out) if first else nullcontext():
-            _check_folder(config.out, provenance)
             if first:
                 _open_store(config.out, provenance)
             group.barrier()
@@ -165,22 +166,22 @@ def _check_folder(folder: Path, provenance: Record) -> None:
             got = ", ".join(f"{k} {provenance[k]} (not {found.get(k)})" for k in differing)
             required = f"the same settings as in {folder} required"
             raise InputError(f"{required}, got {got}; choose another --out")
-    elif folder.is_dir() and not all(
-        path.name == LOCK or _left_over(path) for path in folder.iterdir()
-    ):
+    elif folder.is_dir() and not all(map(_left_over, folder.iterdir())):
         got = f"{folder} with other files; choose another --out"
         raise InputError(f"a new or empty folder or a store required, got {got}")
 
 
 def _left_over(path: Path) -> bool:
     """Whether this is a file that a killed run left behind, of no use to anybody."""
-    return path.name.startswith(".write-test-") or ".tmp" in path.name
+    return path.name == LOCK or path.name.startswith(".write-test-") or ".tmp" in path.name
 
 
 def _open_store(folder: Path, provenance: Record) -> None:
     """Start a store, or go on with the one that is there."""
+    _check_folder(folder, provenance)  # again: now nobody else writes
     for path in filter(_left_over, folder.iterdir()):
-        path.unlink(missing_ok=True)  # another process tests whether it may write here
+        if path.name != LOCK:
+            path.unlink(missing_ok=True)  # another process tests whether it may write here
     if not (folder / PROVENANCE).exists():
         write_json(folder / PROVENANCE, provenance)
 

@@ -1,4 +1,5 @@
 import random
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,7 +7,9 @@ import pytest
 import torch
 
 from distil_rank.__main__ import main
+from distil_rank.core.devices import Group
 from distil_rank.core.errors import InputError
+from distil_rank.proteins import command_embed
 from distil_rank.proteins.batching import windows
 from distil_rank.proteins.command_embed import run
 from distil_rank.proteins.embedding_files import load_matrix, provenance
@@ -204,6 +207,24 @@ def test_bad_settings_are_refused_before_anything_is_written(config, tmp_path):
         with pytest.raises(InputError, match=message):
             run(replace(config, **{"out": out} | change))
         assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_no_rank_writes_before_all_have_looked_at_the_folder(config, tmp_path, monkeypatch):
+    """One that looked later would find the store that another has begun, and refuse it."""
+    done = []
+
+    class Noted(Group):
+        def barrier(self):
+            done.append("barrier")
+
+    monkeypatch.setattr(command_embed, "process_group", lambda device: nullcontext(Noted()))
+    for name in ("_check_folder", "require_writable"):
+        step = getattr(command_embed, name)
+        noted = lambda *given, name=name, step=step: done.append(name) or step(*given)  # noqa: E731
+        monkeypatch.setattr(command_embed, name, noted)
+    run(replace(config, out=tmp_path / "store"))
+    looked = done.index("_check_folder")
+    assert done[looked : looked + 3] == ["_check_folder", "barrier", "require_writable"]
 
 
 def test_changes_to_sequences_are_counted_aloud(config, tmp_path, capsys):
