@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.lowrank import Joint
 from distil_rank.core.randomness import generator
-from distil_rank.proteins.compressed import GROUP
+from distil_rank.proteins.compressed import GROUP, unpacked
 
 BALANCE = 0.1  # power of an inner feature's variance moved from A to B (measured: 0 to 0.25)
 TINY = torch.finfo(torch.float32).tiny
@@ -136,14 +136,7 @@ class QuantLinear(nn.Module):
         return self.numbers(torch.float32)
 
     def numbers(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        integers, scale = self.packed.to(dtype), self.scale.to(dtype)
-        if self.bits == 8:
-            return integers * scale[:, None]
-        high = (integers / 16).floor()
-        integers = torch.stack([integers - 16 * high, high], -1).flatten(1) - 8
-        return (integers * scale.repeat_interleave(GROUP, 1)[:, : integers.shape[1]])[
-            :, : self.in_features
-        ]
+        return unpacked(self.packed, self.scale, self.in_features, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(input.dtype)

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from torch import Tensor, stack
+import torch
+from torch import Tensor
 
 from distil_rank.core.errors import InputError
 from distil_rank.core.records import Record, read_json
@@ -39,20 +40,22 @@ def read(folder: Path) -> tuple[Record, list[tuple[str, Tensor]], dict[str, Reco
     for name, shape in factors.items():
         tensors.pop(f"{name}.inner_mean", None)  # of use to whoever truncates
         if shape["type"] == "linear":
-            _unpack(tensors, name, shape)
+            try:
+                parts = tensors.pop(f"{name}.packed"), tensors.pop(f"{name}.scale")
+            except KeyError as key:
+                raise InputError(f"the tensor {key} required in {WEIGHTS}, got none") from None
+            tensors[f"{name}.weight"] = unpacked(*parts, shape["d_in"])
     named = [(fair_esm_key(key), tensor) for key, tensor in tensors.items()]
     return config, named, {fair_esm_key(f"{name}.")[:-1]: x for name, x in factors.items()}
 
 
-def _unpack(tensors: dict[str, Tensor], name: str, shape: Record) -> None:
-    """Weight (d_out, d_in): bytes times a scale a row, or half bytes a row and GROUP columns."""
-    try:
-        integers, scale = tensors.pop(f"{name}.packed"), tensors.pop(f"{name}.scale").float()
-    except KeyError as key:
-        raise InputError(f"the tensor {key} required in {WEIGHTS}, got none") from None
-    if shape["bits"] == 8:
-        tensors[f"{name}.weight"] = integers.float() * scale[:, None]
-        return
-    halves = stack([integers % 16, integers // 16], -1).flatten(1)[:, : shape["d_in"]]
-    scales = scale.repeat_interleave(GROUP, 1)[:, : shape["d_in"]]
-    tensors[f"{name}.weight"] = (halves.float() - 8) * scales
+def unpacked(
+    packed: Tensor, scale: Tensor, d_in: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Weight (d_out, d_in) of bytes and a scale a row, or half bytes and one for GROUP columns."""
+    integers, scale = packed.to(dtype), scale.to(dtype)
+    if packed.dtype == torch.int8:
+        return integers * scale[:, None]
+    high = (integers / 16).floor()
+    integers = torch.stack([integers - 16 * high, high], -1).flatten(1)[:, :d_in] - 8
+    return integers * scale.repeat_interleave(GROUP, 1)[:, :d_in]
