@@ -130,8 +130,9 @@ def save_model(model: ESM2, path: str | Path) -> None:
     for layer in range(model.depth):
         name = f"encoder.sentence_encoder.layers.{layer}.self_attn.rot_emb.inv_freq"
         state[name] = frequencies(model.width // model.heads)
-    with atomic(path) as temporary:
-        torch.save({"cfg": {"model": described}, "model": state}, temporary)
+    # torch.save writes the name of a path, here that of a process, into the file
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        torch.save({"cfg": {"model": described}, "model": state}, file)
 
 
 def locate(name: str) -> Path:

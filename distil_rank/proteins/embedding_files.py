@@ -66,8 +66,9 @@ def write_split(
     paths = store.path / "embeddings_train.pt", store.path / "embeddings_val.pt"
     rows, ids = torch.cat(list(store.batches())), store.ids
     for path, positions in zip(paths, plan.parts):
-        with atomic(path) as temporary:
-            torch.save(rows[torch.from_numpy(positions)], temporary)
+        # torch.save writes the name of a path, here that of a process, into the file
+        with atomic(path) as temporary, temporary.open("wb") as file:
+            torch.save(rows[torch.from_numpy(positions)], file)
         write_text(path.with_suffix(".txt"), "".join(f"{ids[i]}\n" for i in positions))
     model = ("model", "weights_sha256", "pool", "layers", "dtype", "compute", "long", "max_length")
     record = {

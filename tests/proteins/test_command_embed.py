@@ -114,6 +114,7 @@ def test_split_writes_what_main_py_reads_and_cuts_no_family(config, families, tm
     assert (known["source"], known["n_val"]) == ("families.fasta", len(x_val))
     assert (known["model"], known["split"]["method"]) == ("tiny", "pyswrd")
     assert f"main.py --train {store.path}/embeddings_train.pt" in capsys.readouterr().out
+    assert b"embeddings_train" not in (store.path / "embeddings_train.pt").read_bytes()
 
 
 # resuming

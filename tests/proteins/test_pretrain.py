@@ -195,8 +195,7 @@ def test_killed_at_any_time_it_ends_bit_equal(tmp_path, processes):
         process = processes.Process(target=on_one_thread, args=(config, sequences))
         process.start()
         process.join()
-    one, other = (load_model(str(x.out), head=True).model.state_dict() for x in (killed, whole))
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert killed.out.read_bytes() == whole.out.read_bytes()
     left = {path.name for path in tmp_path.iterdir() if ".tmp" not in path.name}
     assert left == {"killed.pt", "whole.pt"}
 
