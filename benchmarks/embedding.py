@@ -16,6 +16,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,16 +27,18 @@ import torch
 import tyro
 
 from distil_rank.core.records import Record, environment, interval, read_json, write_json
+from distil_rank.core.tables import markdown, with_interval
 from distil_rank.proteins.batching import Window, batches
-from distil_rank.proteins.checkpoints import load_model
+from distil_rank.proteins.checkpoints import load_model, save_model
 from distil_rank.proteins.command_embed import Config as EmbedConfig
 from distil_rank.proteins.command_embed import run as run_embed
 from distil_rank.proteins.esm2 import ESM2
 from distil_rank.proteins.fasta import AMINO_ACIDS, Protein, clean_proteins, read_fasta, write_fasta
 from distil_rank.proteins.pooling import embed_batch
-from distil_rank.proteins.store import PROVENANCE, EmbeddingStore, ShardWriter, shard_path
+from distil_rank.proteins.pretrain import new_model
+from distil_rank.proteins.store import PROVENANCE, EmbeddingStore, new_shard, shard_path
 from distil_rank.proteins.store import SCHEMA as STORE
-from distil_rank.proteins.store_index import IndexWriter
+from distil_rank.proteins.store_index import insert, new_index
 
 SCHEMA = "distil-rank/benchmark-embedding/2"
 LAYERS, WIDTH, HEADS, BATCH_TOKENS = 12, 480, 20, 4096
@@ -58,23 +61,6 @@ def random_proteins(count: int, seed: int, sigma: float = 0.6) -> list[Protein]:
     lengths = np.exp(np.log(270) + sigma * draw.standard_normal(count)).clip(30, 1000).astype(int)
     sequences = ("".join(draw.choice(list(AMINO_ACIDS), n)) for n in lengths)
     return [Protein(f"p{i}", f"p{i}", sequence) for i, sequence in enumerate(sequences)]
-
-
-def write_checkpoint(path: Path, layers: int, width: int, heads: int, seed: int) -> None:
-    """Random weights in fair-esm's format."""
-    from esm.model.esm2 import ESM2 as FairESM2
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = FairESM2(layers, width, heads)
-    sizes = {"encoder_layers": layers, "encoder_embed_dim": width, "encoder_attention_heads": heads}
-    state = {
-        ("encoder." if key.startswith("lm_head") else "encoder.sentence_encoder.") + key: tensor
-        for key, tensor in model.state_dict().items()
-        if not key.startswith("contact_head")
-    }
-    described = argparse.Namespace(**sizes, token_dropout=True)
-    torch.save({"cfg": {"model": described}, "model": state}, path)
 
 
 # the two sides: batches as functions that compute and write, with the residues they hold
@@ -114,7 +100,9 @@ class Classic:
 class Ours:
     """What `distil-rank embed` does with one shard."""
 
-    def __init__(self, checkpoint: Path, fasta: Path, folder: Path, compute: str) -> None:
+    def __init__(
+        self, checkpoint: Path, fasta: Path, folder: Path, compute: str, opened: ExitStack
+    ) -> None:
         self.model: ESM2 = load_model(str(checkpoint), dtype=compute).model
         start = time.perf_counter()
         for _ in range(2):  # the survey before the work, then the work
@@ -123,8 +111,8 @@ class Ours:
         grouped = batches(items, BATCH_TOKENS)
         self.reading = time.perf_counter() - start
         self.sequences = [protein.sequence for protein in proteins]
-        path = folder / f"{compute}.safetensors"
-        self.writer = ShardWriter(path, [LAYERS], len(proteins), WIDTH, torch.float32)
+        shard = new_shard(folder / compute, [LAYERS], len(proteins), WIDTH, torch.float32)
+        self.write = opened.enter_context(shard)
         self.batches = [
             (sum(w.tokens - 2 for w in batch), partial(self._batch, batch)) for batch in grouped
         ]
@@ -132,7 +120,7 @@ class Ours:
     def _batch(self, batch: list[Window]) -> None:
         found = embed_batch(self.model, self.sequences, batch, "mean", (-1,))
         for window, vectors in zip(batch, found):
-            self.writer.write(window.protein, vectors)
+            self.write(window.protein, vectors)
 
 
 def timed(side: Classic | Ours, chunk: int, chunks: int) -> tuple[float, int]:
@@ -148,10 +136,11 @@ def speed(config: Config, folder: Path) -> Record:
     """Ratios over all proteins, with those of the chunks."""
     fasta, checkpoint = folder / "proteins.fasta", folder / "model.pt"
     write_fasta(fasta, random_proteins(config.proteins, config.seed))
-    write_checkpoint(checkpoint, LAYERS, WIDTH, HEADS, config.seed)
+    save_model(new_model(LAYERS, WIDTH, HEADS, config.seed), checkpoint)
     files = (checkpoint, fasta, folder)
     sides: dict[str, Classic | Ours] = {"classic": Classic(*files)}
-    sides |= {compute: Ours(*files, compute) for compute in ("float32", "bfloat16")}
+    opened = ExitStack()
+    sides |= {compute: Ours(*files, compute, opened) for compute in ("float32", "bfloat16")}
     for side in sides.values():
         side.batches[len(side.batches) // 2][1]()  # warm up
     found: dict[str, list[tuple[float, int]]] = {name: [] for name in sides}
@@ -159,6 +148,7 @@ def speed(config: Config, folder: Path) -> Record:
         for i in range(3):
             name = list(sides)[(chunk + i) % 3]
             found[name].append(timed(sides[name], chunk, config.chunks))
+    opened.close()
     rates = {name: [n / s for s, n in parts] for name, parts in found.items()}
     seconds = {name: side.reading + sum(s for s, _ in found[name]) for name, side in sides.items()}
     ratios = {
@@ -184,16 +174,15 @@ def reading(config: Config, folder: Path) -> Record:
     """Microseconds of a random read from a store, by position and by id: median of 20 rounds."""
     store, per = folder / "reading", READ // READ_SHARDS
     store.mkdir()
-    index = IndexWriter(store)
     rows = torch.randn(1, per, READ_WIDTH, generator=torch.Generator().manual_seed(config.seed))
-    for shard in range(READ_SHARDS):
-        writer = ShardWriter(shard_path(store, shard), [0], per, READ_WIDTH, torch.float32)
-        writer.write(0, rows)
-        writer.close()
-        for row in range(per):
-            position = shard * per + row
-            index.add(position, f"p{position}", 100, 1, "", shard, row, "")
-    index.close()
+    with new_index(store) as index:
+        for shard in range(READ_SHARDS):
+            path = shard_path(store, shard)
+            with new_shard(path, [0], per, READ_WIDTH, torch.float32) as write:
+                write(0, rows)
+            for row in range(per):
+                position = shard * per + row
+                insert(index, "protein", position, f"p{position}", 100, 1, "", shard, row, "")
     sizes = {"proteins": READ, "rows": READ, "shards": READ_SHARDS, "dim": READ_WIDTH}
     write_json(store / PROVENANCE, {"schema": STORE, "pool": "mean", "layers": [0], **sizes})
     opened, draw = EmbeddingStore(store), np.random.default_rng(config.seed)
@@ -253,7 +242,7 @@ def peak_of(config: Config, folder: Path, name: str) -> float:
     model, _, count = name.partition(" ")
     layers, width, heads = (2, 32, 4) if model == "small" else (LAYERS, WIDTH, HEADS)
     checkpoint, fasta = folder / f"{name}.pt", folder / f"{name}.fasta"
-    write_checkpoint(checkpoint, layers, width, heads, config.seed)
+    save_model(new_model(layers, width, heads, config.seed), checkpoint)
     if name == "one batch":
         return peak_mib(partial(one_batch, str(checkpoint)))
     longest = [Protein("longest", "longest", "A" * 1000)] * 8
@@ -285,6 +274,22 @@ def main(config: Config) -> None:
             record[part] = measured(config, Path(name)) | {"environment": environment()}
         write_json(config.out, record)
         print(part, {key: x for key, x in record[part].items() if key != "environment"})
+
+
+def table(record: Record) -> str:
+    """Speed against fair-esm's loop, peak memory, random reads."""
+    speed, memory, reading = (record[part] for part in ("speed", "memory", "reading"))
+    rows = [["what", "measured"]]
+    for name, ratio in speed["speedup"].items():
+        what = f"speed of fair-esm's loop in float32 / ours in {name}, {speed['threads']} threads"
+        rows.append([what, f"{with_interval(ratio, '.2f')} x"])
+    rows.append(
+        ["peak memory of ten times the proteins", f"{memory['ten_times_the_proteins']:.2f} x"]
+    )
+    for how in ("position", "id"):
+        read = reading[f"microseconds_by_{how}"]
+        rows.append([f"random read of {reading['features']:,} features by {how}", f"{read:.1f} µs"])
+    return markdown(rows)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks import nano_additive, nano_deeploc
 from benchmarks.nano_data import input_hashes, split
@@ -28,7 +27,6 @@ from distil_rank.core.intervals import bootstrap_counts, percentile_interval
 from distil_rank.core.randomness import generator
 from distil_rank.core.records import (
     ROOT,
-    atomic,
     config_record,
     environment,
     interval,
@@ -210,12 +208,8 @@ def embed(folder: Path) -> None:
     write_fasta(fasta, (protein for protein in split().held_out if len(protein.sequence) <= 1022))
     options: dict[str, Any] = {"store_dtype": "float16", "split": 0.2, "device": "cpu"}
     command_embed.run(command_embed.Config(fasta, "nano-256", store, **options))
-    for name in ("embeddings_train.pt", "embeddings_val.pt"):
-        rows = torch.load(store / name, weights_only=True).clone()
-        with atomic(ROOT / name) as temporary:
-            torch.save(rows, temporary)
-    for name in ("embeddings_train.txt", "embeddings_val.txt"):  # which protein a row is
-        shutil.copy(store / name, ROOT / name)
+    for name in ("train.pt", "val.pt", "train.txt", "val.txt"):  # the text: which protein a row is
+        shutil.copy(store / f"embeddings_{name}", ROOT)
     card = json.loads((store / "embeddings.json").read_text())
     card["source"] = (
         "mean-pooled embeddings of held-out proteins (Pfam domains, Swiss-Prot, DeepLoc)"

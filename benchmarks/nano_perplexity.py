@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from distil_rank.core.intervals import bootstrap_counts, percentile_interval
 from distil_rank.core.randomness import generator
 from distil_rank.core.records import Metric, interval
-from distil_rank.proteins.batching import batches, windows
+from distil_rank.proteins.batching import Window, batches
 from distil_rank.proteins.esm2 import ESM2, tokenise
 from distil_rank.proteins.masked import logits_at, mask
 
@@ -33,11 +33,7 @@ def masked_losses(
     alone: models are compared on the same residues.
     """
     sums, counts = np.zeros(len(sequences)), np.zeros(len(sequences))
-    items = [
-        window
-        for i, sequence in enumerate(sequences)
-        for window in windows(i, min(len(sequence), longest), longest)
-    ]
+    items = [Window(i, 0, min(len(sequence), longest)) for i, sequence in enumerate(sequences)]
     for number, group in enumerate(batches(items, budget=8192)):
         batch = tokenise([sequences[item.protein][: item.stop] for item in group])
         tokens, chosen = mask(batch, generator(seed, "perplexity", number), changed)

@@ -48,8 +48,8 @@ from distil_rank.nested.probe import SCHEMES, RidgePath, one_hot, score_features
 from distil_rank.nested.released import chained
 from distil_rank.nested.report import decided
 from distil_rank.nested.rows import TensorRows, joint_moments
-from distil_rank.proteins.store import PROVENANCE, SCHEMA, ShardWriter, shard_path
-from distil_rank.proteins.store_index import INDEX, IndexWriter
+from distil_rank.proteins.store import PROVENANCE, SCHEMA, new_shard, shard_path
+from distil_rank.proteins.store_index import INDEX, insert, new_index
 from distil_rank.proteins.variants import read_assays
 
 RECORD = "distil-rank/benchmark-nested/1"
@@ -174,17 +174,16 @@ def write_store(folder: Path, width: int, residues: int) -> None:
     write_json(folder / PROVENANCE, provenance)
     draw = generator(width, "store")
     noise = torch.randn(per_shard * PROTEIN, width, generator=draw)
-    index = IndexWriter(folder)
-    for shard in range(shards):
-        count = min(per_shard, proteins - shard * per_shard)
-        writer = ShardWriter(shard_path(folder, shard), [1], count * PROTEIN, width, torch.float32)
-        writer.write(0, noise[None, : count * PROTEIN])
-        writer.close()
-        for i in range(count):
-            position = shard * per_shard + i
-            name = str(position)
-            index.add(position, name, PROTEIN, PROTEIN, name, shard, i * PROTEIN, name)
-    index.close()
+    with new_index(folder) as index:
+        for shard in range(shards):
+            count = min(per_shard, proteins - shard * per_shard)
+            path, rows = shard_path(folder, shard), count * PROTEIN
+            with new_shard(path, [1], rows, width, torch.float32) as write:
+                write(0, noise[None, :rows])
+            for i in range(count):
+                position = shard * per_shard + i
+                place = (PROTEIN, PROTEIN, str(position), shard, i * PROTEIN, str(position))
+                insert(index, "protein", position, str(position), *place)
     assert (folder / INDEX).exists()
 
 

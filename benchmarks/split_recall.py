@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 import benchmarks
 from distil_rank.core.records import ROOT, Record, environment, read_json, sha256, write_json
+from distil_rank.core.tables import markdown
 from distil_rank.proteins.fasta import clean_sequence, read_fasta
 from distil_rank.proteins.splits import EVALUE, by_mmseqs, by_swrd, near, split
 
@@ -91,6 +92,27 @@ def main(only_pairs: bool) -> None:
         share = with_a_relative(small, train, val) / len(val)
         record["random"] = {"proteins": len(small), "n_val": len(val), "share": share}
     write_json(RESULT, record | {"every_pair": by_every_pair(small)})
+
+
+def table(record: Record) -> str:
+    """Held-out proteins with a near relative in training, by a search independent of the split."""
+    pairs = record["every_pair"]
+    head = ["proteins", "clusters", "held out", "with a near relative in training", "share"]
+    more = ["by aligning every pair*", "seconds of the split", "processor seconds", "peak memory"]
+    rows = [[*head, *more]]
+    for found in record["splits"]:
+        counts = [
+            found[k] for k in ("proteins", "clusters", "n_val", "val_with_a_relative_in_train")
+        ]
+        rows.append([*(f"{n:,}" for n in counts), f"{found['share']:.2%}"])
+        alike = found["proteins"] == pairs["proteins"]
+        rows[-1].append(f"{pairs['share']['split']:.2%}" if alike else "")
+        rows[-1] += [f"{found[k]:,.0f}" for k in ("seconds", "processor_seconds")]
+        rows[-1].append(f"{found['peak_megabytes']:,} MB")
+    drawn = record["random"]
+    rows.append([f"{drawn['proteins']:,}, drawn at random", "", f"{drawn['n_val']:,}", ""])
+    rows[-1] += [f"{drawn['share']:.2%}", f"{pairs['share']['random']:.2%}", "", "", ""]
+    return markdown(rows)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from distil_rank.core.errors import InputError
 from distil_rank.core.linear import LowRankLinear
 from distil_rank.core.lowrank import Joint
 from distil_rank.core.randomness import generator
+from distil_rank.proteins.compressed import GROUP, unpacked
 
-GROUP = 64  # columns with one scale, in four bits
 BALANCE = 0.1  # power of an inner feature's variance moved from A to B (measured: 0 to 0.25)
 TINY = torch.finfo(torch.float32).tiny
 SMALLEST = 1e-30  # step in four bits: that of a group of zeros
@@ -141,14 +141,7 @@ class QuantLinear(nn.Module):
         return self.numbers(torch.float32)
 
     def numbers(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        integers, scale = self.packed.to(dtype), self.scale.to(dtype)
-        if self.bits == 8:
-            return integers * scale[:, None]
-        high = (integers / 16).floor()
-        integers = torch.stack([integers - 16 * high, high], -1).flatten(1) - 8
-        return (integers * scale.repeat_interleave(GROUP, 1)[:, : integers.shape[1]])[
-            :, : self.in_features
-        ]
+        return unpacked(self.packed, self.scale, self.in_features, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(input.dtype)

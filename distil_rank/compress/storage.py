@@ -43,13 +43,12 @@ from distil_rank.core.heads import ACTIVATIONS, UnitNorm
 from distil_rank.core.linear import LowRankLinear, PrunedLinear
 from distil_rank.core.narrow import PartGELU
 from distil_rank.core.records import atomic, read_json, require_writable
+from distil_rank.proteins.compressed import DESCRIPTION, SCHEMA, WEIGHTS
 
 MODEL_TYPE = "distil_rank"
-SCHEMA = "distil-rank/compressed/1"
 # what may lie beside an earlier module, and would pass for that of the next one
 STALE = ("certificate.json", "README.md", "report.json", "report.png", "merged", "config.json")
 EXPORTS = ("model.onnx", "model.onnx.data", *TOKENIZER)
-WEIGHTS, DESCRIPTION = "model.safetensors", "compressed.json"
 PARTS: dict[str, type[nn.Module]] = {
     **ACTIVATIONS,
     "linear": nn.Linear,

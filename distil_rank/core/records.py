@@ -94,19 +94,16 @@ def write_json(path: str | Path, record: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: str | Path, schema: str) -> Record:
-    """Read a record of the given schema; InputError where there is none."""
+def read_json(path: str | Path, schema: str | None = None) -> Record:
+    """Read a JSON object, of the given schema if there is one; InputError where there is none."""
+    what = "a JSON object" if schema is None else f"a JSON record of schema {schema}"
     try:
         record = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"a JSON record of schema {schema} required, got {path}: {error}"
-        ) from None
-    if not isinstance(record, dict) or record.get("schema") != schema:
-        found = record.get("schema") if isinstance(record, dict) else type(record).__name__
-        raise InputError(
-            f"a record of schema {schema} required, got {found} in {path}; run it again to renew it"
-        )
+        raise InputError(f"{what} required, got {path}: {error}") from None
+    found = record.get("schema") if isinstance(record, dict) else f"a {type(record).__name__}"
+    if not isinstance(record, dict) or schema not in (None, found):
+        raise InputError(f"{what} required, got {found} in {path}; run it again to renew it")
     return record
 
 
@@ -157,7 +154,7 @@ def require_writable(folder: str | Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # who holds the folder may have cleaned it
     except OSError as error:
         reason = error.strerror or error
         raise InputError(

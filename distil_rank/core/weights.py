@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from distil_rank.core.errors import InputError
 from distil_rank.core.linear import linear
 
-SUFFIXES = (".pt", ".npy", ".npz", ".safetensors")
+SUFFIXES = (".pt", ".bin", ".npy", ".npz", ".safetensors")
 
 
 def read_tensors(path: str | Path, key: str = "X") -> object:
-    """What a .pt, .npy, .npz or .safetensors file holds: a tensor, or a dict of them.
+    """What a file ending in one of `SUFFIXES` holds: a tensor, or a dict of them.
 
     A pickle that is more than tensors is refused, never executed. Of an .npz with several arrays
     only `key` is read.
@@ -27,7 +27,7 @@ def read_tensors(path: str | Path, key: str = "X") -> object:
     if not path.is_file():
         raise InputError(f"an existing file required, got {path}; check the path")
     try:
-        if path.suffix == ".pt":
+        if path.suffix in (".pt", ".bin"):
             return torch.load(path, map_location="cpu", weights_only=True)
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -57,10 +57,10 @@ def read_tensors(path: str | Path, key: str = "X") -> object:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Named tensors of a .pt or .safetensors file; inner dicts ("model", "state_dict") are flat."""
+    """Named tensors of a .pt, .bin or .safetensors file; inner dicts ("model", ...) are flat."""
     path = Path(path)
-    if path.suffix not in (".pt", ".safetensors"):
-        raise InputError(f"a layer in a .pt or .safetensors file required, got {path}")
+    if path.suffix not in (".pt", ".bin", ".safetensors"):
+        raise InputError(f"tensors in a .pt or .safetensors file required, got {path}")
     loaded = read_tensors(path)
     if not isinstance(loaded, dict):
         got = type(loaded).__name__

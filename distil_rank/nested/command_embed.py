@@ -27,7 +27,7 @@ from distil_rank.nested.chain import FILE, NestedChain
 from distil_rank.nested.rows import BATCH, StoreRows
 from distil_rank.nested.sources import chain_models, raw_store
 from distil_rank.proteins.sharding import Shards
-from distil_rank.proteins.store import PROVENANCE, SCHEMA, EmbeddingStore, ShardWriter, shard_path
+from distil_rank.proteins.store import PROVENANCE, SCHEMA, EmbeddingStore, new_shard, shard_path
 from distil_rank.proteins.store_index import INDEX, copy_index
 
 
@@ -120,12 +120,11 @@ def _fill(
         path = shard_path(config.out, shard)
         if path.exists():
             continue
-        writer = ShardWriter(path, [layer], sizes[shard], identity["dim"], dtype)
-        for start in range(0, sizes[shard], BATCH):
-            count = min(BATCH, sizes[shard] - start)
-            raws = {size: rows.read_shard(shard, start, count) for size, rows in stores.items()}
-            writer.write(start, chain.embed(raws, config.dim, config.normalize)[None])
-        writer.close()
+        with new_shard(path, [layer], sizes[shard], identity["dim"], dtype) as write:
+            for start in range(0, sizes[shard], BATCH):
+                count = min(BATCH, sizes[shard] - start)
+                raws = {size: rows.read_shard(shard, start, count) for size, rows in stores.items()}
+                write(start, chain.embed(raws, config.dim, config.normalize)[None])
     group.barrier()
     if group.rank == 0:
         copy_index(

@@ -28,7 +28,7 @@ def family_sources(family: str, upto: str | None) -> dict[str, str]:
     if len(names) < 2:
         got = ", ".join(names)
         raise InputError(f"at least two sizes required, got {got}; go up to a larger one")
-    return {name: sizes[name].name for name in names}
+    return {name: sizes[name] for name in names}
 
 
 def named_sources(models: Sequence[str]) -> dict[str, str]:

@@ -13,13 +13,12 @@ OVERLAP = 0.25  # share of a window that it shares with the next one, at least
 
 @dataclass(frozen=True)
 class Window:
-    """Residues [start, stop) of one protein, in one forward pass; `last` of its windows."""
+    """Residues [start, stop) of one protein, in one forward pass."""
 
     protein: int
     start: int
     stop: int
     blend: Tensor | None = None  # weight of each residue (stop - start,): over all windows 1
-    last: bool = True
 
     @property
     def tokens(self) -> int:
@@ -47,16 +46,9 @@ def windows(protein: int, length: int, limit: int) -> list[Window]:
             ramp = torch.minimum(ramp, rising.flip(0))
         total[start : start + limit] += ramp
         ramps.append(ramp)
-    return [
-        Window(
-            protein,
-            start,
-            start + limit,
-            (ramp / total[start : start + limit]).float(),
-            last=start == starts[-1],
-        )
-        for start, ramp in zip(starts, ramps)
-    ]
+    spans = [(start, start + limit) for start in starts]
+    blends = [(ramp / total[slice(*span)]).float() for span, ramp in zip(spans, ramps)]
+    return [Window(protein, *span, blend) for span, blend in zip(spans, blends)]
 
 
 def batches(items: Sequence[Window], budget: int) -> list[list[Window]]:

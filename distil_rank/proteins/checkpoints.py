@@ -19,47 +19,34 @@ import re
 import sysconfig
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from distil_rank.core.errors import InputError, few
+from distil_rank.core.errors import InputError, few, hub_errors
 from distil_rank.core.linear import LowRankLinear
-from distil_rank.core.records import ROOT, Record, atomic, sha256
+from distil_rank.core.records import ROOT, Record, atomic, read_json, sha256
+from distil_rank.core.weights import read_state_dict, read_tensors
 from distil_rank.proteins import compressed, hugging_face
 from distil_rank.proteins.esm2 import ESM2, frequencies
 
-
-class Member(NamedTuple):
-    """One size of a model family: the name `load_model` takes, features d, number of layers."""
-
-    name: str
-    width: int
-    layers: int
-
-
-FAMILIES: dict[str, dict[str, Member]] = {
+FAMILIES = {  # family -> size -> the name that `load_model` takes
     "esm2": {
-        "8M": Member("esm2_t6_8M_UR50D", 320, 6),
-        "35M": Member("esm2_t12_35M_UR50D", 480, 12),
-        "150M": Member("esm2_t30_150M_UR50D", 640, 30),
-        "650M": Member("esm2_t33_650M_UR50D", 1280, 33),
-        "3B": Member("esm2_t36_3B_UR50D", 2560, 36),
-        "15B": Member("esm2_t48_15B_UR50D", 5120, 48),
+        "8M": "esm2_t6_8M_UR50D",
+        "35M": "esm2_t12_35M_UR50D",
+        "150M": "esm2_t30_150M_UR50D",
+        "650M": "esm2_t33_650M_UR50D",
+        "3B": "esm2_t36_3B_UR50D",
+        "15B": "esm2_t48_15B_UR50D",
     },
-    "nano": {
-        "64": Member("nano-64", 64, 4),
-        "128": Member("nano-128", 128, 4),
-        "256": Member("nano-256", 256, 4),
-    },
+    "nano": {"64": "nano-64", "128": "nano-128", "256": "nano-256"},
 }
 
 # of the checkout, else where an installed wheel puts them
 _INSTALLED = Path(sysconfig.get_path("data"), "share", "distil-rank", "models")
 MODELS = next((x for x in (ROOT / "models", _INSTALLED) if x.is_dir()), ROOT / "models")
 _URL = "https://dl.fbaipublicfiles.com/fair-esm/models/{}.pt"
-_NAMES = {family: [member.name for member in sizes.values()] for family, sizes in FAMILIES.items()}
 # what checkpoints hold beside the parameters: of contact prediction, of pooling for other tasks,
 # positions that rotary models do not learn
 _HARMLESS = re.compile(
@@ -94,36 +81,31 @@ def load_model(
         settings, named, factors = compressed.read(path)
     elif path.is_dir():
         files, config = hugging_face.weight_files(path), path / "config.json"
-        settings = hugging_face.settings(hugging_face.read_json_file(config), config)
-        named = hugging_face.read_weights(files)
+        settings = hugging_face.settings(read_json(config), config)
+        key = hugging_face.fair_esm_key
+        named = [(key(k), x) for file in files for k, x in read_state_dict(file).items()]
     else:
         files = [path]
         settings, named = _read_fair_esm(path)
     with torch.device("meta"):
         model = ESM2(**settings, head=head)
-        _put_factors(model, factors, path)
+        _put_factors(model, factors)
     _fill(model, named, path, device, getattr(torch, dtype))
     label = path.stem if path.suffix == ".pt" else name.rstrip("/").rpartition("/")[2]
     return Loaded(model.eval(), label, _sha256_of(files))
 
 
-def _put_factors(model: ESM2, factors: Mapping[str, Record], path: Path) -> None:
-    """Smaller layers in the place of those that were compressed."""
-    layers = {name: x for name, x in model.named_modules() if isinstance(x, nn.Linear)}
-    for name, shape in factors.items():
-        if _HARMLESS.match(f"{name}.") or (model.lm_head is None and name.startswith("lm_head.")):
-            continue
-        d_in, d_out, rank = shape["d_in"], shape["d_out"], shape.get("rank")
-        dense = layers.get(name)
-        if rank is None:  # dense, of fewer neurons or in few bits; a factor has its shape already
-            if dense is not None:
-                model.set_submodule(name, nn.Linear(d_in, d_out, shape["bias"]))
-            continue
-        if dense is None or (dense.in_features, dense.out_features) != (d_in, d_out):
-            raise InputError(f"a layer {name} of {d_in} to {d_out} required in {path}, got none")
-        bias = torch.empty(d_out) if shape["bias"] else None
-        student = LowRankLinear(torch.empty(rank, d_in), torch.empty(d_out, rank), bias)
-        model.set_submodule(name, student)
+def _put_factors(model: ESM2, factors: Mapping[str, Record]) -> None:
+    """Smaller layers in the place of those that were compressed, as far as the model has them."""
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for name in linear & factors.keys():
+        shape = factors[name]
+        d_in, d_out = shape["d_in"], shape["d_out"]
+        small: nn.Module = nn.Linear(d_in, d_out, shape["bias"])  # of fewer neurons or in few bits
+        if "rank" in shape:
+            A, B = torch.empty(shape["rank"], d_in), torch.empty(d_out, shape["rank"])
+            small = LowRankLinear(A, B, torch.empty(d_out) if shape["bias"] else None)
+        model.set_submodule(name, small)
 
 
 def save_model(model: ESM2, path: str | Path) -> None:
@@ -148,13 +130,14 @@ def save_model(model: ESM2, path: str | Path) -> None:
     for layer in range(model.depth):
         name = f"encoder.sentence_encoder.layers.{layer}.self_attn.rot_emb.inv_freq"
         state[name] = frequencies(model.width // model.heads)
-    with atomic(path) as temporary:
-        torch.save({"cfg": {"model": described}, "model": state}, temporary)
+    # torch.save writes the name of a path, here that of a process, into the file
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        torch.save({"cfg": {"model": described}, "model": state}, file)
 
 
 def locate(name: str) -> Path:
     """Checkpoint file or folder of a model; a known remote one is downloaded."""
-    if name in _NAMES["nano"]:
+    if name in FAMILIES["nano"].values():
         path = MODELS / f"{name}.pt"
         if not path.is_file():
             raise InputError(
@@ -162,7 +145,7 @@ def locate(name: str) -> Path:
                 f" `distil-rank pretrain` or restore {MODELS.name}/"
             )
         return path
-    if name in _NAMES["esm2"]:
+    if name in FAMILIES["esm2"].values():
         return _download(name)
     path = Path(name)
     if name and path.exists():
@@ -170,7 +153,7 @@ def locate(name: str) -> Path:
     remote = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)
     if remote and not name.endswith((".pt", ".safetensors")):
         return _download_hugging_face(name)
-    known = ", ".join(name for names in _NAMES.values() for name in names)
+    known = ", ".join(name for sizes in FAMILIES.values() for name in sizes.values())
     raise InputError(
         f"a model name ({known}), a .pt file or a Hugging Face ESM-2 folder or hub name required,"
         f" got {name}"
@@ -178,42 +161,31 @@ def locate(name: str) -> Path:
 
 
 def _download(name: str) -> Path:
-    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{name}.pt"
+    url, path = _URL.format(name), Path(torch.hub.get_dir()) / "checkpoints" / f"{name}.pt"
     if not path.is_file():
-        try:
+        with hub_errors(f"{path} or its download", f"fetch {url} elsewhere and give the file"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            # under a temporary name, then renamed
-            torch.hub.download_url_to_file(_URL.format(name), str(path))
-        except OSError as error:
-            raise InputError(
-                f"{path} or its download required, got {error}; fetch {_URL.format(name)} elsewhere"
-                " and give the file"
-            ) from error
+            torch.hub.download_url_to_file(url, str(path))  # under a temporary name, then renamed
     return path
 
 
 def _download_hugging_face(name: str) -> Path:
-    import huggingface_hub
+    from huggingface_hub import snapshot_download
 
     wanted = ["config.json", "compressed.json", "model*.safetensors", "*.safetensors.index.json"]
     pickled = ["config.json", "pytorch_model*.bin", "pytorch_model.bin.index.json"]
-    try:
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+    with hub_errors(f"{name} as a local model or on the Hugging Face hub", "check the name"):
+        folder = Path(snapshot_download(name, allow_patterns=wanted))
         if not any(folder.glob("model*.safetensors")):
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=pickled))
+            folder = Path(snapshot_download(name, allow_patterns=pickled))
         return folder
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise InputError(
-            f"a local model or one on the Hugging Face hub required, got {name} ({reason})"
-        ) from error
 
 
 def _read_fair_esm(path: Path) -> tuple[Record, list[tuple[str, Tensor]]]:
     """Architecture and weights of a fair-esm checkpoint."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        data: Any = read_tensors(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            data = torch.load(path, **hugging_face.SAFE)
         found, state = data["cfg"]["model"], data["model"]
         settings = {
             "layers": int(found.encoder_layers),
@@ -223,15 +195,10 @@ def _read_fair_esm(path: Path) -> tuple[Record, list[tuple[str, Tensor]]]:
         }
         prefix = re.compile(r"^(encoder\.sentence_encoder\.|encoder\.)")
         return settings, [(prefix.sub("", key), x.detach()) for key, x in state.items()]
-    except (
-        *(LookupError, AttributeError, TypeError, ValueError),
-        *hugging_face.UNREADABLE,
-    ) as error:
-        reason = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error)
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
         raise InputError(
-            f"a fair-esm ESM-2 checkpoint of plain tensors required, got {path} ({reason[:160]});"
-            " download it again; nothing was unpickled"
-        ) from error
+            f"a fair-esm ESM-2 checkpoint required, got {path} ({error!r:.160}); download it again"
+        ) from None
 
 
 def _fill(
@@ -243,20 +210,21 @@ def _fill(
 ) -> None:
     """Put the tensors in the places of the model's meta parameters, every one of them once."""
     state: dict[str, Tensor] = {}
-    while named:  # popped one by one: never two copies of a large model
+    while named:  # moved one by one: never two copies of a large model
         key, tensor = named.pop()
-        if _HARMLESS.match(key):
+        if _HARMLESS.match(key) or (model.lm_head is None and key.startswith("lm_head.")):
             continue
-        if key in state and not torch.equal(state[key], tensor):
+        if not torch.equal(state.setdefault(key, tensor), tensor):
             raise InputError(f"one value of {key} required in {path}, got two different ones")
-        state[key] = tensor
-    tied = state.pop("lm_head.weight", None)
-    if model.lm_head is None:  # the checkpoint's head is not asked for
-        state = {key: tensor for key, tensor in state.items() if not key.startswith("lm_head.")}
-    elif tied is not None and not torch.equal(tied, state.get("embed_tokens.weight", tied)):
-        raise InputError(f"a head with the embedding's weights required, got others in {path}")
-    expected = {key: x.shape for key, x in model.state_dict().items() if key != "lm_head.weight"}
-    missing, surplus = expected.keys() - state.keys(), state.keys() - expected.keys()
+    if model.lm_head is not None and "embed_tokens.weight" in state:
+        embedding = state["embed_tokens.weight"]
+        if not torch.equal(state.setdefault("lm_head.weight", embedding), embedding):
+            raise InputError(f"a head with the embedding's weights required, got others in {path}")
+    try:
+        missing, surplus = model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:  # its first line names the class
+        shapes = str(error).splitlines()[1].strip()
+        raise InputError(f"parameters of other shapes required in {path}, got {shapes}") from None
     if missing or surplus:
         found = [f"no {few(sorted(missing))}"] if missing else []
         found += [f"also {few(sorted(surplus))}"] if surplus else []
@@ -265,18 +233,13 @@ def _fill(
             f"the parameters of an ESM-2 of {what} required, all and no others,"
             f" got {' and '.join(found)} in {path}"
         )
-    linear = {key for key, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for key, shape in expected.items():
-        tensor = state.pop(key)
-        if tensor.shape != shape:
-            raise InputError(
-                f"{key} of shape {tuple(shape)} required in {path}, got {tuple(tensor.shape)}"
-            )
-        owner, _, name = key.rpartition(".")
-        kept = tensor.to(device=device, dtype=dtype if owner in linear else torch.float32)
-        setattr(model.get_submodule(owner), name, nn.Parameter(kept, requires_grad=False))
+    state.clear()
     if model.lm_head is not None:
         model.lm_head.weight = model.embed_tokens.weight
+    linear = {id(p) for x in model.modules() if isinstance(x, nn.Linear) for p in x.parameters()}
+    for parameter in model.requires_grad_(False).parameters():
+        kind = dtype if id(parameter) in linear else torch.float32
+        parameter.data = parameter.data.to(device=device, dtype=kind)
 
 
 def _sha256_of(files: Iterable[Path]) -> str:

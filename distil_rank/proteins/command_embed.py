@@ -47,11 +47,11 @@ from distil_rank.proteins.store import (
     PROVENANCE,
     SCHEMA,
     EmbeddingStore,
-    ShardWriter,
     is_whole,
+    new_shard,
     shard_path,
 )
-from distil_rank.proteins.store_index import IndexWriter, checksums, counts
+from distil_rank.proteins.store_index import checksums, counts, insert, new_index
 
 # settings that stand in the provenance under their own names
 DECIDING = ("pool", "long", "max_length", "batch_tokens", "shard_residues")
@@ -181,7 +181,7 @@ def _open_store(folder: Path, provenance: Record) -> None:
     _check_folder(folder, provenance)  # again: now nobody else writes
     for path in filter(_left_over, folder.iterdir()):
         if path.name != LOCK:
-            path.unlink()
+            path.unlink(missing_ok=True)  # another process tests whether it may write here
     if not (folder / PROVENANCE).exists():
         write_json(folder / PROVENANCE, provenance)
 
@@ -220,38 +220,36 @@ def _fill(
     from tqdm import tqdm
 
     shards = set(computed[group.rank :: group.world])
-    source = config.shards
-    index = IndexWriter(config.out) if group.rank == 0 else None
-    position = count()
+    source, position = config.shards, count()
     quiet = None if group.rank == 0 else True  # None: a bar on a terminal only
     options = (config.pool, config.layers, config.max_length, config.batch_tokens)
     kind = (model.width, getattr(torch, config.store_dtype))
-    with tqdm(total=provenance["residues"], unit="residue", unit_scale=True, disable=quiet) as bar:
+    with (
+        tqdm(total=provenance["residues"], unit="residue", unit_scale=True, disable=quiet) as bar,
+        new_index(config.out) if group.rank == 0 else nullcontext() as index,
+    ):
         for number, shard in enumerate(source.read()):
             sizes = list(map(source.rows, shard))
             first_rows = [0, *accumulate(sizes)]
             if index is not None:
                 for protein, rows, first in zip(shard, sizes, first_rows):
                     digest = hashlib.sha256(protein.sequence.encode()).hexdigest()
-                    length = len(protein.sequence)
-                    place = (number, first, protein.header)
-                    index.add(next(position), protein.id, length, rows, digest, *place)
+                    named = (protein.id, len(protein.sequence), rows, digest)
+                    insert(index, "protein", next(position), *named, number, first, protein.header)
             if number in shards:
                 sequences = [protein.sequence[: source.seen(protein)] for protein in shard]
                 path = shard_path(config.out, number)
-                writer = ShardWriter(path, provenance["layers"], sum(sizes), *kind)
-                for i, vectors in embed(model, sequences, *options):
-                    writer.write(first_rows[i], vectors)
-                    bar.update(len(sequences[i]) * group.world)
-                writer.close()
-    group.barrier()
-    if index is not None:
-        known = checksums(config.out)  # what stays as it was keeps its checksum
-        for number in range(provenance["shards"]):
-            fresh = number in computed or number not in known
-            path = shard_path(config.out, number)
-            index.add_shard(number, sha256(path) if fresh else known[number])
-        index.close()
+                with new_shard(path, provenance["layers"], sum(sizes), *kind) as write:
+                    for i, vectors in embed(model, sequences, *options):
+                        write(first_rows[i], vectors)
+                        bar.update(len(sequences[i]) * group.world)
+        group.barrier()
+        if index is not None:
+            known = checksums(config.out)  # what stays as it was keeps its checksum
+            for number in range(provenance["shards"]):
+                fresh = number in computed or number not in known
+                digest = sha256(shard_path(config.out, number)) if fresh else known[number]
+                insert(index, "shard", number, digest)
     group.barrier()
 
 

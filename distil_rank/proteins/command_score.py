@@ -47,11 +47,11 @@ class Config:
 
 def run(config: Config) -> None:
     """Write `config.out`. InputError before anything is computed."""
-    reference = read_reference(config.variants.parent).get(config.variants.stem)
-    given = config.variants, None, 0, 1, reference
-    assay = read_assay(*given, fasta=config.wild_type, measured=False)
-    read = [config.variants, config.wild_type or config.variants.with_suffix(".fasta")]
-    if config.out.is_dir() or config.out.resolve() in map(Path.resolve, read):
+    path, fasta = config.variants, config.wild_type
+    told = read_reference(path.parent).get(path.stem)
+    assay = read_assay(path, least=1, reference=told, fasta=fasta, measured=False)
+    read = path.resolve(), (fasta or path.with_suffix(".fasta")).resolve()
+    if config.out.is_dir() or config.out.resolve() in read:
         raise InputError(f"a new file required for --out, got {config.out}; add scores.csv")
     require_writable(config.out.absolute().parent)
     model = load_model(config.model, pick_device(config.device), head=True).model

@@ -1,16 +1,15 @@
-"""Models that `distil-rank compress model` wrote, read without the code that compresses."""
+"""What `distil-rank compress model` writes, and its ESM-2 read without the code that compresses."""
 
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, stack
+import torch
+from torch import Tensor
 
 from distil_rank.core.errors import InputError
 from distil_rank.core.records import Record, read_json
-from distil_rank.proteins import hugging_face
+from distil_rank.core.weights import read_state_dict
+from distil_rank.proteins.hugging_face import fair_esm_key, settings
 
-# of `compress.storage`
 DESCRIPTION, WEIGHTS, SCHEMA = "compressed.json", "model.safetensors", "distil-rank/compressed/1"
 GROUP = 64  # columns with one scale, in four bits
 _SETTINGS = {"layers", "width", "heads", "token_dropout", "eps", "head"}
@@ -31,41 +30,32 @@ def read(folder: Path) -> tuple[Record, list[tuple[str, Tensor]], dict[str, Reco
         del config["head"]
     elif kind == "transformers":
         config.pop("distil_rank_pooler", None)
-        config = hugging_face.settings(config, path)
+        config = settings(config, path)
     else:
         raise InputError(
             f"a compressed ESM-2 required, got a {kind} in {folder}; use distil_rank.load"
         )
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"a readable {WEIGHTS} required in {folder}, got: {error}") from None
+    tensors, factors = read_state_dict(folder / WEIGHTS), description["factors"]
     tensors |= {alias: tensors[name] for alias, name in description["tied"].items()}
-    for name, shape in description["factors"].items():
+    for name, shape in factors.items():
         tensors.pop(f"{name}.inner_mean", None)  # of use to whoever truncates
         if shape["type"] == "linear":
-            _unpack(tensors, name, shape)
-    named = [(_named(key, kind), tensor) for key, tensor in tensors.items()]
-    found = description["factors"]
-    return config, named, {_named(f"{name}.", kind)[:-1]: x for name, x in found.items()}
+            try:
+                parts = tensors.pop(f"{name}.packed"), tensors.pop(f"{name}.scale")
+            except KeyError as key:
+                raise InputError(f"the tensor {key} required in {WEIGHTS}, got none") from None
+            tensors[f"{name}.weight"] = unpacked(*parts, shape["d_in"])
+    named = [(fair_esm_key(key), tensor) for key, tensor in tensors.items()]
+    return config, named, {fair_esm_key(f"{name}.")[:-1]: x for name, x in factors.items()}
 
 
-def _named(key: str, kind: str) -> str:
-    return key if kind == "esm2" else hugging_face.fair_esm_key(key)
-
-
-def _taken(tensors: dict[str, Tensor], name: str) -> Tensor:
-    if name not in tensors:
-        raise InputError(f"the tensor {name} required in {WEIGHTS}, got none; compress it again")
-    return tensors.pop(name)
-
-
-def _unpack(tensors: dict[str, Tensor], name: str, shape: Record) -> None:
-    """Weight (d_out, d_in): bytes times a scale a row, or half bytes a row and GROUP columns."""
-    integers, scale = _taken(tensors, f"{name}.packed"), _taken(tensors, f"{name}.scale").float()
-    if shape["bits"] == 8:
-        tensors[f"{name}.weight"] = integers.float() * scale[:, None]
-        return
-    halves = stack([integers % 16, integers // 16], -1).flatten(1)[:, : shape["d_in"]]
-    scales = scale.repeat_interleave(GROUP, 1)[:, : shape["d_in"]]
-    tensors[f"{name}.weight"] = (halves.float() - 8) * scales
+def unpacked(
+    packed: Tensor, scale: Tensor, d_in: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Weight (d_out, d_in) of bytes and a scale a row, or half bytes and one for GROUP columns."""
+    integers, scale = packed.to(dtype), scale.to(dtype)
+    if packed.dtype == torch.int8:
+        return integers * scale[:, None]
+    high = (integers / 16).floor()
+    integers = torch.stack([integers - 16 * high, high], -1).flatten(1)[:, :d_in] - 8
+    return integers * scale.repeat_interleave(GROUP, 1)[:, :d_in]

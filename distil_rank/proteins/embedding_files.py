@@ -3,14 +3,13 @@
 Formats: .pt, .npy, .npz (key X) and .safetensors.
 """
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from distil_rank.core.errors import InputError
-from distil_rank.core.records import Record, atomic, write_json, write_text
+from distil_rank.core.records import Record, atomic, read_json, write_json, write_text
 from distil_rank.core.weights import read_tensors
 from distil_rank.proteins.splits import Split
 from distil_rank.proteins.store import EmbeddingStore
@@ -34,12 +33,9 @@ def load_matrix(path: str | Path) -> Tensor:
         raise InputError(
             f"floating-point embeddings required in {path}, got {x.dtype}; convert them"
         )
-    shape = tuple(x.shape)
-    if x.ndim != 2:
-        got = f"got shape {shape}; pool residues"
-        raise InputError(f"2 axes (proteins, features) required in {path}, {got}")
-    if len(x) < 2 or x.shape[1] < 1:
-        raise InputError(f"at least 2 rows of 1 feature required in {path}, got shape {shape}")
+    if x.ndim != 2 or len(x) < 2 or x.shape[1] < 1:
+        got = f"got shape {tuple(x.shape)}; pool residues"
+        raise InputError(f"at least 2 rows (proteins, features) required in {path}, {got}")
     if bad := int((~x.isfinite()).any(1).sum()):
         got = f"NaN or infinity in {bad} of {len(x)} rows; remove them"
         raise InputError(f"finite values required in {path}, got {got}")
@@ -56,15 +52,7 @@ def rows_in(x: Tensor, others: Tensor) -> Tensor:
 def provenance(path: str | Path) -> Record:
     """What `embeddings.json` beside a matrix says of it (model, source, ...); empty without one."""
     card = Path(path).parent / "embeddings.json"
-    try:
-        known = json.loads(card.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"a JSON object required in {card}, got {error}; mend it or remove it"
-        ) from None
-    return known if isinstance(known, dict) else {}
+    return read_json(card) if card.exists() else {}
 
 
 def write_split(
@@ -78,8 +66,9 @@ def write_split(
     paths = store.path / "embeddings_train.pt", store.path / "embeddings_val.pt"
     rows, ids = torch.cat(list(store.batches())), store.ids
     for path, positions in zip(paths, plan.parts):
-        with atomic(path) as temporary:
-            torch.save(rows[torch.from_numpy(positions)], temporary)
+        # torch.save writes the name of a path, here that of a process, into the file
+        with atomic(path) as temporary, temporary.open("wb") as file:
+            torch.save(rows[torch.from_numpy(positions)], file)
         write_text(path.with_suffix(".txt"), "".join(f"{ids[i]}\n" for i in positions))
     model = ("model", "weights_sha256", "pool", "layers", "dtype", "compute", "long", "max_length")
     record = {

@@ -24,17 +24,19 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
-from gzip import GzipFile
-from io import TextIOWrapper
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from distil_rank.core.errors import InputError, few
 from distil_rank.core.records import atomic
 
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 ALPHABET = AMINO_ACIDS + "XBUZO"
-_GAP, _UNKNOWN, _FOREIGN = map(re.compile, ("[-.]", "[J*]", f"[^{ALPHABET}]"))
+_FOREIGN = re.compile(f"[^{ALPHABET}]")
+_CHANGES = (  # what is reported, letters, what stands for them
+    ("gaps removed", re.compile("[-.]"), ""),
+    ("J or inner * read as X", re.compile("[J*]"), "X"),
+)
 _REMEDY = "give a FASTA file (lines `>id description`, then the sequence), plain or gzip"
 
 
@@ -74,17 +76,13 @@ def _kept(pipe: str) -> Any:
     return file
 
 
-def _opened(path: Path) -> IO[bytes]:
-    with path.open("rb") as probe:
-        zipped = probe.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rb") if zipped else path.open("rb")  # type: ignore[return-value]
-
-
 def _records(path: Path) -> Iterator[Protein]:
     header: str | None = None
     lines: list[str] = []
     try:
-        with TextIOWrapper(_opened(path), encoding="utf-8-sig") as text:  # every line end is \n
+        with path.open("rb") as probe:
+            opened: Any = gzip.open if probe.read(2) == b"\x1f\x8b" else open
+        with opened(path, "rt", encoding="utf-8-sig") as text:  # every line end is \n
             for line in text:
                 if "\0" in line:
                     raise InputError(f"required a FASTA text, but {path} holds binary data")
@@ -115,24 +113,8 @@ def _record(header: str, lines: list[str]) -> Protein:
 
 def clean_sequence(sequence: str) -> str:
     """The residues a model sees, by the table above; InputError where none are left."""
-    clean, _, foreign = _clean(sequence)
-    if not (clean or foreign):
-        raise InputError("required at least one residue, got an empty sequence; remove it")
-    if foreign:
-        got = " ".join(sorted(foreign))
-        raise InputError(
-            f"required letters of {ALPHABET} (or J * - .), got {got}; correct the sequence"
-        )
-    return clean
-
-
-def _clean(sequence: str) -> tuple[str, Counter[str], set[str]]:
-    """Cleaned sequence, how often each reported change was made, and meaningless letters."""
-    letters = "".join(sequence.split()).upper().removesuffix("*")
-    changes: Counter[str] = Counter()
-    letters, changes["gaps removed"] = _GAP.subn("", letters)
-    letters, changes["J or inner * read as X"] = _UNKNOWN.subn("X", letters)
-    return letters, +changes, set(_FOREIGN.findall(letters))
+    (protein,) = clean_proteins([Protein(sequence[:20], "", sequence)], lambda _: None)
+    return protein.sequence
 
 
 def clean_proteins(proteins: Iterable[Protein], warn: Callable[[str], None]) -> Iterator[Protein]:
@@ -147,13 +129,15 @@ def clean_proteins(proteins: Iterable[Protein], warn: Callable[[str], None]) -> 
     foreign: list[str] = []
     empty: list[str] = []
     for position, protein in enumerate(proteins, start=1):
-        sequence, counts, letters = _clean(protein.sequence)
         name = protein.id or f"(record {position}, no id)"
-        changes += counts
-        for kind in counts:
-            changed.setdefault(kind, []).append(name)
-        if letters:
-            foreign.append(f"{name} ({''.join(sorted(letters))})")
+        sequence = "".join(protein.sequence.split()).upper().removesuffix("*")
+        for kind, letters, instead in _CHANGES:
+            sequence, count = letters.subn(instead, sequence)
+            if count:
+                changes[kind] += count
+                changed.setdefault(kind, []).append(name)
+        if unknown := set(_FOREIGN.findall(sequence)):
+            foreign.append(f"{name} ({''.join(sorted(unknown))})")
         elif not sequence:
             empty.append(name)
         yield replace(protein, sequence=sequence)
@@ -177,7 +161,7 @@ def write_fasta(path: str | Path, proteins: Iterable[Protein], width: int = 60) 
     with (
         atomic(path) as temporary,
         temporary.open("wb") as raw,
-        GzipFile("", "wb", fileobj=raw, mtime=0) if zipped else nullcontext(raw) as file,
+        gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if zipped else nullcontext(raw) as file,
     ):
         for protein in proteins:
             sequence = protein.sequence

@@ -4,25 +4,14 @@ A setting that this reader neither reads nor knows to be harmless is an error: i
 the model computes.
 """
 
-import json
-import pickle
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
-
 from distil_rank.core.errors import InputError
-from distil_rank.core.records import Record
+from distil_rank.core.records import Record, read_json
 from distil_rank.proteins.esm2 import MASK, PAD, TOKENS
 
-# of torch.load: plain containers and tensors only, and what it raises on damaged files
-SAFE: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
-UNREADABLE = (OSError, pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile)
 # what ESM-2 is, and of that what transformers takes for granted where it is not said
 _GRANTED: dict[str, Any] = {
     "hidden_act": "gelu",
@@ -103,7 +92,7 @@ def weight_files(folder: Path) -> list[Path]:
         whole = "pytorch_model.bin"
     index, names = folder / f"{whole}.index.json", [whole]
     if index.is_file():
-        names = sorted(set(read_json_file(index).get("weight_map", {}).values()))
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
         if not names or any(Path(name).name != name for name in names):
             raise InputError(
                 f"plain shard names required in {index}, got {names}; download the model again"
@@ -117,39 +106,11 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def read_weights(files: list[Path]) -> list[tuple[str, Tensor]]:
-    """Tensors of all files by fair-esm's names."""
-
-    def read(file: Path) -> dict[str, Tensor]:
-        return load_file(file) if file.suffix == ".safetensors" else torch.load(file, **SAFE)
-
-    try:
-        return [(fair_esm_key(key), x) for file in files for key, x in read(file).items()]
-    except (SafetensorError, AttributeError, *UNREADABLE) as error:
-        raise InputError(
-            f"whole weights of plain tensors required in {files[0].parent}, got {error}; download"
-            " them again; nothing was unpickled"
-        ) from error
-
-
 def fair_esm_key(key: str) -> str:
-    """transformers' parameter name -> fair-esm's."""
+    """transformers' parameter name -> fair-esm's, which stays as it is."""
     key = key.removeprefix("esm.")
     # as transformers 5 writes layer norms
     key = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key))
     for theirs, ours in _NAMES.items():
         key = re.sub(rf"(^|\.){re.escape(theirs)}\.", rf"\g<1>{ours}.", key)
     return key
-
-
-def read_json_file(path: Path) -> Record:
-    """A JSON object; InputError where there is none."""
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"readable JSON required, got {path} ({error}); download the model again"
-        ) from error
-    if not isinstance(record, dict):
-        raise InputError(f"a JSON object required in {path}, got a {type(record).__name__}")
-    return record

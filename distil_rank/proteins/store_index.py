@@ -3,7 +3,8 @@
 import os
 import shutil
 import sqlite3
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from distil_rank.core.records import atomic, sha256
@@ -40,41 +41,32 @@ def copy_index(source: Path, folder: Path, shards: list[Path]) -> None:
     """The index of `source` for other shards of the same proteins."""
     with atomic(folder / INDEX) as temporary:
         shutil.copyfile(source / INDEX, temporary)
-        rows = [(number, sha256(path)) for number, path in enumerate(shards)]
         with closing(sqlite3.connect(temporary)) as index, index:
             index.execute("PRAGMA journal_mode = OFF")
-            index.executemany("REPLACE INTO shard VALUES (?, ?)", rows)
+            for number, path in enumerate(shards):
+                insert(index, "shard", number, sha256(path))
 
 
-class IndexWriter:
-    """Write the index protein by protein; it gets its name when everything is in it."""
-
-    def __init__(self, folder: Path) -> None:
-        self._stack = ExitStack()
-        self._temporary = self._stack.enter_context(atomic(folder / INDEX))
-        self._database = sqlite3.connect(self._temporary)
-        # a crash leaves a temporary file that nobody reads: no journal needed
-        self._database.executescript(
-            "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -8000;"
-            " CREATE TABLE protein (position INTEGER PRIMARY KEY, id TEXT NOT NULL,"
-            " length INTEGER NOT NULL, rows INTEGER NOT NULL, sha256 TEXT NOT NULL,"
-            " shard INTEGER NOT NULL, first_row INTEGER NOT NULL, header TEXT NOT NULL);"
-            " CREATE TABLE shard (number INTEGER PRIMARY KEY, sha256 TEXT NOT NULL)"
-        )
-
-    def add(self, *entry: int | str) -> None:
-        """position, id, length, rows, sha256, shard, first row, header."""
-        self._database.execute("INSERT INTO protein VALUES (?, ?, ?, ?, ?, ?, ?, ?)", entry)
-
-    def add_shard(self, number: int, digest: str) -> None:
-        """The checksum of a shard's file."""
-        self._database.execute("INSERT INTO shard VALUES (?, ?)", (number, digest))
-
-    def close(self) -> None:
-        """The index is on disk before it gets its name."""
-        self._database.execute("CREATE INDEX protein_id ON protein (id)")
-        self._database.commit()
-        self._database.close()
-        with self._temporary.open("rb") as file:
+@contextmanager
+def new_index(folder: Path) -> Iterator[sqlite3.Connection]:
+    """An index to `insert` into; it gets its name when the block ends and everything is on disk."""
+    with atomic(folder / INDEX) as temporary:
+        with closing(sqlite3.connect(temporary)) as index:
+            # a crash leaves a temporary file that nobody reads: no journal needed
+            index.executescript(
+                "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -8000;"
+                " CREATE TABLE protein (position INTEGER PRIMARY KEY, id TEXT NOT NULL,"
+                " length INTEGER NOT NULL, rows INTEGER NOT NULL, sha256 TEXT NOT NULL,"
+                " shard INTEGER NOT NULL, first_row INTEGER NOT NULL, header TEXT NOT NULL);"
+                " CREATE TABLE shard (number INTEGER PRIMARY KEY, sha256 TEXT NOT NULL)"
+            )
+            yield index
+            index.execute("CREATE INDEX protein_id ON protein (id)")
+            index.commit()
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        self._stack.close()
+
+
+def insert(index: sqlite3.Connection, table: str, *entry: int | str) -> None:
+    """A protein (position, id, length, rows, sha256, shard, first row, header) or a shard."""
+    index.execute(f"REPLACE INTO {table} VALUES ({', '.join('?' * len(entry))})", entry)

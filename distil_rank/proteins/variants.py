@@ -9,6 +9,7 @@ ProteinGym: `mutant`, `DMS_score`, and what it has of `mutated_sequence` and of 
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,40 +90,38 @@ def read_assay(
         required = "columns mutant and score, or DMS_score," if measured else "a column mutant"
         raise InputError(f"{required} required, got {got} in {path.name}")
     wild_type = _wild_type(path, fasta, rows[0], reference)
-    mutants = [row["mutant"] or "" for row in rows]
-    fold_columns = {match[1]: match[0] for match in map(FOLD.fullmatch, rows[0]) if match}
-    numbers: dict[str, list[int]] = {scheme: [] for scheme in fold_columns}
-    changed, scores = [], []
+    schemes = {match[1]: match[0] for match in map(FOLD.fullmatch, rows[0]) if match}
+    read = []
     for number, row in enumerate(rows, start=2):
         where = f"{path.name}, line {number}"
-        changed.append(mutate(wild_type, row["mutant"] or "", where))
-        scores.append(_number(row[measure], "score", where) if measured else float("nan"))
-        if row.get("mutated_sequence", changed[-1][0]) != changed[-1][0]:
+        sequence, positions = mutate(wild_type, row["mutant"], where)
+        if row.get("mutated_sequence", sequence) != sequence:
             required = f"the wild type with {row['mutant']} required as mutated_sequence"
             raise InputError(f"{required}, got another sequence in {where}; check the wild type")
-        for scheme, column in fold_columns.items():
-            numbers[scheme].append(int(_number(row[column], "fold", where)))
-    repeated = len(mutants) - len(set(mutants))
-    if repeated and measured:
-        twice = next(mutant for i, mutant in enumerate(mutants) if mutant in mutants[:i])
-        got = f"{repeated} repeated in {path.name} ({twice}, ...); average them"
+        score = _number(row[measure], "score", where) if measured else float("nan")
+        folds = [int(_number(row[column], "fold", where)) for column in schemes.values()]
+        read.append((row["mutant"], sequence, positions, score, folds))
+    ((twice, count),) = Counter(row["mutant"] for row in rows).most_common(1)
+    if count > 1 and measured:
+        got = f"{twice} {count} times in {path.name}; average them"
         raise InputError(f"each mutant once required, got {got}")
-    if len(mutants) < least:
-        got = f"{len(mutants)} in {path.name}; leave the assay out"
+    if len(read) < least:
+        got = f"{len(read)} in {path.name}; leave the assay out"
         raise InputError(f"at least {least} mutants required, got {got}")
-    keep = list(range(len(mutants)))
-    if limit is not None and limit < len(mutants):
-        drawn = torch.randperm(len(mutants), generator=generator(seed, "mutants", path.stem))
+    keep = list(range(len(read)))
+    if limit is not None and limit < len(read):
+        drawn = torch.randperm(len(read), generator=generator(seed, "mutants", path.stem))
         keep = sorted(drawn[:limit].tolist())
+    mutants, sequences, changed, scores, numbers = map(list, zip(*(read[i] for i in keep)))
     return Assay(
         name=path.stem,
         wild_type=wild_type,
-        mutants=[mutants[i] for i in keep],
-        sequences=[changed[i][0] for i in keep],
-        positions=[changed[i][1] for i in keep],
-        scores=torch.tensor([scores[i] for i in keep], dtype=torch.float64),
-        measured=len(mutants),
-        folds={scheme: torch.tensor(found)[keep] for scheme, found in numbers.items()},
+        mutants=mutants,
+        sequences=sequences,
+        positions=changed,
+        scores=torch.tensor(scores, dtype=torch.float64),
+        measured=len(read),
+        folds=dict(zip(schemes, torch.tensor(numbers).T)),
         protein=reference.get("UniProt_ID", ""),
         function=reference.get("coarse_selection_type", ""),
     )
@@ -131,7 +130,7 @@ def read_assay(
 def _rows(path: Path) -> list[dict[str, str]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            rows = list(csv.DictReader(file, restval=""))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"a readable CSV required, got {path}: {error}") from None
     if any(None in row for row in rows):
@@ -149,7 +148,7 @@ def _wild_type(
             return clean_sequence(reference["target_seq"])
         if first.get("mutated_sequence"):
             undone = list(first["mutated_sequence"])
-            for match in MUTATION.finditer(first["mutant"] or ""):
+            for match in MUTATION.finditer(first["mutant"]):
                 undone[int(match[2]) - 1 : int(match[2])] = match[1]
             return clean_sequence("".join(undone))
         raise InputError(
@@ -162,9 +161,9 @@ def _wild_type(
     return clean_sequence(records[0].sequence)
 
 
-def _number(text: str | None, what: str, where: str) -> float:
+def _number(text: str, what: str, where: str) -> float:
     try:
-        number = float(text or "")
+        number = float(text)
     except ValueError:
         number = float("nan")
     if not np.isfinite(number):

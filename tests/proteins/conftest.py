@@ -1,3 +1,5 @@
+import multiprocessing
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,16 +52,33 @@ def whole(config, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def residues(config, tmp_path_factory) -> Path:
+    """A store of the residues of the same proteins, in two layers."""
+    out = tmp_path_factory.mktemp("residues") / "store"
+    run(replace(config, out=out, pool="residues", layers=(1, -1)))
+    return out
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Starts processes that have imported everything and computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    modules = [f"tests.proteins.{name}" for name in ("test_embed_resumes", "test_pretrain")]
+    context.set_forkserver_preload(["torch._dynamo", *modules])  # which optimizers import
+    first = context.Process(target=time.sleep, args=(0,))
+    first.start()
+    first.join()
+    return context
+
+
 @pytest.fixture
 def untouched_global_state():
     """Nothing in the package draws from the global generator or changes threads or precision."""
 
     def state():
-        return (
-            torch.get_num_threads(),
-            torch.get_float32_matmul_precision(),
-            torch.is_grad_enabled(),
-        )
+        precision = torch.get_float32_matmul_precision()
+        return torch.get_num_threads(), precision, torch.is_grad_enabled()
 
     random, before = torch.get_rng_state(), state()
     yield

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distil_rank.proteins.fasta import Protein, write_fasta
+from distil_rank.proteins.esm2 import MASK, tokenise
+from distil_rank.proteins.fasta import AMINO_ACIDS, Protein, write_fasta
 
 
 def fair_esm_model(layers: int, width: int, heads: int, seed: int = 0):
@@ -45,15 +46,14 @@ def save_fair_esm(model, path: Path) -> None:
         token_dropout=model.token_dropout,
         arch="roberta_large",
     )
-    torch.save(
-        {
-            "args": None,
-            "cfg": {"_name": None, "model": settings},
-            "model": state,
-            "extra_state": {"epoch": 1},
-        },
-        path,
-    )
+    described = {"args": None, "cfg": {"_name": None, "model": settings}}
+    torch.save({**described, "model": state, "extra_state": {"epoch": 1}}, path)
+
+
+def read_fair_esm(path: Path) -> dict:
+    """What is in such a file."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, weights_only=True)
 
 
 @torch.no_grad()
@@ -80,6 +80,18 @@ def blended(model, sequence: str, spans: list[tuple[int, int]], ramp: int) -> Te
             total[start + i] += w * rows[i]
             weight[start + i] += w
     return total / weight[:, None]
+
+
+@torch.no_grad()
+def log_odds(model, sequence: str, position: int, masked: bool, window=slice(None)) -> Tensor:
+    """log p - log p(wild type) (20,) at one position, from the tokens in the window around it."""
+    (tokens,) = tokenise([sequence])
+    place = position + 1 - (window.start or 0)
+    seen = tokens[window].clone()
+    if masked:
+        seen[place] = MASK
+    logs = model(seen[None]).logits[0, place].log_softmax(-1).double()
+    return logs[tokenise([AMINO_ACIDS])[0, 1:-1]] - logs[tokens[position + 1]]
 
 
 def random_sequence(random: random.Random, length: int) -> str:

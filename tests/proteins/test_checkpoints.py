@@ -1,4 +1,3 @@
-import argparse
 import json
 import os
 import pickle
@@ -16,7 +15,8 @@ from distil_rank.core.errors import InputError
 from distil_rank.core.records import ROOT, sha256
 from distil_rank.proteins import checkpoints
 from distil_rank.proteins.checkpoints import FAMILIES, load_model
-from distil_rank.proteins.esm2 import tokenise
+from distil_rank.proteins.esm2 import PAD, tokenise
+from tests.compress.small_models import small_model
 from tests.proteins import reference
 from tests.proteins.test_esm2 import distance
 
@@ -31,19 +31,15 @@ def test_the_table_names_the_esm2_models_of_fair_esm():
     import esm
 
     theirs = {name for name in dir(esm.pretrained) if name.startswith("esm2_")}
-    assert {member.name for member in FAMILIES["esm2"].values()} == theirs
-    for size, member in FAMILIES["esm2"].items():
-        assert f"_t{member.layers}_{size}_" in member.name
+    assert set(FAMILIES["esm2"].values()) == theirs
+    assert all(f"_{size}_" in name for size, name in FAMILIES["esm2"].items())
 
 
 def test_fair_esm_checkpoint_gives_what_fair_esm_reads_from_it(checkpoint):
     import esm
 
-    with (
-        torch.serialization.safe_globals([argparse.Namespace]),
-        warnings.catch_warnings(action="ignore"),
-    ):
-        data = torch.load(checkpoint, weights_only=True)
+    data = reference.read_fair_esm(checkpoint)
+    with warnings.catch_warnings(action="ignore"):
         theirs, _ = esm.pretrained.load_model_and_alphabet_core("esm2_tiny", data)
     loaded = load_model(str(checkpoint), head=True)
     assert (loaded.name, loaded.sha256) == ("tiny", sha256(checkpoint))
@@ -70,48 +66,25 @@ def test_a_name_of_fair_esm_is_downloaded_once(checkpoint, tmp_path, monkeypatch
 @pytest.fixture(scope="module")
 def hugging_face(tmp_path_factory) -> Path:
     """A small random transformers.EsmForMaskedLM, saved as transformers saves it."""
-    import transformers
-
-    config = transformers.EsmConfig(
-        vocab_size=33,
-        hidden_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=192,
-        pad_token_id=1,
-        mask_token_id=32,
-        position_embedding_type="rotary",
-        token_dropout=True,
-        layer_norm_eps=1e-5,
-        emb_layer_norm_before=False,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = transformers.EsmForMaskedLM(config)
-        for parameter in model.parameters():
-            parameter.data += 0.05 * torch.randn_like(parameter)
+    model, draw = small_model("EsmForMaskedLM", 48, 3), torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter += 0.05 * torch.randn(parameter.shape, generator=draw)
     folder = tmp_path_factory.mktemp("hf") / "esm2_tiny"
     model.save_pretrained(folder)
     return folder
 
 
-def transformers_outputs(folder):
+def test_hugging_face_folder_gives_what_transformers_computes(hugging_face):
     import transformers
 
-    model = transformers.EsmForMaskedLM.from_pretrained(folder).eval()
-    tokens = tokenise(PROTEINS)
+    theirs = transformers.EsmForMaskedLM.from_pretrained(hugging_face).eval()
+    loaded, tokens = load_model(str(hugging_face), head=True), tokenise(PROTEINS)
+    real = tokens != PAD
     with torch.no_grad():
-        found = model(tokens, attention_mask=tokens.ne(1), output_hidden_states=True)
-    return found.hidden_states[-1], found.logits
-
-
-def test_hugging_face_folder_gives_what_transformers_computes(hugging_face):
-    loaded = load_model(str(hugging_face), head=True)
-    (hidden, logits), real = transformers_outputs(hugging_face), tokenise(PROTEINS) != 1
-    with torch.no_grad():
-        ours = loaded.model(tokenise(PROTEINS))
-    assert distance(ours.hidden[0][real], hidden[real]) < 1e-5
-    assert distance(ours.logits[real], logits[real]) < 1e-5
+        expected = theirs(tokens, attention_mask=real, output_hidden_states=True)
+        (hidden,), logits = loaded.model(tokens)
+    assert distance(hidden[real], expected.hidden_states[-1][real]) < 1e-5
+    assert distance(logits[real], expected.logits[real]) < 1e-5
     assert (loaded.name, loaded.sha256) == ("esm2_tiny", sha256(hugging_face / "model.safetensors"))
 
 
@@ -202,7 +175,7 @@ def test_a_pickle_is_never_executed(hugging_face, tmp_path, place):
     assert not trap.exists()
 
 
-def test_damaged_checkpoints_are_one_sentence(fair_esm, checkpoint, tmp_path):
+def test_damaged_checkpoints_are_one_sentence(checkpoint, tmp_path):
     whole = checkpoint.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"not a model\n" * 99):
         (tmp_path / "damaged.pt").write_bytes(content)
@@ -211,21 +184,13 @@ def test_damaged_checkpoints_are_one_sentence(fair_esm, checkpoint, tmp_path):
     torch.save({"weights": torch.ones(3)}, tmp_path / "other.pt")
     with pytest.raises(InputError, match="fair-esm ESM-2 checkpoint"):
         load_model(str(tmp_path / "other.pt"))
-    partial = reference.fair_esm_model(3, 48, 4)
-    partial.layers = partial.layers[:2]
-    reference.save_fair_esm(partial, tmp_path / "partial.pt")
-    with pytest.raises(InputError, match=r"got no layers\.2\.fc1\.bias.*, and 11 more"):
-        load_model(str(tmp_path / "partial.pt"))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model_type": "bert"}, "an ESM-2 model required, with model_type 'esm', got 'bert'"),
-        ({"position_embedding_type": "absolute"}, "an ESM-2 model required"),
-        ({"hidden_act": "relu"}, "hidden_act 'gelu', got 'relu'"),
         ({"rope_theta": 500.0}, "rope_theta"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
         ({"pad_token_id": None}, "pad_token_id 1"),
         ({"intermediate_size": 100}, "intermediate_size 192 required"),
         ({"num_hidden_layers": 2}, r"2 layers required, all and no others, got also layers\.2\."),
@@ -250,14 +215,13 @@ def test_settings_of_other_models_are_refused(hugging_face, tmp_path, change, me
         ({"layers.1.fc1.weight": None}, r"got no layers\.1\.fc1\.weight in"),
         ({"layers.1.self_attn.gate": torch.ones(4)}, r"got also layers\.1\.self_attn\.gate in"),
         ({"emb_layer_norm_before.weight": torch.ones(48)}, "also emb_layer_norm_before"),
-        ({"layers.1.fc1.bias": torch.ones(7)}, r"layers\.1\.fc1\.bias of shape \(192,\)"),
+        ({"layers.1.fc1.bias": torch.ones(7)}, r"mismatch for layers\.1\.fc1\.bias.*\[7\]"),
         ({"encoder.layers.0.fc1.bias": torch.ones(192)}, "two different"),
     ],
     ids=["missing", "surplus", "ESM-1b", "shape", "twice"],
 )
 def test_every_parameter_is_read_once(checkpoint, tmp_path, change, message, head):
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        data = torch.load(checkpoint, weights_only=True)
+    data = reference.read_fair_esm(checkpoint)
     for key, tensor in change.items():
         key = key if key.startswith("encoder") else f"encoder.sentence_encoder.{key}"
         data["model"].pop(key, None)
@@ -274,8 +238,7 @@ def test_a_head_is_required_where_it_is_asked_for(hugging_face, checkpoint, tmp_
     transformers.EsmModel.from_pretrained(hugging_face).save_pretrained(tmp_path / "base")
     with pytest.raises(InputError, match=r"3 layers and a head required.*no lm_head\.bias"):
         load_model(str(tmp_path / "base"), head=True)
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        data = torch.load(checkpoint, weights_only=True)
+    data = reference.read_fair_esm(checkpoint)
     data["model"]["encoder.lm_head.weight"] = torch.zeros(33, 48)
     torch.save(data, tmp_path / "untied.pt")
     with pytest.raises(InputError, match="a head with the embedding's weights required"):

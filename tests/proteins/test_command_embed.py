@@ -1,6 +1,4 @@
 import random
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from distil_rank.__main__ import main
 from distil_rank.core.devices import Group
 from distil_rank.core.errors import InputError
-from distil_rank.core.records import ROOT
 from distil_rank.proteins import command_embed
 from distil_rank.proteins.batching import windows
 from distil_rank.proteins.command_embed import run
@@ -116,6 +114,7 @@ def test_split_writes_what_main_py_reads_and_cuts_no_family(config, families, tm
     assert (known["source"], known["n_val"]) == ("families.fasta", len(x_val))
     assert (known["model"], known["split"]["method"]) == ("tiny", "pyswrd")
     assert f"main.py --train {store.path}/embeddings_train.pt" in capsys.readouterr().out
+    assert b"embeddings_train" not in (store.path / "embeddings_train.pt").read_bytes()
 
 
 # resuming
@@ -161,16 +160,13 @@ def test_another_configuration_in_the_same_store_is_refused(config, whole, tmp_p
 # the command
 
 
-def test_bad_input_is_one_line_and_status_2(config, tmp_path):
-    arguments = [tmp_path / "none.fasta", "--model", config.model, "--out", tmp_path / "out"]
-    command = [sys.executable, "-m", "distil_rank", "embed", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert (
-        done.stderr.startswith("distil-rank embed: error: required a FASTA file")
-        and done.stderr.count("\n") == 1
-    )
-    assert list(tmp_path.iterdir()) == []
+def test_bad_input_is_one_line_and_status_2(config, tmp_path, capsys):
+    fasta, out = str(tmp_path / "none.fasta"), str(tmp_path / "out")
+    with pytest.raises(SystemExit, match="2"):
+        main(["embed", fasta, "--model", config.model, "--out", out])
+    printed, said = capsys.readouterr()
+    assert printed == "" and said.startswith("distil-rank embed: error: required a FASTA file")
+    assert said.count("\n") == 1 and list(tmp_path.iterdir()) == []
 
 
 def test_bad_settings_are_refused_before_anything_is_written(config, tmp_path):

@@ -1,12 +1,10 @@
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from distil_rank.core.errors import InputError
-from distil_rank.proteins import command_embed
-from distil_rank.proteins.command_export import Config, run
+from distil_rank.proteins.command_export import PACKAGES, Config, run
 from distil_rank.proteins.embedding_files import load_matrix
 from distil_rank.proteins.store import EmbeddingStore
 
@@ -23,16 +21,13 @@ def read(path):
     return np.array(table["vector"].to_pylist(), np.float32), table["id"].to_pylist()
 
 
-PACKAGES = {".npz": "numpy", ".h5": "h5py", ".parquet": "pyarrow"}
-
-
 @pytest.mark.parametrize("suffix", PACKAGES)
 @pytest.mark.parametrize("pool", ["mean", "residues"])
-def test_every_vector_beside_the_id_of_its_protein(config, tmp_path, suffix, pool):
+def test_every_vector_beside_the_id_of_its_protein(whole, residues, tmp_path, suffix, pool):
     pytest.importorskip(PACKAGES[suffix])
-    command_embed.run(replace(config, out=tmp_path / "store", pool=pool, layers=(1, -1)))
-    store = EmbeddingStore(tmp_path / "store", 1)
-    run(Config(store.path, tmp_path / f"x{suffix}", 1))
+    path, layer = (residues, 1) if pool == "residues" else (whole, None)
+    store = EmbeddingStore(path, layer)
+    run(Config(path, tmp_path / f"x{suffix}", layer))
     x, ids = read(tmp_path / f"x{suffix}")
     assert np.array_equal(x, store.to_numpy()) and x.shape == (store.rows, store.dim)
     assert ids == [i for i, v in zip(store.ids, store) for _ in range(v.reshape(-1, 48).shape[0])]

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import distil_rank
-from distil_rank.compress import quantise, storage
+from distil_rank.compress import storage
 from distil_rank.compress.architectures import describe
 from distil_rank.compress.models import compress_model
 from distil_rank.compress.quantise import on_integers, quantise_model
@@ -39,12 +39,6 @@ def small(tmp_path_factory):
     return folder, made("nano-64", None, folder)
 
 
-def test_the_files_are_those_that_compression_writes():
-    theirs = (storage.DESCRIPTION, storage.WEIGHTS, storage.SCHEMA, quantise.GROUP)
-    ours = (compressed.DESCRIPTION, compressed.WEIGHTS, compressed.SCHEMA, compressed.GROUP)
-    assert theirs == ours
-
-
 @pytest.mark.parametrize(
     ("kind", "bits"), [("esm2", 8), ("esm2", 4), ("EsmForMaskedLM", None), ("EsmModel", 8)]
 )
@@ -72,12 +66,6 @@ def test_it_embeds_by_function_and_by_command(small, tmp_path):
     assert torch.equal(store[:], found) and store.provenance["model"] == "small"
 
 
-def test_the_linear_layers_may_be_of_another_dtype(small):
-    model = load_model(str(small[0]), dtype="bfloat16").model
-    kinds = {p.dtype for p in model.layers[0].fc1.parameters()}
-    assert kinds == {torch.bfloat16} and model.embed_tokens.weight.dtype == torch.float32
-
-
 def first_factor(description):
     return next(iter(description["factors"]))
 
@@ -90,9 +78,9 @@ def first_factor(description):
         (lambda d, t: d["config"].update(layers=3), r"layers\.3\.|of 3 layers"),
         (lambda d, t: d["config"].update(rope_theta=1.0), "wrong are: rope_theta"),
         (lambda d, t: d["config"].pop("eps"), "wrong are: eps"),
-        (lambda d, t: d["factors"][first_factor(d)].update(d_in=9), "of 9 to 64 required"),
-        (lambda d, t: d["factors"][first_factor(d)].update(rank=1), "of shape"),
-        (lambda d, t: d["factors"][first_factor(d)].update(type="linear"), r"\.packed required"),
+        (lambda d, t: d["factors"][first_factor(d)].update(d_in=9), "size mismatch"),
+        (lambda d, t: d["factors"][first_factor(d)].update(rank=1), "size mismatch"),
+        (lambda d, t: d["factors"][first_factor(d)].update(type="linear"), r"\.packed' required"),
         (lambda d, t: d.update(kind="head"), r"compressed ESM-2 required.*distil_rank\.load"),
     ],
 )

@@ -1,6 +1,5 @@
 """A store is the same whatever happened on the way: kills, damage, several processes."""
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -19,10 +18,11 @@ from distil_rank.core.devices import process_group
 from distil_rank.core.errors import InputError
 from distil_rank.core.locks import only_writer
 from distil_rank.core.moments import Moments
-from distil_rank.proteins import command_moments
+from distil_rank.core.records import require_writable
+from distil_rank.proteins import command_embed, command_moments
 from distil_rank.proteins.command_embed import Config, run
 from distil_rank.proteins.store import EmbeddingStore, shard_path
-from distil_rank.proteins.store_index import INDEX, IndexWriter
+from distil_rank.proteins.store_index import INDEX
 from tests.proteins import reference
 from tests.proteins.reference import contents
 
@@ -53,17 +53,11 @@ def _damage(folder: Path, what: str) -> None:
             database.execute("DELETE FROM protein WHERE position = 7")
 
 
-@pytest.mark.parametrize(
-    "what",
-    [
-        "missing shard",
-        "truncated shard",
-        "flipped bit",
-        "other header",
-        "truncated index",
-        "shortened index",
-    ],
-)
+DAMAGES = ["missing shard", "truncated shard", "flipped bit", "other header"]
+DAMAGES += ["truncated index", "shortened index"]
+
+
+@pytest.mark.parametrize("what", DAMAGES)
 def test_a_damaged_store_is_made_whole_again(config, whole, tmp_path, capsys, what):
     shutil.copytree(whole, tmp_path / "store")
     _damage(tmp_path / "store", what)
@@ -72,6 +66,18 @@ def test_a_damaged_store_is_made_whole_again(config, whole, tmp_path, capsys, wh
     assert contents(tmp_path / "store") == contents(whole)
     assert shard_path(tmp_path / "store", 1).stat().st_mtime_ns == kept
     assert ("1 missing or damaged shards" in capsys.readouterr().err) == ("index" not in what)
+
+
+def test_whether_one_may_write_does_not_depend_on_who_cleans_the_folder(tmp_path, monkeypatch):
+    """The holder of a folder removes what killed runs left, and the probes of others with it."""
+    write = Path.write_text
+
+    def written_and_cleaned(path, text):
+        write(path, text)
+        path.unlink()
+
+    monkeypatch.setattr(Path, "write_text", written_and_cleaned)
+    assert require_writable(tmp_path) == tmp_path
 
 
 def test_one_run_at_a_time_writes_in_a_store(config, whole, tmp_path):
@@ -84,7 +90,7 @@ def test_one_run_at_a_time_writes_in_a_store(config, whole, tmp_path):
 
 
 def test_success_means_that_every_protein_is_in_the_store(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(IndexWriter, "add", lambda *_: None)
+    monkeypatch.setattr(command_embed, "insert", lambda *_: None)
     with pytest.raises(InputError, match="all shards and proteins"):
         run(replace(config, out=tmp_path / "store"))
 
@@ -102,19 +108,6 @@ def _killed(config: Config, replaces: int) -> None:
 
     os.replace = replace_or_die
     run(config)
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Starts processes that have imported everything and computed nothing."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["distil_rank.proteins.command_embed", "tests.proteins.test_embed_resumes"]
-    )
-    first = context.Process(target=time.sleep, args=(0,))
-    first.start()
-    first.join()
-    return context
 
 
 @pytest.mark.parametrize("point", ["first", "middle", "last"])
@@ -208,12 +201,8 @@ def test_peak_memory_does_not_grow_with_the_number_of_proteins(config, processes
     peak = {}
     for count in (200, 2000):
         reference.random_fasta(tmp_path / f"{count}.fasta", count, longest=900)
-        small = replace(
-            config,
-            fasta=tmp_path / f"{count}.fasta",
-            out=tmp_path / str(count),
-            shard_residues=4000,
-        )
+        files = {"fasta": tmp_path / f"{count}.fasta", "out": tmp_path / str(count)}
+        small = replace(config, **files, shard_residues=4000)
         queue = processes.Queue()
         process = processes.Process(target=_peak, args=(small, queue))
         process.start()

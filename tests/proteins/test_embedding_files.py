@@ -25,24 +25,23 @@ def save(path, x):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".npy", ".npz", ".safetensors"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_every_format_and_float_dtype(tmp_path, suffix, dtype):
+    dtype = getattr(torch, dtype)
+    if dtype == torch.bfloat16 and suffix.startswith(".np"):
+        pytest.skip("NumPy has no bfloat16")
     loaded = load_matrix(save(tmp_path / f"x{suffix}", X.to(dtype)))
     assert loaded.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert torch.equal(loaded, X.to(dtype).to(loaded.dtype))
 
 
-def test_bfloat16(tmp_path):
-    assert torch.equal(load_matrix(save(tmp_path / "x.pt", X.bfloat16())), X.bfloat16().float())
-
-
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (torch.zeros(3), "2 axes"),
-        (torch.zeros(3, 2, 2), "2 axes"),
+        (torch.zeros(3), r"got shape \(3,\)"),
+        (torch.zeros(3, 2, 2), "pool residues"),
         (torch.zeros(1, 4), "at least 2 rows"),
-        (torch.zeros(4, 0), "at least 2 rows of 1 feature"),
+        (torch.zeros(4, 0), r"got shape \(4, 0\)"),
         (torch.zeros(4, 2, dtype=torch.int64), "floating-point embeddings required"),
         (torch.tensor([[1.0, float("nan")], [0, 0], [float("inf"), 0]]), "2 of 3 rows"),
         ({"a": torch.zeros(2, 2), "b": torch.zeros(2, 2)}, "one named X"),
@@ -57,20 +56,19 @@ def test_what_is_not_a_matrix_is_refused_with_a_reason(tmp_path, x, message):
     assert "x.pt" in str(error.value)
 
 
-def test_missing_unreadable_and_unknown_files(tmp_path):
-    for name, message in [("none.pt", "existing file"), ("x.csv", "ending in")]:
+@pytest.mark.parametrize("suffix", [".pt", ".npy", ".npz", ".safetensors"])
+def test_unreadable_files_are_refused(tmp_path, suffix):
+    (tmp_path / f"bad{suffix}").write_bytes(b"PK not really")
+    with pytest.raises(InputError, match="readable"):
+        load_matrix(tmp_path / f"bad{suffix}")
+
+
+def test_arrays_without_x_and_objects_are_refused(tmp_path):
+    np.savez(tmp_path / "y.npz", y=np.zeros(3), z=np.zeros(3))
+    np.save(tmp_path / "o.npy", np.array([{}, {}], dtype=object))
+    for name, message in (("y.npz", "X"), ("o.npy", "readable")):
         with pytest.raises(InputError, match=message):
             load_matrix(tmp_path / name)
-    for suffix in (".pt", ".npy", ".npz", ".safetensors"):
-        (tmp_path / f"bad{suffix}").write_bytes(b"PK not really")
-        with pytest.raises(InputError, match="readable"):
-            load_matrix(tmp_path / f"bad{suffix}")
-    np.savez(tmp_path / "y.npz", y=np.zeros(3), z=np.zeros(3))
-    with pytest.raises(InputError, match="X"):
-        load_matrix(tmp_path / "y.npz")
-    np.save(tmp_path / "o.npy", np.array([{}, {}], dtype=object))
-    with pytest.raises(InputError, match="readable"):
-        load_matrix(tmp_path / "o.npy")
 
 
 class Bomb:
@@ -81,11 +79,10 @@ class Bomb:
         return (open, (str(self.path), "w"))
 
 
-@pytest.mark.parametrize("protocol", [2, 4])
-def test_a_pickle_is_never_executed(tmp_path, protocol):
+def test_a_pickle_is_never_executed(tmp_path):
     mark = tmp_path / "executed"
     torch.save(Bomb(mark), tmp_path / "bomb.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Bomb(mark), protocol=protocol))
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Bomb(mark), protocol=2))
     for name in ("bomb.pt", "plain.pt"):
         with pytest.raises(InputError):
             load_matrix(tmp_path / name)

@@ -1,10 +1,7 @@
 import argparse
 import itertools
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +16,7 @@ from distil_rank.proteins import command_pretrain
 from distil_rank.proteins.checkpoints import load_model, save_model
 from distil_rank.proteins.command_pretrain import Config, run, train
 from distil_rank.proteins.esm2 import CLS, EOS, MASK, PAD, tokenise
-from distil_rank.proteins.fasta import AMINO_ACIDS, Protein, write_fasta
+from distil_rank.proteins.fasta import AMINO_ACIDS
 from distil_rank.proteins.masked import logits_at, mask
 from distil_rank.proteins.pretrain import batches, look_at_neighbours, new_model, schedule
 from tests.proteins import reference
@@ -161,9 +158,7 @@ def test_fair_esm_loads_the_checkpoint_by_its_own_code_and_so_do_we(tmp_path):
     theirs = reference.as_fair_esm(model)
     regression = {k: v for k, v in theirs.state_dict().items() if "contact_head" in k}
     torch.save({"model": regression}, path.with_name("esm2_small-contact-regression.pt"))
-    with torch.serialization.safe_globals(
-        [argparse.Namespace]
-    ):  # torch.load's default is weights_only=True
+    with torch.serialization.safe_globals([argparse.Namespace]):
         loaded, _ = esm.pretrained.load_model_and_alphabet_local(path)
     for key, tensor in theirs.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], tensor)
@@ -172,52 +167,37 @@ def test_fair_esm_loads_the_checkpoint_by_its_own_code_and_so_do_we(tmp_path):
     assert torch.equal(ours(tokens).logits, model(tokens).logits)
 
 
-def command(fasta: Path, out: Path, *more: str) -> list[str]:
-    flags = "--n-layer 2 --n-embd 16 --n-head 2 --tokens 30000 --batch-tokens 200 --max-length 40"
-    arguments = [str(fasta), "--out", str(out), *flags.split(), "--save-every", "5", *more]
-    return [sys.executable, "-m", "distil_rank", "pretrain", *arguments]
+def on_one_thread(config: Config, sequences: list[str]) -> None:
+    torch.set_num_threads(1)
+    train(config, sequences)
 
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+def test_killed_at_any_time_it_ends_bit_equal(tmp_path, processes):
+    sequences, rng, state = proteins(300), random.Random(0), tmp_path / "killed.pt.state"
+    whole = replace(SMALL, out=tmp_path / "whole.pt", tokens=12_000, save_every=5)
+    killed = replace(whole, out=tmp_path / "killed.pt")
 
+    def saved() -> int:
+        return state.stat().st_mtime_ns if state.exists() else 0
 
-def test_killed_at_any_time_it_ends_bit_equal(tmp_path):
-    write_fasta(
-        tmp_path / "p.fasta", [Protein(str(i), str(i), s) for i, s in enumerate(proteins(300))]
-    )
-    subprocess.run(
-        command(tmp_path / "p.fasta", tmp_path / "whole.pt"), check=True, env=ENVIRONMENT
-    )
-    rng, kills = random.Random(0), 0
-    state = tmp_path / "killed.pt.state"
-    while not (tmp_path / "killed.pt").exists():
-        before = state.stat().st_mtime_ns if state.exists() else 0
-        process = subprocess.Popen(
-            command(tmp_path / "p.fasta", tmp_path / "killed.pt"), env=ENVIRONMENT
-        )
-        while (
-            kills < 3
-            and process.poll() is None
-            and (state.stat().st_mtime_ns if state.exists() else 0) == before
-        ):
-            time.sleep(0.01)
-        if kills < 3:
-            time.sleep(rng.uniform(0, 0.2))
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
-    assert kills == 3
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        whole, killed = (
-            torch.load(tmp_path / f"{name}.pt", weights_only=True)["model"]
-            for name in ("whole", "killed")
-        )
-    assert all(torch.equal(whole[key], killed[key]) for key in whole)
-    assert sorted(p.name for p in tmp_path.iterdir() if ".tmp" not in p.name) == [
-        "killed.pt",
-        "p.fasta",
-        "whole.pt",
-    ]
+    for _ in range(3):
+        before = saved()
+        process = processes.Process(target=on_one_thread, args=(killed, sequences))
+        process.start()
+        while saved() == before:
+            assert process.is_alive()
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL and not killed.out.exists()
+    for config in (killed, whole):
+        process = processes.Process(target=on_one_thread, args=(config, sequences))
+        process.start()
+        process.join()
+    assert killed.out.read_bytes() == whole.out.read_bytes()
+    left = {path.name for path in tmp_path.iterdir() if ".tmp" not in path.name}
+    assert left == {"killed.pt", "whole.pt"}
 
 
 def interrupted(config: Config, monkeypatch) -> None:

@@ -156,8 +156,10 @@ def test_one_giant_cluster_cannot_be_split_and_an_identity_has_a_range():
 
 
 def test_a_failing_mmseqs_is_reported(monkeypatch):
-    failed = subprocess.CompletedProcess([], 1, "", "no space left")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    def fail(command, **_):
+        raise subprocess.CalledProcessError(1, command, stderr="no space left")
+
+    monkeypatch.setattr(subprocess, "run", fail)
     monkeypatch.setattr(splits, "EXHAUSTIVE", 0)
     with pytest.raises(InputError, match="no space left"):
         near_relatives(["ACD", "ACE"])

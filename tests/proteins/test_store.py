@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from distil_rank.core.errors import InputError
 from distil_rank.proteins.command_embed import Config, run
 from distil_rank.proteins.fasta import Protein, write_fasta
-from distil_rank.proteins.store import EmbeddingStore, ShardWriter, shard_path
+from distil_rank.proteins.store import EmbeddingStore, new_shard, shard_path
 from tests.proteins import reference
 
 IDS = ["../../etc/passwd", "a/b", "twin", "twin", "", "ü{}'\";--", "sp|P1|X", "A" * 300]
@@ -45,27 +45,19 @@ def expected(fair_esm, sequence, pool, layer=3):
 def test_every_protein_by_position_equals_fair_esm_alone(store, proteins, fair_esm):
     assert len(store) == len(IDS) and store.provenance["shards"] > 2
     for i, protein in enumerate(proteins[1]):
-        torch.testing.assert_close(
-            store[i], expected(fair_esm, protein.sequence, store.pool), rtol=1e-5, atol=1e-5
-        )
+        exact = expected(fair_esm, protein.sequence, store.pool)
+        torch.testing.assert_close(store[i], exact, rtol=1e-5, atol=1e-5)
 
 
 def test_ids_are_data_in_the_order_of_the_file(store, proteins):
     assert store.ids == IDS
-    assert sorted(path.name for path in store.path.iterdir()) == sorted(
-        [
-            "store.json",
-            "index.sqlite",
-            *(shard_path(store.path, i).name for i in range(store.provenance["shards"])),
-        ]
-    )
+    shards = {shard_path(store.path, i).name for i in range(store.provenance["shards"])}
+    assert {path.name for path in store.path.iterdir()} == {"store.json", "index.sqlite"} | shards
     sequences = [protein.sequence for protein in proteins[1]]
     assert store.column("length") == list(map(len, sequences))
     digests = [hashlib.sha256(sequence.encode()).hexdigest() for sequence in sequences]
     assert store.column("sha256") == digests
     assert store.column("header") == [protein.header for protein in proteins[1]]
-    with pytest.raises(InputError, match="an index with colour required"):
-        store.column("colour")
     for i, protein in enumerate(proteins[1]):
         if protein.id != "twin":
             assert torch.equal(store[protein.id], store[i])
@@ -124,19 +116,10 @@ def test_batches_and_residues_run_in_order_whatever_the_batch(store):
     assert store.rows == len(rows) and same(list(store), [store[i] for i in range(len(store))])
 
 
-def test_ranks_share_the_shards(store):
-    parts = [list(store.batches(rank=rank, world=3)) for rank in range(3)]
-    assert sum(len(batch) for part in parts for batch in part) == store.rows
-
-
 def test_layers_are_kept_apart(store, proteins, fair_esm):
     first = EmbeddingStore(store.path, layer=1)
-    torch.testing.assert_close(
-        first[4],
-        expected(fair_esm, proteins[1][4].sequence, store.pool, layer=1),
-        rtol=1e-5,
-        atol=1e-5,
-    )
+    exact = expected(fair_esm, proteins[1][4].sequence, store.pool, layer=1)
+    torch.testing.assert_close(first[4], exact, rtol=1e-5, atol=1e-5)
     with pytest.raises(InputError, match=r"a layer of \[1, 3\] required, got 2"):
         EmbeddingStore(store.path, layer=2)
 
@@ -152,20 +135,22 @@ def test_no_store_and_an_unfinished_one_are_refused(store, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_shards_are_safetensors_whatever_the_order_of_writing(tmp_path, dtype):
     rows = torch.arange(2 * 5 * 3).reshape(2, 5, 3).float()
-    writer = ShardWriter(tmp_path / "x.safetensors", [0, 9], rows=5, dim=3, dtype=dtype)
-    for start, stop in [(3, 5), (0, 1), (1, 3)]:
-        writer.write(start, rows[:, start:stop])
-        assert not (tmp_path / "x.safetensors").exists()
-    writer.close()
+    with new_shard(tmp_path / "x.safetensors", [0, 9], rows=5, dim=3, dtype=dtype) as write:
+        for start, stop in [(3, 5), (0, 1), (1, 3)]:
+            write(start, rows[:, start:stop])
+            assert not (tmp_path / "x.safetensors").exists()
     read = load_file(tmp_path / "x.safetensors")
-    assert torch.equal(read["layer_0"], rows[0].to(dtype)) and torch.equal(
-        read["layer_9"], rows[1].to(dtype)
-    )
+    assert same([read["layer_0"], read["layer_9"]], rows.to(dtype))
 
 
-def test_values_that_the_dtype_cannot_hold_are_refused(tmp_path):
-    writer = ShardWriter(tmp_path / "x.safetensors", [0], rows=1, dim=2, dtype=torch.float16)
-    with pytest.raises(InputError, match="use --store-dtype float32"):
-        writer.write(0, torch.tensor([[[1.0, 1e6]]]))
-    with pytest.raises(InputError, match="NaN"):
-        writer.write(0, torch.tensor([[[1.0, float("nan")]]]))
+@pytest.mark.parametrize(
+    ("value", "message"), [(1e6, "use --store-dtype float32"), (float("nan"), "NaN")]
+)
+def test_values_that_the_dtype_cannot_hold_are_refused_and_leave_nothing(tmp_path, value, message):
+    path = tmp_path / "x.safetensors"
+    with (
+        pytest.raises(InputError, match=message),
+        new_shard(path, [0], rows=1, dim=2, dtype=torch.float16) as write,
+    ):
+        write(0, torch.tensor([[[1.0, value]]]))
+    assert not list(tmp_path.iterdir())

@@ -8,16 +8,14 @@ import torch
 from distil_rank.core.errors import InputError
 from distil_rank.core.randomness import generator
 from distil_rank.proteins import variants
-from distil_rank.proteins.esm2 import MASK, tokenise
 from distil_rank.proteins.fasta import AMINO_ACIDS
 from distil_rank.proteins.variants import (
-    additive_scores,
     masked_marginals,
-    mutate,
     read_assay,
     read_assays,
     wild_type_marginals,
 )
+from tests.proteins import reference
 
 WILD_TYPE = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGAEKAVQVKVK"
 
@@ -97,11 +95,6 @@ def test_bad_official_files(tmp_path, good, bad, message):
         read_assays(tmp_path, least=3)
 
 
-def test_mutate():
-    assert mutate("ACDE", "C2G", "") == ("AGDE", [1])
-    assert mutate("ACDE", "A1W:E4K", "") == ("WCDK", [0, 3])
-
-
 def test_real_assays(shared_data):
     assays = read_assays(shared_data / "dms", limit=40)
     assert len(assays) == 12 and sum(a.measured for a in assays) == 22949
@@ -121,9 +114,12 @@ def test_real_assays(shared_data):
         (["M1G:M1W,1.0"], "each position once"),
         (["M1G,nan"], "finite score"),
         (["M1G,high"], r"finite score required, got 'high' in TOY\.csv, line 2"),
-        (["M1G"], "finite score required, got None"),
+        (["M1G"], "finite score required, got ''"),
         (["M1G,1.0"], "at least 20 mutants"),
-        (["M1G,1.0", "K2G,1.0", "M1G,2.0"], r"each mutant once required, got 1 repeated .*M1G"),
+        (
+            ["M1G,1.0", "K2G,1.0", "M1G,2.0"],
+            r"each mutant once required, got M1G 2 times",
+        ),
     ],
 )
 def test_bad_assays_are_refused_with_the_row(tmp_path, lines, message):
@@ -143,41 +139,26 @@ def test_missing_parts(tmp_path):
         read_assay(path)
 
 
-def test_marginals_mask_one_position_at_a_time(ours):
+@pytest.mark.parametrize("masked", [True, False])
+def test_marginals_are_log_odds_with_one_position_masked_or_none(ours, masked):
     sequence = "MKTAYIAKQR"
-    tokens, letters = tokenise([sequence]), tokenise([AMINO_ACIDS])[0, 1:-1]
-    found = masked_marginals(ours, sequence, batch_tokens=40)
-    for place in range(len(sequence)):
-        masked = tokens.clone()
-        masked[0, place + 1] = MASK
-        with torch.no_grad():
-            logs = ours(masked).logits[0, place + 1].log_softmax(-1)
-        expected = logs[letters] - logs[tokens[0, place + 1]]
-        torch.testing.assert_close(found[place].float(), expected, rtol=1e-5, atol=1e-5)
+    marginals = masked_marginals if masked else wild_type_marginals
+    found = marginals(ours, sequence, batch_tokens=40)
+    expected = [reference.log_odds(ours, sequence, i, masked) for i in range(len(sequence))]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-5)
+    some = masked_marginals(ours, sequence, places=[3, 8])
+    assert some.isnan().all(1).nonzero().flatten().tolist() == [0, 1, 2, 4, 5, 6, 7, 9]
 
 
 def test_a_long_protein_is_read_around_each_position(ours, monkeypatch):
     """In windows that end with the protein; the first and last hold <cls> and <eos>."""
     monkeypatch.setattr(variants, "WINDOW", 8)
     sequence = "MKTAYIAKQRGDNEFHWLVC"  # 22 tokens
-    (tokens,) = tokenise([sequence])
     masked = masked_marginals(ours, sequence, batch_tokens=20)
     plain = wild_type_marginals(ours, sequence, places=[0, 9, 19])
     assert plain.isnan().all(1).nonzero().flatten().tolist() == [*range(1, 9), *range(10, 19)]
     for place, start in ((0, 0), (9, 6), (19, 14)):
-        for found, hidden in ((masked, MASK), (plain, tokens[place + 1])):
-            window = tokens[start : start + 8].clone()
-            window[place + 1 - start] = hidden
-            with torch.no_grad():
-                logs = ours(window[None]).logits[0, place + 1 - start].log_softmax(-1)
-            expected = logs[tokenise([AMINO_ACIDS])[0, 1:-1]] - logs[tokens[place + 1]]
-            torch.testing.assert_close(found[place].float(), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_scores_add_up_over_substitutions(tmp_path):
-    lines = ["M1G,1", "K2W,2", "M1G:K2W,3"]
-    assay = read_assay(write_assay(tmp_path / "dms", lines=lines), least=3)
-    marginals = torch.randn(len(WILD_TYPE), 20, generator=generator(0, "x"), dtype=torch.float64)
-    a, b, both = additive_scores(marginals, assay)
-    assert a == marginals[0, AMINO_ACIDS.index("G")] and b == marginals[1, AMINO_ACIDS.index("W")]
-    assert both == a + b
+        for found, hidden in ((masked, True), (plain, False)):
+            window = slice(start, start + 8)
+            expected = reference.log_odds(ours, sequence, place, hidden, window)
+            torch.testing.assert_close(found[place], expected, rtol=1e-5, atol=1e-5)
