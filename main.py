@@ -113,8 +113,8 @@ def make_students(
     weights = [t.weight.detach() for t in layers]
     biases = [x.new_zeros(len(t.weight)) if t.bias is None else t.bias.detach() for t in layers]
     outputs = x.new_empty(len(layers), len(x), len(weights[0]))
-    for y, w, c in zip(outputs, weights, biases):
-        torch.addmm(c, x, w.T, out=y)
+    for i, (w, c) in enumerate(zip(weights, biases)):
+        torch.addmm(c, x, w.T, out=outputs[i])
 
     # truncated SVD: as it is, with the bias refitted, and as the warm start of distillation
     svd = [truncated_svd(w, rank) for w in weights]
@@ -134,6 +134,7 @@ def make_students(
         start = A, B, torch.stack(bias)
         *trained, losses[label] = students.distill(x, outputs, start, recipe, batches, bar.update)
         made[label] = [LowRankLinear(*parts) for parts in zip(*trained)]
+    del outputs  # as large as the rows, times seeds
 
     # the closed form, and the curve over all ranks from the same eigendecomposition
     solutions = [optimum(w, c, rows.moments) for w, c in zip(weights, biases)]

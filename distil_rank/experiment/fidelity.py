@@ -12,7 +12,7 @@ from distil_rank.core.lowrank import Optimum, fractions, tails
 from distil_rank.core.records import Metric, Record, interval
 
 WORST = 0.01  # the worst-1 % cosine is this quantile over rows: 99 % of proteins are above it
-ROWS = 8192  # at a time
+ROWS, BLOCK = 8192, 256  # of which predictions and errors are made at a time
 HIGHER_IS_BETTER = {
     "fvu": False,
     "relative_mse": False,
@@ -50,15 +50,13 @@ def fvu(outputs: Tensor, student: nn.Module, x: Tensor) -> float:
 
 def row_errors(outputs: Tensor, prediction: Tensor) -> RowErrors:
     """Compare predictions with the teacher's outputs (n, d_out), whose mean is the mean."""
-    y, p = outputs.double(), prediction.double()
-    mean = y.mean(0)
-    return RowErrors(
-        error=(p - y).square().sum(1),
-        energy=y.square().sum(1),
-        variance=(y - mean).square().sum(1),
-        cosine=torch.cosine_similarity(y, p, dim=1),
-        centred_cosine=torch.cosine_similarity(y - mean, p - mean, dim=1),
-    )
+    mean, parts = outputs.double().mean(0), []
+    for y, p in zip(outputs.split(BLOCK), prediction.split(BLOCK)):
+        y, p = y.double(), p.double()
+        errors = ((p - y).square(), y.square(), (y - mean).square())
+        cosines = (torch.cosine_similarity(a, b, dim=1) for a, b in ((y, p), (y - mean, p - mean)))
+        parts.append((*(e.sum(1) for e in errors), *cosines))
+    return RowErrors(*map(torch.cat, zip(*parts)))
 
 
 def metric_draws(rows: RowErrors, counts: Tensor) -> dict[str, Tensor]:
