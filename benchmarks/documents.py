@@ -80,7 +80,8 @@ def main() -> None:
     for study in sorted((ROOT / "results").rglob("study.json")):
         from benchmarks.generator_study.figures import draw
 
-        print(f"drawn: {draw(study.parent)}")
+        for path in draw(study.parent):
+            print(f"drawn: {path.relative_to(ROOT)}")
     for document in documents():
         write_text(document, filled(document.read_text()))
         print(f"filled: {document.relative_to(ROOT)}")

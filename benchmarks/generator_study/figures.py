@@ -11,15 +11,16 @@ from distil_rank.core.records import Record, read_json
 SHOWN = ("no teacher", "distilled", "both", "slice")
 
 
-def draw(folder: Path) -> Path:
+def draw(folder: Path) -> list[Path]:
     """Draw every figure of the study in `folder` beside its JSON."""
-    study = read_json(folder / "study.json", SCHEMA)
+    study, paths = read_json(folder / "study.json", SCHEMA), []
     for name, (fill, size) in FIGURES.items():
-        with drawn(folder / f"{name}.png", size) as figure:
+        paths.append(folder / f"{name}.png")
+        with drawn(paths[-1], size) as figure:
             figure.set_layout_engine("constrained")
             fill(figure, study)
             figure.supxlabel(caption(study), fontsize=7, color=QUIET)
-    return folder / "study.json"
+    return paths
 
 
 def caption(study: Record) -> str:
