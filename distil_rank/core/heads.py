@@ -103,13 +103,13 @@ def _from_state_dict(
     tensors = read_state_dict(path)
     names = layer_names(tensors)
     chosen: list[str] = []
-    guessed = False  # other files than .pt sort names: only numbers tell the order of the module
+    guessed = False  # safetensors sorts names: only numbers tell the order of the module
     for key in keys or ("",):
         key = key.removesuffix(".weight")
         under = [x for x in names if not key or x.startswith(f"{key}.")]
         if key in names or not under:  # a key that names nothing is refused by layer_of
             under = [key]
-        elif Path(path).suffix != ".pt":
+        elif Path(path).suffix == ".safetensors":
             under.sort(key=_natural)
             guessed |= len({re.sub(r"\d+", "", name) for name in under}) > 1
         chosen += under
@@ -123,8 +123,7 @@ def _from_state_dict(
                 f" the next reads {b.in_features} features; name them in order with --key"
             )
     shapes = [(layer.in_features, layer.out_features) for layer in layers]
-    one_fits = len(parts) == len({*shapes}) and shapes[0][0] != shapes[-1][1]
-    if guessed and not one_fits:
+    if guessed and (len({*shapes}) < len(parts) or _orders(shapes) > 1):
         raise InputError(
             f"an order of the layers {', '.join(chosen)} required, which {path} sorts by name;"
             " name them in order with --key"
@@ -212,6 +211,12 @@ def _before(affine: Affine, layer: nn.Linear) -> nn.Linear:
 
 def _linear(weight: Tensor, bias: Tensor, like: nn.Linear) -> nn.Linear:
     return linear(weight.to(like.weight), bias.expand(len(weight)).to(like.weight))
+
+
+def _orders(shapes: list[tuple[int, int]], width: int | None = None) -> int:
+    """In how many orders layers fit together, of which the first reads `width` features."""
+    starts = [i for i, (d_in, _) in enumerate(shapes) if width in (None, d_in)]
+    return sum(_orders(shapes[:i] + shapes[i + 1 :], shapes[i][1]) for i in starts) or not shapes
 
 
 def _natural(name: str) -> list[str | int]:

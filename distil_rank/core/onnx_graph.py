@@ -224,7 +224,7 @@ def _unit_norm(graph: Graph, name: str) -> Found:
         inner, *bounds = graph.nodes[norm].input
         if not graph.is_a(norm, "Expand"):  # min, and of a Clip also max
             least = graph.number(bounds[0]) if bounds else graph.attribute(norm, "min", None)
-            if least is None or any(bounds[1:]):
+            if least is None or any(bounds[1:]) or graph.attribute(norm, "max", 3e38) < 3e38:
                 return None
             eps = least
         norm = inner

@@ -49,6 +49,11 @@ class Config:
 
 def run(config: Config) -> None:
     at_least(0, generate=config.generate)
+    if not config.generate and (config.family_fasta or config.esmfold):
+        raise InputError(
+            "--generate above 0 required for --family-fasta and --esmfold, which are about what is"
+            " written, got 0; raise it or leave them out"
+        )
     if config.out.is_dir():
         raise InputError(f"a file to write required, got the folder {config.out}; add tiny.json")
     device = pick_device(config.device)

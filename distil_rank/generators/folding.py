@@ -11,7 +11,7 @@ from distil_rank.core.records import Record
 from distil_rank.generators.quality import mean, shuffled
 
 FOLDED = 50  # proteins of each group, at most
-CHUNK = 64  # rows of the pair representation at a time: memory grows with length, not its square
+CHUNK = 64  # rows at a time in the attention over pairs: less memory for long proteins
 
 
 def load_esmfold(name: str, device: torch.device) -> Any:

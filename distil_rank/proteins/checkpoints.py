@@ -214,12 +214,13 @@ def _fill(
         key, tensor = named.pop()
         if _HARMLESS.match(key) or (model.lm_head is None and key.startswith("lm_head.")):
             continue
-        if not torch.equal(state.setdefault(key, tensor), tensor):
+        if key in state and not torch.equal(state[key], tensor):
             raise InputError(f"one value of {key} required in {path}, got two different ones")
-    if model.lm_head is not None and "embed_tokens.weight" in state:
-        embedding = state["embed_tokens.weight"]
-        if not torch.equal(state.setdefault("lm_head.weight", embedding), embedding):
+        state[key] = tensor
+    if model.lm_head is not None and (embedding := state.get("embed_tokens.weight")) is not None:
+        if "lm_head.weight" in state and not torch.equal(state["lm_head.weight"], embedding):
             raise InputError(f"a head with the embedding's weights required, got others in {path}")
+        state["lm_head.weight"] = embedding
     try:
         missing, surplus = model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:  # its first line names the class

@@ -43,6 +43,7 @@ def copy_index(source: Path, folder: Path, shards: list[Path]) -> None:
         shutil.copyfile(source / INDEX, temporary)
         with closing(sqlite3.connect(temporary)) as index, index:
             index.execute("PRAGMA journal_mode = OFF")
+            index.execute("DELETE FROM shard")
             for number, path in enumerate(shards):
                 insert(index, "shard", number, sha256(path))
 
@@ -69,4 +70,4 @@ def new_index(folder: Path) -> Iterator[sqlite3.Connection]:
 
 def insert(index: sqlite3.Connection, table: str, *entry: int | str) -> None:
     """A protein (position, id, length, rows, sha256, shard, first row, header) or a shard."""
-    index.execute(f"REPLACE INTO {table} VALUES ({', '.join('?' * len(entry))})", entry)
+    index.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(entry))})", entry)

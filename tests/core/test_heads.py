@@ -137,6 +137,11 @@ def test_layers_come_in_the_order_of_the_module_or_of_the_keys(tmp_path):
         torch.testing.assert_close(load_head(tmp_path / name, key, "tanh")(rows(6)), expected)
     with pytest.raises(InputError, match=r"the layers hidden, input, output required"):
         load_head(tmp_path / "head.safetensors", None, "tanh")
+    shapes = {"a": (6, 9), "b": (9, 6), "c": (6, 6), "d": (6, 2)}  # a b c d, and also c a b d
+    made = network(OrderedDict((name, nn.Linear(*shape)) for name, shape in shapes.items()))
+    save_file(made.state_dict(), tmp_path / "head.safetensors")
+    with pytest.raises(InputError, match=r"the layers a, b, c, d required"):
+        load_head(tmp_path / "head.safetensors", None, "tanh")
     made = network(OrderedDict(dense=nn.Linear(6, 6), out_proj=nn.Linear(6, 2)))
     save_file(made.state_dict(), tmp_path / "head.safetensors")
     head = load_head(tmp_path / "head.safetensors", None, "tanh")

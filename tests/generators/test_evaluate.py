@@ -166,6 +166,7 @@ def test_bad_input_of_the_commands_is_one_line_and_status_2(folders, capsys):
         (f"{evaluate} --student {folders}/none --teacher {student}", "none"),
         (f"{evaluate} --student {folders} --teacher {student}", "no file named model.safetensors"),
         (f"{evaluate} --student {student} --teacher {teacher} --generate -1", "--generate"),
+        (f"{evaluate} --student {student} --teacher {teacher} --generate 0 --esmfold x", "above 0"),
         (f"{evaluate} --student {student} --teacher {teacher} --device gpu", "--device"),
         (f"{generate} {folders}/a.fasta -n 0", "--n must be"),
         (f"{generate} {folders}/a.fasta --batch-size 0", "--batch-size"),
