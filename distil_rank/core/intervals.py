@@ -54,7 +54,7 @@ def share_interval(hits: float, n: int) -> Metric:
     from statsmodels.stats.proportion import proportion_confint
 
     low, high = proportion_confint(hits, n, method="wilson")
-    return interval(hits / n, float(low), float(high), True, n=n)
+    return interval(hits / n, max(0.0, float(low)), min(1.0, float(high)), True, n=n)
 
 
 def ratio_interval(

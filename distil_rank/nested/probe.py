@@ -61,7 +61,9 @@ def folds(positions: Sequence[Sequence[int]], scheme: str, seed: int = 0) -> Ten
     sites, rank = first.unique(return_inverse=True)
     if scheme == "modulo":
         return rank % FOLDS
-    return rank * FOLDS // len(sites)  # contiguous
+    if scheme == "contiguous":
+        return rank * FOLDS // len(sites)
+    raise InputError(f"one of the schemes {', '.join(SCHEMES)} required, got {scheme!r}")
 
 
 def one_hot(assay: Assay) -> Tensor:

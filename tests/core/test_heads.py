@@ -97,6 +97,7 @@ def test_what_cannot_be_read_is_named_layer_by_layer(tmp_path):
         # a norm that is cut from above is another layer
         (f'{norm} c = Clip(n, "", one) y = Div(m, c)', r"Div \(/y\)"),
         (f"{norm} c = Clip(n, half, one) y = Div(m, c)", r"Div \(/y\)"),
+        (f"{norm} c = Clip<min=0.5, max=1.0>(n) y = Div(m, c)", r"Div \(/y\)"),  # to opset 10
     ):
         with pytest.raises(InputError, match=f"got {unread}"):
             load_head(graph(path, nodes))

@@ -129,3 +129,5 @@ def test_schemes(tmp_path):
     assert (contiguous[order].diff() >= 0).all()  # stretches
     for fold in (modulo, contiguous):  # no position on two sides
         assert all(len(fold[position == p].unique()) == 1 for p in position.unique())
+    with pytest.raises(InputError, match="one of the schemes"):
+        folds(assay.positions, "contigous")
